@@ -1,0 +1,55 @@
+# Rushes. `make demo` sets up all it needs and shows the whole way; `make help` lists the rest.
+# State lives under RUSHES_HOME (default ~/.local/share/rushes): `make demo RUSHES_HOME=/some/folder`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up down test lint types clean
+
+help:                   ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.set-up   ## set up, start the stack, render examples/prompts.jsonl, say where to look
+	@$(BIN)/rushes demo $(ARGS)
+
+up: $(VENV)/.set-up     ## start the local stack (or mend it)
+	@$(BIN)/rushes up
+
+down:                   ## stop the local stack; nothing is left running
+	@if test -x $(BIN)/rushes; then $(BIN)/rushes down; fi
+
+# Two test processes on two cores: more threads inside each would only fight.
+test: $(VENV)/.set-up-dev   ## set up and run every test (JOBS=2, ARGS='-k store')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+lint: $(VENV)/.set-up-dev   ## ruff, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.set-up-dev  ## pyright over flows, model, db and infra
+	$(BIN)/pyright
+
+clean: down             ## stop the stack and remove what set-up and the tools made (never RUSHES_HOME)
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find flows model db infra tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only when its install has finished, so an interrupted one is taken up again.
+$(VENV)/.set-up: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing Rushes into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.set-up-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing Rushes and its test tools into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.set-up
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Rushes needs Python 3.11 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
