@@ -308,7 +308,7 @@ FILMED: dict[str, tuple[str, ...]] = {
     "dolly out": ("the camera dollies out", "the camera moves back", "the camera pulls back"),
 }
 GROUND = {
-    "checkered": ("on a checkered floor", "on a chessboard floor", "on black and white tiles"),
+    "checkered": ("on a checkered floor", "on a chessboard floor", "on tiles"),
     "grey": ("on a grey floor", "on grey ground", "on concrete"),
     "sand": ("on a sandy floor", "on sand", "in the desert"),
     "grass": ("on a lawn", "on grass", "in a meadow"),
@@ -321,10 +321,11 @@ HEAVEN = {
 CLIP_OF = ("a video of", "a 3d animation of", "a short clip of")
 IMAGE_OF = ("a picture of", "a 3d image of", "an image of")
 WE_SEE = "we see"
+LONGEST = 31  # words, commas and full stops of a caption: with a mark for its end, 32
 
 
 def describe(scene: Scene, rng: random.Random, *, frames: int = 17) -> str:
-    """One true caption of at most 32 words, commas and full stops. Of an image (frames=1) it claims no motion."""
+    """One true caption of at most LONGEST tokens. Of an image (frames=1) it claims no motion."""
     long = rng.random() < 0.6
     opening = rng.choice(("", "", *(CLIP_OF if frames > 1 else IMAGE_OF), WE_SEE)) if long else ""
     said = _happening(scene, rng, noun_phrase=bool(opening)) if frames > 1 else _shown(scene, rng)
@@ -334,7 +335,9 @@ def describe(scene: Scene, rng: random.Random, *, frames: int = 17) -> str:
     if frames > 1 and (scene.camera != "static" or (long and rng.random() < 0.4)):
         filmed = rng.choice(FILMED[scene.camera])
         sentence = rng.choice((f"{sentence}, {filmed}", f"{sentence}. {filmed}"))
-    return sentence + ("." if long else "")
+    sentence += "." if long else ""
+    too_long = len(sentence.split()) + sentence.count(",") + sentence.count(".") > LONGEST
+    return sentence.removeprefix(opening).lstrip() if too_long else sentence  # two at rest, a phrase of its own
 
 
 def _happening(scene: Scene, rng: random.Random, *, noun_phrase: bool) -> str:
@@ -629,7 +632,7 @@ def _meet_sphere(radius: float, origin: Floats, rays: Floats) -> tuple[Floats, F
     b = (origin * rays).sum(axis=0)
     q = b * b - (origin * origin).sum(axis=0) + radius * radius
     distance = _if(q > 0, -b - np.sqrt(q))
-    return distance, (origin + distance * rays) / radius
+    return distance, np.divide(origin + distance * rays, radius, dtype=np.float32)
 
 
 def _meet_cube(half: float, origin: Floats, rays: Floats) -> tuple[Floats, Floats]:
@@ -637,8 +640,7 @@ def _meet_cube(half: float, origin: Floats, rays: Floats) -> tuple[Floats, Float
     middle, reach = -origin * inverse, half * np.abs(inverse)
     enter, leave = middle - reach, (middle + reach).min(axis=0)  # [3, M], [M]
     last = enter.max(axis=0)
-    normal = -np.sign(rays) * (enter == last)
-    return _if(last < leave, last), normal.astype(np.float32, copy=False)
+    return _if(last < leave, last), -np.sign(rays) * (enter == last)
 
 
 def _meet_cylinder(radius: float, half: float, origin: Floats, rays: Floats) -> tuple[Floats, Floats]:
