@@ -441,7 +441,7 @@ def eye(scene: Scene, time: float) -> Eye:
     if kind == "orbit":
         around += sign * (time - 0.5) * 1.15
     if kind == "pan":
-        turned = sign * (time - 0.5) * (0.27 if pair else 0.37)
+        turned = sign * (time - 0.5) * (0.20 if pair else 0.32)
     if kind == "dolly":
         distance = (5.5 if pair else 4.6) + 3.9 * (1 - time if way == "in" else time)
     height = 0.33 * distance + 0.1
