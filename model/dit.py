@@ -1,0 +1,133 @@
+"""The diffusion transformer: Wan 2.1's architecture, small enough to read, at any size.
+
+It predicts the velocity of the flow (noise minus clean) for every latent token. It knows neither text nor pixels nor
+ranks: `split`, `merge` and each self-attention's `attend` are plain functions that `model.partition` replaces.
+
+Letters: B batch, C latent channels, T/H/W latent frames/rows/columns, N tokens, L text tokens, D width, S times.
+Source: "Wan: Open and Advanced Large-Scale Video Generative Models" (2025), and diffusers' WanTransformer3DModel, whose
+parameter names and config this class shares; per-token times as in Wan 2.2 TI2V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import DiTConfig
+from model.layers import Block, LayerNorm32, rotary, sinusoid
+from model.patch import grid, patchify, unpatchify
+
+
+class TimeMLP(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(channels, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TextMLP(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(channels, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+
+
+class Conditioning(nn.Module):
+    """Times and text, brought to the transformer's width."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.time_embedder = TimeMLP(config.freq_dim, config.width)
+        self.time_proj = nn.Linear(config.width, 6 * config.width)
+        self.text_embedder = TextMLP(config.text_dim, config.width)
+        self.channels = config.freq_dim
+
+    def forward(self, times: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """times [B, S], text [B, L, Dt] -> embedding [B, S, D], modulation [B, S, 6, D], text [B, L, D]."""
+        weight = self.time_embedder.linear_1.weight
+        embedding = self.time_embedder(sinusoid(times, self.channels).to(weight.dtype))
+        modulation = self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        return embedding, modulation, self.text_embedder(text.to(weight.dtype))
+
+
+class DiT(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embedding = nn.Conv3d(config.in_channels, width, config.patch, stride=config.patch)
+        self.condition_embedder = Conditioning(config)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.ffn_dim, config.cross_norm, config.eps) for _ in range(config.layers)
+        )
+        self.norm_out = LayerNorm32(width, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(width, config.out_channels * config.patch[0] * config.patch[1] * config.patch[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.split: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # the tokens that this process computes
+        self.merge: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # and all of them again
+
+    def forward(self, latents: Tensor, times: Tensor, text: Tensor) -> Tensor:
+        """latents [B, C, T, H, W], times [B] or [B, S] in 0 (clean) .. 1 (noise), text [B, L, Dt] -> velocity like latents.
+
+        S is 1, T / patch (a time for each latent frame) or N (a time for each token). Raises ValueError for others, and
+        for sizes that the patch does not divide.
+        """
+        cells = grid(latents, self.config.patch)
+        count = cells[0] * cells[1] * cells[2]
+        times = times[:, None] if times.ndim == 1 else times
+        if count % times.shape[1]:
+            raise ValueError(f"times has {times.shape[1]} entries a clip; it must be 1, {cells[0]} (frames) or {count} (tokens)")
+
+        weight = self.patch_embedding.weight
+        x = F.linear(patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias)
+        angles = self.split(rotary(cells, self.config.rope_axes, latents.device), 0)
+        turns = angles.cos()[:, None], angles.sin()[:, None]
+        embedding, modulation, text = self.condition_embedder(times, text)  # [B, S, D], [B, S, 6, D], [B, L, D]
+        x, modulation = self.split(x, 1), self._split_times(modulation, count)  # [B, n, D]
+        for block in self.blocks:
+            x = block(x, text, modulation, turns)
+
+        shift, scale = (self.scale_shift_table + embedding.float()[:, :, None]).unbind(2)  # [B, S, D]
+        x = self.merge(x, 1)  # [B, N, D]
+        y = self.norm_out(x).unflatten(1, (scale.shape[1], -1))
+        y = (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(x.dtype)
+        return unpatchify(self.proj_out(y), cells, self.config.patch).to(latents.dtype)
+
+    def _split_times(self, modulation: Tensor, count: int) -> Tensor:
+        """One time serves every token; several are spread over the tokens before these are divided."""
+        if modulation.shape[1] == 1:
+            return modulation
+        whole = modulation.repeat_interleave(count // modulation.shape[1], 1)
+        mine = self.split(whole, 1)
+        return modulation if mine is whole else mine
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """
+        | linear layers                | xavier uniform, bias 0                        |
+        | text and time embedders      | normal 0.02, bias 0                           |
+        | modulation tables            | normal 1/sqrt(D)                              |
+        | cross-attention output, head | zero: a block starts deaf, the velocity at 0  |
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
+        nn.init.zeros_(self.patch_embedding.bias)
+        conditioning = self.condition_embedder
+        for embedder in (conditioning.text_embedder, conditioning.time_embedder):
+            for linear in (embedder.linear_1, embedder.linear_2):
+                nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        nn.init.normal_(conditioning.time_proj.weight, std=0.02, generator=generator)
+        for table in (self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)):
+            nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
+        for block in self.blocks:
+            nn.init.zeros_(block.attn2.to_out[0].weight)
+        nn.init.zeros_(self.proj_out.weight)

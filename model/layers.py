@@ -1,0 +1,154 @@
+"""The parts of the diffusion transformer. Attention is written once, here.
+
+Parameter names are those of diffusers' Wan classes, so that one state dict serves both.
+Letters: B batch, N tokens, L text tokens, D width, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, N, H, K], k and v [B, M, H, K] -> [B, N, H, K]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, [B, N, H, K] in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, K]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for training on a CPU below some 320 tokens, where matmuls are half again as fast as the fused kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def rotary(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Angles of the 3-axis rotary embedding, [N, K/2] float32 (Wan 2.1; theta 10000 on each axis)."""
+    angles: list[Tensor] = []
+    for axis, (count, channels) in enumerate(zip(cells, axes, strict=True)):
+        rate = 10000.0 ** -(torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
+        turn = torch.arange(count, dtype=torch.float64, device=device)[:, None] * rate
+        shape = [1, 1, 1, channels // 2]
+        shape[axis] = count
+        angles.append(turn.view(shape).expand(*cells, -1))
+    return torch.cat(angles, -1).flatten(0, 2).float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, N, H, K], cos and sin [N, 1, K/2]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def sinusoid(times: Tensor, channels: int) -> Tensor:
+    """[...] times in 0..1 -> [..., channels]; the network was made for 0..1000, cosines first (DDPM, Ho et al. 2020)."""
+    half = channels // 2
+    rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
+    turn = times.float()[..., None] * 1000 * rate
+    return torch.cat((turn.cos(), turn.sin()), -1)
+
+
+class LayerNorm32(nn.LayerNorm):
+    """LayerNorm computed in float32 whatever the input's type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class HeadsRMSNorm(nn.Module):
+    """RMS norm over all heads at once, as Wan norms queries and keys (`rms_norm_across_heads`)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D]
+        square = x.float().pow(2).mean(-1, keepdim=True)
+        return (x.float() * torch.rsqrt(square + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, or cross-attention to text. `attend` is where a partition steps in."""
+
+    def __init__(self, width: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.norm_q, self.norm_k = HeadsRMSNorm(width, eps), HeadsRMSNorm(width, eps)
+        self.attend: Attend = attention
+
+    def forward(self, x: Tensor, context: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [B, N, D], context [B, M, D]; turns (cos, sin) rotate queries and keys, None in cross-attention."""
+        q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))  # [B, N, H, K]
+        k = self.norm_k(self.to_k(context)).unflatten(-1, (self.heads, -1))
+        v = self.to_v(context).unflatten(-1, (self.heads, -1))
+        if turns is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
+        return self.to_out[0](self.attend(q, k, v).flatten(-2))  # [B, N, D]
+
+
+class GELU(nn.Module):
+    """A linear layer, then tanh-approximated GELU (diffusers' `ffn.net.0`)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GELU(width, hidden), nn.Identity(), nn.Linear(hidden, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to text, feed-forward; adaLN modulation from a table plus the time embedding."""
+
+    def __init__(self, width: int, heads: int, ffn_dim: int, cross_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm32(width, eps, elementwise_affine=False)
+        self.attn1 = Attention(width, heads, eps)
+        self.norm2 = LayerNorm32(width, eps) if cross_norm else nn.Identity()
+        self.attn2 = Attention(width, heads, eps)
+        self.norm3 = LayerNorm32(width, eps, elementwise_affine=False)
+        self.ffn = FeedForward(width, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, N, D], text [B, L, D], modulation [B, S, 6, D] where S times divide N (1, frames, or N)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation.float()).unbind(2)  # [B, S, D]
+        y = affine(self.norm1(x), scale1, shift1).to(x.dtype)
+        x = residual(x, self.attn1(y, y, turns), gate1)
+        x = x + self.attn2(self.norm2(x).to(x.dtype), text, None)
+        y = affine(self.norm3(x), scale2, shift2).to(x.dtype)
+        return residual(x, self.ffn(y), gate2)
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x [B, N, D] * (1 + scale) + shift, both [B, S, D], each serving N/S neighbouring tokens."""
+    x = x.unflatten(1, (scale.shape[1], -1))
+    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate in float32, as Wan adds it; gate [B, S, D]."""
+    y = (y.float().unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
+    return (x.float() + y).to(x.dtype)

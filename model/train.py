@@ -1,0 +1,556 @@
+"""Trains mini from nothing on the procedural world, in five stages that may each be stopped and taken up again.
+
+    python -m model.train all --work DIR --out model/weights/mini
+
+render   clips of the world, by shape, in chunk files (a file that exists is whole)
+vae      the autoencoder, on crops of the square clips
+latents  every clip encoded once, and the latents' mean and spread
+dit      transformer and text encoder together, by flow matching, over all shapes
+publish  the averaged weights in the diffusers layout
+
+Every batch is drawn from a generator seeded by (seed, stage, step), so a run killed at any moment goes on along the
+same loss curve from its last checkpoint. It knows nothing of flows, databases or stores: it reads and writes folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model import world
+from model.config import DiTConfig, Shape, VAEConfig
+from model.diffusion import blend, denoise, guide, noise, schedule
+from model.dit import DiT
+from model.layers import Attention, attention, short_attention
+from model.text import TextEncoder, small_encoder, word_tokenizer
+from model.vae import VAE
+from model.weights import save_model
+
+CHUNK = 250  # clips a file
+HELD_BACK = 128  # the first clips of every shape are for validation, never trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Clips of one shape: how many are rendered, what share of the steps they get, and how many make a batch."""
+
+    shape: Shape
+    clips: int
+    share: float
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return str(self.shape)
+
+
+BUCKETS = (
+    Bucket(shape=Shape(64, 64, 17), clips=14_000, share=0.50, batch=16),
+    Bucket(shape=Shape(96, 64, 17), clips=4_000, share=0.14, batch=10),
+    Bucket(shape=Shape(64, 96, 17), clips=2_000, share=0.08, batch=10),
+    Bucket(shape=Shape(64, 64, 9), clips=3_000, share=0.10, batch=24),
+    Bucket(shape=Shape(96, 64, 9), clips=1_500, share=0.06, batch=16),
+    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.07, batch=48),
+    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.05, batch=32),
+)
+DEFAULTS = {
+    "name": "mini",
+    "max_prompt_tokens": 40,
+    "width": 64,
+    "height": 64,
+    "frames": 17,
+    "fps": 8,
+    "steps": 25,
+    "guidance": 4.0,
+    "solver": "ab2",
+    "shift": 2.0,
+}
+MINI = DiTConfig(layers=8, heads=4, head_dim=64, ffn_dim=1024, text_dim=192)
+TEXT_LAYERS, TEXT_HEADS = 2, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a training run was asked for."""
+
+    work: Path
+    seed: int = 0
+    threads: int = 2
+    device: str = "cpu"
+    vae_steps: int = 2400
+    dit_steps: int = 4500
+    vae_rate: float = 2e-3
+    dit_rate: float = 1e-3
+    average: float = 0.998  # of the exponential moving average that is published
+    scale: float = 1.0  # of the number of clips rendered
+
+
+# --- the world, rendered -----------------------------------------------------------------------------------------------
+
+
+def scene_of(seed: int, bucket: Bucket, index: int) -> world.Scene:
+    """The scene of one clip; combinations in `world.held_out` never come up."""
+    return world.sample_scene(random.Random(f"{seed}/{bucket.name}/{index}"), unseen=False)
+
+
+def render(recipe: Recipe, processes: int = 2, only: str | None = None) -> None:
+    """Renders what is missing. Several processes, or several calls, share the work by files."""
+    jobs = [
+        (recipe, bucket, first)
+        for bucket in BUCKETS
+        if only in (None, bucket.name)
+        for first in range(0, round(bucket.clips * recipe.scale), CHUNK)
+        if not _chunk(recipe, bucket, first).exists()
+    ]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for done, name in enumerate(pool.imap(_render_chunk, jobs), 1):
+            print(f"render {done}/{len(jobs)} {name}", flush=True)
+
+
+def _chunk(recipe: Recipe, bucket: Bucket, first: int) -> Path:
+    return recipe.work / "clips" / bucket.name / f"{first:07d}.npy"
+
+
+def _render_chunk(job: tuple[Recipe, Bucket, int]) -> str:
+    recipe, bucket, first = job
+    shape = bucket.shape
+    scenes = (scene_of(recipe.seed, bucket, first + k) for k in range(CHUNK))
+    clips = np.stack([world.render(s, width=shape.width, height=shape.height, frames=shape.frames) for s in scenes])
+    path = _chunk(recipe, bucket, first)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    with part.open("wb") as file:
+        np.save(file, clips)
+    part.rename(path)
+    return f"{bucket.name} {first}"
+
+
+def clips_of(recipe: Recipe, bucket: Bucket) -> list[NDArray[np.uint8]]:
+    """The rendered chunks of a shape, mapped, in order. Raises FileNotFoundError when some are missing."""
+    firsts = range(0, round(bucket.clips * recipe.scale), CHUNK)
+    missing = [f for f in firsts if not _chunk(recipe, bucket, f).exists()]
+    if missing:
+        raise FileNotFoundError(f"{bucket.name}: {len(missing)} of {len(firsts)} chunks are not rendered; run the stage `render`")
+    return [np.load(_chunk(recipe, bucket, f), mmap_mode="r") for f in firsts]
+
+
+def to_video(clips: NDArray[np.uint8], device: str) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in -1..1."""
+    return torch.from_numpy(clips).to(device).movedim(-1, 1).float() / 127.5 - 1
+
+
+# --- the autoencoder ---------------------------------------------------------------------------------------------------
+
+
+def train_vae(recipe: Recipe) -> None:
+    """L1 + MSE + a little KL on 1-, 9- and 17-frame crops; the peak rate decays along a cosine."""
+    chunks = clips_of(recipe, BUCKETS[0])
+    torch.manual_seed(recipe.seed)
+    vae = VAE(VAEConfig()).to(recipe.device, memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    checkpoint = Checkpoint(recipe.work / "vae.safetensors", {"vae": vae}, optimizer)
+    count = sum(len(c) for c in chunks)
+
+    def batch(step: int) -> Tensor:
+        rng = np.random.default_rng((recipe.seed, 1, step))
+        size, frames = (24, 1) if step % 12 == 11 else (8, 9) if step < 0.6 * recipe.vae_steps else (4, 17)
+        crops = []
+        for clip in rng.integers(HELD_BACK, count, size):
+            start = rng.integers(0, 17 - frames + 1)
+            crops.append(chunks[clip // CHUNK][clip % CHUNK, start : start + frames])
+        return to_video(np.stack(crops), recipe.device)
+
+    def learn(step: int) -> dict[str, float]:
+        share = step / recipe.vae_steps
+        _set_rate(optimizer, recipe.vae_rate * min(1, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-5)
+        video = batch(step)
+        generator = torch.Generator().manual_seed(step)
+        with torch.autocast(recipe.device, torch.bfloat16):
+            mean, log_variance = vae.posterior(video)
+            sample = torch.randn(mean.shape, generator=generator).to(mean)
+            restored = vae.reconstruct(mean + sample * (0.5 * log_variance).exp())
+        error = restored - video
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = error.abs().mean() + error.square().mean() + 2e-4 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        return {"psnr": psnr(error.detach()), "kl": kl.item(), "loss": loss.item()}
+
+    def validate(step: int) -> dict[str, float]:
+        with torch.no_grad(), torch.autocast(recipe.device, torch.bfloat16):
+            video = to_video(np.asarray(chunks[0][:32]), recipe.device)
+            restored = torch.cat([vae.reconstruct(vae.posterior(v)[0]) for v in video.split(8)])
+        return {"held_out_psnr": psnr(restored.clamp(-1, 1) - video)}
+
+    run(recipe, "vae", recipe.vae_steps, checkpoint, learn, validate, every=300)
+
+
+def psnr(error: Tensor) -> float:
+    """In decibels, for values in -1..1."""
+    return 10 * math.log10(4 / max(error.square().mean().item(), 1e-12))
+
+
+def trained_vae(recipe: Recipe) -> VAE:
+    config = VAEConfig()
+    spread = recipe.work / "latents" / "spread.json"
+    if spread.exists():
+        config = replace(config, **{k: tuple(v) for k, v in json.loads(spread.read_text()).items()})
+    vae = VAE(config)
+    state = load_file(recipe.work / "vae.safetensors")
+    vae.load_state_dict({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
+    return vae.to(recipe.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+
+
+def encode_latents(recipe: Recipe) -> None:
+    """Writes latents/SHAPE.safetensors (float16, normalised) for every shape, and spread.json."""
+    folder = recipe.work / "latents"
+    folder.mkdir(exist_ok=True)
+    vae = trained_vae(recipe)
+
+    @torch.no_grad()
+    def encode(clips: NDArray[np.uint8]) -> Tensor:
+        with torch.autocast(recipe.device, torch.bfloat16):
+            return torch.cat([vae.posterior(to_video(np.asarray(c), recipe.device))[0].cpu() for c in np.split(clips, 10)])
+
+    if not (folder / "spread.json").exists():
+        sample = torch.cat([encode(chunk) for chunk in clips_of(recipe, BUCKETS[0])[1:9]])
+        mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
+        (folder / "spread.json").write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
+    spread = json.loads((folder / "spread.json").read_text())
+    mean, std = (torch.tensor(spread[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+    for bucket in BUCKETS:
+        path = folder / f"{bucket.name}.safetensors"
+        if path.exists():
+            continue
+        latents = torch.cat([((encode(chunk) - mean) / std).half() for chunk in clips_of(recipe, bucket)])
+        _write({"latents": latents}, path)
+        print(f"latents {bucket.name} {tuple(latents.shape)}", flush=True)
+
+
+# --- the transformer ---------------------------------------------------------------------------------------------------
+
+
+class Writer(nn.Module):
+    """Transformer and text encoder: what flow matching trains together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tokenizer = word_tokenizer(world.vocabulary(), int(str(DEFAULTS["max_prompt_tokens"])))
+        encoder = small_encoder(len(tokenizer), MINI.text_dim, TEXT_LAYERS, TEXT_HEADS)
+        self.text = TextEncoder(encoder, tokenizer, int(str(DEFAULTS["max_prompt_tokens"])))
+        self.dit = DiT(MINI)
+
+    def attend_with(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        for module in self.dit.modules():
+            if isinstance(module, Attention):
+                module.attend = function
+
+    def velocity(self, latents: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
+        ids, mask = self.text.tokens(prompts)
+        return self.dit(latents, times, self.text(ids.to(latents.device), mask.to(latents.device)))
+
+
+def draw_times(count: int, generator: torch.Generator) -> Tensor:
+    """[B] times: logit-normal shifted towards noise by 2, 10 % uniform, and 30 % from the last tenth.
+
+    Which way a solid slides is settled above 0.95; without that last part too few steps lie there and left and right
+    stay at chance while the loss hardly shows it.
+    """
+    normal = torch.randn(count, generator=generator).sigmoid()
+    even, late, which = (torch.rand(count, generator=generator) for _ in range(3))
+    times = 2 * normal / (1 + normal)
+    times = torch.where(which < 0.10, even, times)
+    return torch.where(which > 0.70, 0.9 + 0.1 * late, times)
+
+
+def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
+    """[B, T] True where a latent frame is given: the first (10 % of clips), or any of them at random (8 %)."""
+    which, some = torch.rand(count, generator=generator), torch.rand(count, frames, generator=generator)
+    known = torch.zeros(count, frames, dtype=torch.bool)
+    if frames > 1:
+        known[which < 0.10, 0] = True
+        scattered = (which > 0.92)[:, None] & (some < torch.rand(count, 1, generator=generator))
+        known |= scattered
+        known[known.all(1)] = False
+    return known
+
+
+def train_dit(recipe: Recipe) -> None:
+    """Flow matching over all shapes; rate warms up, stays, and falls to 0 over the last third."""
+    latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in BUCKETS}
+    torch.manual_seed(recipe.seed)
+    writer = Writer()
+    writer.dit.init_weights()
+    writer.to(recipe.device)
+    if recipe.device == "cpu":
+        writer.attend_with(short_attention)
+    average = copy.deepcopy(writer).requires_grad_(False)
+    optimizer = torch.optim.AdamW(writer.parameters(), recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    checkpoint = Checkpoint(recipe.work / "dit.safetensors", {"writer": writer, "average": average}, optimizer)
+    shares = [b.share for b in BUCKETS]
+
+    def learn(step: int) -> dict[str, float]:
+        share = step / recipe.dit_steps
+        rate = recipe.dit_rate * min(1, (step + 1) / 100, (1 - share) / 0.35)
+        _set_rate(optimizer, rate + 1e-6)
+        rng = random.Random(f"{recipe.seed}/dit/{step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        bucket = rng.choices(BUCKETS, shares)[0]
+        stock = latents[bucket.name]
+        chosen = [rng.randrange(HELD_BACK, len(stock)) for _ in range(bucket.batch)]
+        prompts = [caption(recipe, bucket, k, rng) for k in chosen]
+        prompts = ["" if rng.random() < 0.1 else p for p in prompts]
+        clean = stock[chosen].float()
+        known = draw_known(len(clean), clean.shape[2], generator)
+        times = draw_times(len(clean), generator)[:, None].expand_as(known).masked_fill(known, 0.0)
+        target, predicted = step_of(writer, clean, times, prompts, generator, recipe.device)
+        weight = (~known)[:, None, :, None, None].to(predicted)
+        loss = ((predicted - target).square() * weight).mean() / weight.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
+        optimizer.step()
+        keep = min(recipe.average, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(writer.parameters()), 1 - keep)
+        return {"loss": loss.item()}
+
+    @torch.no_grad()
+    def validate(step: int) -> dict[str, float]:
+        stock = latents[BUCKETS[0].name][:HELD_BACK].float()
+        generator = torch.Generator().manual_seed(1)
+        rng = random.Random(1)
+        losses: list[float] = []
+        for first in range(0, HELD_BACK, 32):
+            clean = stock[first : first + 32]
+            times = ((torch.arange(32) % 16 + 0.5) / 16)[:, None].expand(-1, clean.shape[2])
+            prompts = [caption(recipe, BUCKETS[0], first + k, rng) for k in range(32)]
+            target, predicted = step_of(average, clean, times, prompts, generator, recipe.device)
+            losses.append((predicted - target).square().mean().item())
+        return {"held_out_loss": sum(losses) / len(losses)}
+
+    run(recipe, "dit", recipe.dit_steps, checkpoint, learn, validate, every=250)
+
+
+def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> str:
+    return world.describe(scene_of(recipe.seed, bucket, index), rng, frames=bucket.shape.frames)
+
+
+def step_of(
+    writer: Writer, clean: Tensor, times: Tensor, prompts: list[str], generator: torch.Generator, device: str
+) -> tuple[Tensor, Tensor]:
+    """(target, predicted) velocities of clips [B, C, T, H, W] at times [B, T]."""
+    disturbance = torch.randn(clean.shape, generator=generator)
+    clean, disturbance, times = clean.to(device), disturbance.to(device), times.to(device)
+    mixed = blend(clean, disturbance, times[:, None, :, None, None])
+    with torch.autocast(device, torch.bfloat16):
+        predicted = writer.velocity(mixed, times, prompts)
+    return disturbance - clean, predicted.float()
+
+
+@torch.no_grad()
+def sample(writer: Writer, vae: VAE, prompts: list[str], shape: Shape, seeds: Iterable[int], guidance: float = 4.0) -> Tensor:
+    """Clips [B, 3, T, H, W] in -1..1 for a look during training, in bfloat16."""
+    device = next(writer.parameters()).device
+    size = vae.latent_shape(shape)
+    x = torch.stack([noise(seed, size) for seed in seeds]).to(device)
+    text = writer.text.encode(prompts + [""] * len(prompts))
+
+    def velocity(x: Tensor, now: float) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            both = writer.dit(torch.cat((x, x)), torch.full((2 * len(x),), now, device=device), text)
+        return guide(*both.float().chunk(2), guidance)
+
+    for latents in denoise(velocity, x, schedule(25, 2.0), "ab2"):
+        x = latents
+    return vae.decode(x)
+
+
+def trained_writer(recipe: Recipe) -> Writer:
+    """The averaged weights of the last checkpoint."""
+    writer = Writer()
+    state = load_file(recipe.work / "dit.safetensors")
+    writer.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
+    writer.attend_with(attention)
+    return writer.to(recipe.device).eval().requires_grad_(False)
+
+
+def publish(recipe: Recipe, out: Path) -> None:
+    """Writes the averaged weights as bfloat16 in the diffusers layout, with how they were made beside them."""
+    writer, vae = trained_writer(recipe), trained_vae(recipe)
+    writer.cpu()
+    save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=DEFAULTS, dtype=torch.bfloat16)
+    record = {stage: _last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "dit")}
+    record["data"] = {"world_seed": recipe.seed, "clips": {b.name: round(b.clips * recipe.scale) for b in BUCKETS}}
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+# --- running, stopping, going on ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """Modules and AdamW moments in one safetensors file, replaced whole or not at all."""
+
+    path: Path
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, step: int) -> None:
+        tensors = {f"{name}.{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
+        for k, parameter in enumerate(self._parameters()):
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{k}.{key}"] = value
+        tensors["step"] = torch.tensor(step)
+        _write({k: v.detach().clone().contiguous() for k, v in tensors.items()}, self.path)
+
+    def load(self) -> int:
+        """The step to go on from; 0 when there is nothing to go on from."""
+        if not self.path.exists():
+            return 0
+        tensors = load_file(self.path)
+        for name, module in self.modules.items():
+            module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+        for k, parameter in enumerate(self._parameters()):
+            prefix = f"optimizer.{k}."
+            state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+            # The fused AdamW walks raw memory: a moment must lie in the same order as its parameter.
+            self.optimizer.state[parameter] = {
+                key: v if key == "step" else torch.empty_like(parameter).copy_(v) for key, v in state.items()
+            }
+        return int(tensors["step"])
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+
+def run(
+    recipe: Recipe,
+    stage: str,
+    steps: int,
+    checkpoint: Checkpoint,
+    learn: Callable[[int], dict[str, float]],
+    validate: Callable[[int], dict[str, float]],
+    every: int,
+) -> None:
+    """Steps from the last checkpoint to `steps`; every so many it validates, logs a line to STAGE.jsonl and saves."""
+    first = checkpoint.load()
+    total: dict[str, float] = {}
+    started = time.monotonic()
+    for step in range(first, steps):
+        for key, value in learn(step).items():
+            total[key] = total.get(key, 0.0) + value
+        done = step + 1
+        if done % every and done != steps:
+            continue
+        lines = (done - first) % every or every
+        row: dict[str, Any] = {"stage": stage, "step": done, "of": steps, "seconds": round(time.monotonic() - started, 1)}
+        row |= {key: round(value / lines, 4) for key, value in (total | {}).items()}
+        row |= {key: round(value, 4) for key, value in validate(step).items()}
+        total = {}
+        checkpoint.save(done)
+        with (recipe.work / f"{stage}.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    part.rename(path)
+
+
+def _last(log: Path) -> dict[str, Any]:
+    return json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model.train", description=__doc__.split("\n")[0])
+    stages = ("all", "render", "vae", "latents", "dit", "publish", "look")
+    parser.add_argument("stage", nargs="?", default="all", choices=stages)
+    parser.add_argument("--work", type=Path, required=True, help="folder for clips, latents and checkpoints (about 6 GB)")
+    parser.add_argument("--out", type=Path, help="where publish writes the model, or look its contact sheet")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--vae-steps", type=int, default=Recipe.__dataclass_fields__["vae_steps"].default)
+    parser.add_argument("--dit-steps", type=int, default=Recipe.__dataclass_fields__["dit_steps"].default)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of clips rendered")
+    parser.add_argument("--only", help="render: one shape, such as 64x64x17")
+    given = parser.parse_args()
+    recipe = Recipe(
+        work=given.work,
+        seed=given.seed,
+        threads=given.threads,
+        device=given.device,
+        vae_steps=given.vae_steps,
+        dit_steps=given.dit_steps,
+        scale=given.scale,
+    )
+    recipe.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(recipe.threads)
+    stage = given.stage
+    if stage in ("all", "render"):
+        render(recipe, recipe.threads, given.only)
+    if stage in ("all", "vae"):
+        train_vae(recipe)
+    if stage in ("all", "latents"):
+        encode_latents(recipe)
+    if stage in ("all", "dit"):
+        train_dit(recipe)
+    if stage == "look":
+        look(recipe, given.out or recipe.work / "look.png")
+    if stage == "publish" or (stage == "all" and given.out):
+        if not given.out:
+            parser.error("publish needs --out, the folder of the model")
+        publish(recipe, given.out)
+
+
+def look(recipe: Recipe, out: Path) -> None:
+    """A contact sheet of held-out prompts, one of each kind of motion and camera."""
+    from model.encode import contact_sheet
+
+    writer, vae = trained_writer(recipe), trained_vae(recipe)
+    rng = random.Random(7)
+    prompts: list[str] = []
+    for kind in (*world.MOTIONS, *world.CAMERAS[1:]):
+        while True:
+            scene = world.sample_scene(rng)
+            if kind in (scene.motion, scene.camera):
+                prompts.append(world.describe(scene, rng))
+                break
+    rows: list[Any] = []
+    for first in range(0, len(prompts), 8):
+        some = prompts[first : first + 8]
+        video = sample(writer, vae, some, Shape(64, 64, 17), range(first, first + len(some)))
+        frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+        rows += list(zip(some, frames, strict=True))
+    out.write_bytes(contact_sheet(rows))
+
+
+if __name__ == "__main__":
+    main()

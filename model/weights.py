@@ -1,0 +1,210 @@
+"""Models on disk: the diffusers directory layout, read and written.
+
+A model is a folder with `model_index.json`, `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and,
+for ours, `rushes.json` with the defaults of a request. Only safetensors are ever loaded. torch is imported by the
+functions that load, not by this file: planning needs a model's card and digest, not its tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.config import DiTConfig, Shape, VAEConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.dit import DiT
+    from model.text import TextEncoder
+    from model.vae import VAE, WanVAE
+
+SHIPPED = Path(__file__).parent / "weights"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class ModelNotFound(ValueError):
+    """The name is no shipped model and no folder in the diffusers layout. Give one of the names it lists, or a path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What planning needs to know of a model: its identity, what sizes it takes, and the defaults of a request."""
+
+    name: str
+    path: Path
+    digest: str  # sha256 over the names and bytes of all its files
+    heads: int
+    multiple: int  # width and height are multiples of this
+    frame_step: int  # frames are frame_step * n + 1
+    max_prompt_tokens: int
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    solver: str
+    shift: float
+
+    def tokens(self, shape: Shape) -> int:
+        """Length of the transformer's sequence for one clip."""
+        frames = (shape.frames - 1) // self.frame_step + 1
+        return frames * (shape.width // self.multiple) * (shape.height // self.multiple)
+
+
+WAN = {  # what Wan 2.1 was made for, where a folder brings no rushes.json of its own
+    "max_prompt_tokens": 512,
+    "width": 832,
+    "height": 480,
+    "frames": 81,
+    "fps": 16,
+    "steps": 50,
+    "guidance": 5.0,
+    "solver": "ab2",
+    "shift": 3.0,
+}
+
+
+def find_model(name: str | Path) -> ModelCard:
+    """The card of a shipped model ("mini") or of a folder in the diffusers layout. Raises ModelNotFound."""
+    shipped = SHIPPED / name
+    path = shipped if len(Path(name).parts) == 1 and shipped.is_dir() else Path(name)
+    if not (path / "transformer" / "config.json").is_file():
+        names = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if p.is_dir())) if SHIPPED.is_dir() else "none"
+        raise ModelNotFound(f"model {str(name)!r} is neither shipped ({names}) nor a folder with transformer/config.json")
+    return _card(path.resolve())
+
+
+@lru_cache(maxsize=16)
+def _card(path: Path) -> ModelCard:
+    config = dit_config(path)
+    vae = read_json(path / "vae" / "config.json")
+    space = vae.get("scale_factor_spatial") or 8
+    time = vae.get("scale_factor_temporal") or 4
+    own = path / "rushes.json"
+    known: dict[str, Any] = {**WAN, **(read_json(own) if own.is_file() else {})}
+    return ModelCard(
+        name=known.pop("name", path.name),
+        path=path,
+        digest=folder_digest(path),
+        heads=config.heads,
+        multiple=space * config.patch[1],
+        frame_step=time,
+        **known,
+    )
+
+
+def folder_digest(path: Path) -> str:
+    """sha256 over (relative name, sha256 of content) of every JSON and safetensors file of a model, in name order."""
+    whole = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model")):
+        with file.open("rb") as stream:
+            whole.update(f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def dit_config(path: Path) -> DiTConfig:
+    return DiTConfig.from_diffusers(read_json(path / "transformer" / "config.json"))
+
+
+def transformer_files(path: Path) -> dict[str, Path]:
+    """The safetensors file that holds each tensor of the transformer."""
+    folder = path / "transformer"
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    from safetensors import safe_open
+
+    with safe_open(str(folder / WEIGHTS), framework="numpy") as file:
+        return dict.fromkeys(file.keys(), folder / WEIGHTS)
+
+
+def load_dit(path: Path, dtype: torch.dtype, device: str = "cpu") -> DiT:
+    """The whole transformer on one device, in evaluation mode. Partitioned loading is `model.partition`'s."""
+    import torch
+    from safetensors.torch import load_file
+
+    from model.dit import DiT
+
+    with torch.device("meta"):
+        dit = DiT(dit_config(path))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(set(transformer_files(path).values())):
+        tensors |= load_file(file, device=device)
+    dit.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return dit.eval().requires_grad_(False)
+
+
+def load_vae(path: Path, dtype: torch.dtype, device: str = "cpu") -> VAE | WanVAE:
+    """The autoencoder that the folder names: ours, or diffusers' AutoencoderKLWan."""
+    config = read_json(path / "vae" / "config.json")
+    if config["_class_name"] == "AutoencoderKLWan":
+        from diffusers import AutoencoderKLWan
+
+        from model.vae import WanVAE
+
+        inner = AutoencoderKLWan.from_pretrained(path / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        return WanVAE(inner.to(device).eval().requires_grad_(False))
+    if config["_class_name"] != "CausalVideoVAE":
+        raise ValueError(f"{path / 'vae/config.json'}: _class_name={config['_class_name']!r} is not an autoencoder known here")
+    from safetensors.torch import load_file
+
+    from model.vae import VAE
+
+    vae = VAE(VAEConfig.from_json(config))
+    vae.load_state_dict(load_file(path / "vae" / WEIGHTS))
+    return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_text(path: Path, dtype: torch.dtype, device: str = "cpu") -> TextEncoder:
+    from model.text import load_text_encoder
+
+    return load_text_encoder(path, _card(path.resolve()).max_prompt_tokens, dtype, device)
+
+
+def save_model(
+    path: Path, *, dit: DiT, text: TextEncoder, vae: VAE, defaults: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """Writes a model folder in the diffusers layout; `defaults` goes to rushes.json. Tensors are saved as `dtype`."""
+    import torch
+    from safetensors.torch import save_file
+
+    def write(name: str, config: Mapping[str, Any]) -> None:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in module.state_dict().items()}
+
+    write("rushes.json", defaults)
+    write(
+        "model_index.json",
+        {
+            "_class_name": "WanPipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "vae": ["model.vae", "VAE"],
+        },
+    )
+    write("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": defaults["shift"]})
+    write("transformer/config.json", dit.config.to_diffusers())
+    save_file(tensors(dit), path / "transformer" / WEIGHTS)
+    write("vae/config.json", vae.config.to_json())
+    save_file(tensors(vae), path / "vae" / WEIGHTS)
+    encoder: Any = text.encoder
+    kept = encoder.dtype
+    encoder.to(dtype or kept).save_pretrained(path / "text_encoder")
+    encoder.to(kept)
+    text.tokenizer.save_pretrained(path / "tokenizer")
