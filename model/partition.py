@@ -1,0 +1,369 @@
+"""How one DiT is divided over the ranks of an engine. All of DeepSpeed's inference lives here.
+
+The network never learns its rank. `load_partitioned` builds it without memory, puts DeepSpeed's layers where the plan
+says, reads this rank's slices of the weights and hangs the sequence exchange into the network's three hooks. Where an
+axis has one rank its group is None and every function here gives its input back, so one process and N run one path.
+
+Letters: B batch, N tokens of a clip, n tokens of this rank, H heads, K head size, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model.config import Partition
+from model.dit import DiT
+from model.layers import Attention, Block, HeadsRMSNorm, attention
+from model.weights import dit_config, transformer_files
+
+Kind = Literal["column", "row", "norm"]
+Plan = Mapping[str, Kind]
+
+# Where the transformer is divided under tensor parallelism: outputs of the first linear layer of a pair ("column"),
+# inputs of the second ("row", summed over the ranks after), and the norm that spans the heads between them.
+WAN_PLAN: Plan = {
+    r"blocks\.\d+\.attn1\.to_[qkv]": "column",
+    r"blocks\.\d+\.attn1\.norm_[qk]": "norm",
+    r"blocks\.\d+\.attn1\.to_out\.0": "row",
+    r"blocks\.\d+\.attn2\.to_[qkv]": "column",
+    r"blocks\.\d+\.attn2\.norm_[qk]": "norm",
+    r"blocks\.\d+\.attn2\.to_out\.0": "row",
+    r"blocks\.\d+\.ffn\.net\.0\.proj": "column",
+    r"blocks\.\d+\.ffn\.net\.2": "row",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the mesh as this rank sees it. `group` is None where the axis has a single rank."""
+
+    group: ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """This rank's place in a partition."""
+
+    cfg: Axis = Axis()
+    sp: Axis = Axis()
+    tp: Axis = Axis()
+
+
+ALONE = Groups()
+
+
+def connect(
+    rank: int, world: int, port: int, device: str, listen_fd: int | None = None, timeout: float = 1800.0
+) -> None:
+    """Joins the engine's process group on loopback; `listen_fd` is rank 0's socket, bound to `port` and listening.
+
+    One rank has nothing to join. `timeout` (seconds) bounds every collective.
+    """
+    if world == 1:
+        return
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce (45 s) that ignores the process group: with two
+    # groups of two ranks it sums over all four, silently. Without it, gloo does the sum, in the right group.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    wait = timedelta(seconds=timeout)
+    store = dist.TCPStore("127.0.0.1", port, world, rank == 0, wait, master_listen_fd=listen_fd)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", timeout=wait, verbose=False)
+
+
+def groups_of(partition: Partition, device: str) -> Groups:
+    """The mesh of a partition, tensor parallel ranks next to each other. Raises ValueError when the world differs."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if partition.world != world:
+        raise ValueError(f"partition {partition} needs {partition.world} ranks, this engine has {world}")
+    if world == 1:
+        return ALONE
+    sizes = {"cfg": partition.cfg, "sp": partition.sp, "tp": partition.tp}
+    mesh = dist.init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    def axis(name: str) -> Axis:
+        return Axis(mesh.get_group(name), mesh.get_local_rank(name), sizes[name]) if sizes[name] > 1 else Axis()
+
+    return Groups(cfg=axis("cfg"), sp=axis("sp"), tp=axis("tp"))
+
+
+def load_partitioned(path: Path, groups: Groups, dtype: torch.dtype, device: str, plan: Plan = WAN_PLAN) -> DiT:
+    """This rank's part of the transformer of a model folder, in evaluation mode.
+
+    Only the slices that this rank keeps are read from the files.
+    Raises ValueError when the partition does not divide the network or the files do not hold it.
+    """
+    dit = empty(path)
+    place(dit, groups, plan)
+    dit = dit.to(dtype).to_empty(device=device)
+    with WeightFiles(path) as files:
+        read_parameters(dit, files, groups.tp)
+    return dit
+
+
+def place(dit: DiT, groups: Groups, plan: Plan = WAN_PLAN) -> None:
+    """Divides the network in place.
+
+    Raises ValueError when heads or layer sizes do not divide, a pattern of the plan matches no layer, or a linear layer
+    of a block is in no pattern: each of these would otherwise give wrong pictures and no error.
+    """
+    Partition(sp=groups.sp.size, tp=groups.tp.size).check_heads(dit.config.heads)
+    divide_layers(dit, groups.tp, plan)
+    if groups.sp.group is not None:
+        exchange = Ulysses(groups.sp)
+        dit.split, dit.merge = exchange.split, exchange.merge
+        for block in dit.blocks:
+            assert isinstance(block, Block)
+            block.attn1.attend = exchange.attend  # cross-attention stays with its tokens: every rank has all the text
+
+
+def divide_layers(dit: DiT, tp: Axis, plan: Plan) -> None:
+    """Tensor parallelism: DeepSpeed's layers where the plan says."""
+    unused = set(plan)
+    for name, module in list(dit.named_modules()):
+        matched = [pattern for pattern in plan if re.fullmatch(pattern, name)]
+        if isinstance(module, nn.Linear) and name.startswith("blocks.") and not matched:
+            raise ValueError(f"the partition plan does not say how to divide {name}")
+        for pattern in matched:
+            unused.discard(pattern)
+            if tp.group is not None:
+                owner, _, leaf = name.rpartition(".")
+                setattr(dit.get_submodule(owner), leaf, divide(name, module, plan[pattern], tp))
+        if isinstance(module, Attention):
+            module.heads //= tp.size
+    if unused:
+        raise ValueError(f"the partition plan matches no layer of this transformer with {', '.join(sorted(unused))}")
+
+
+def divide(name: str, module: nn.Module, kind: Kind, tp: Axis) -> nn.Module:
+    """One layer's share. Raises ValueError when its size does not divide over the ranks, or it is no such layer."""
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+    from deepspeed.module_inject.tp_shard import AutoTPMeta
+
+    expected = HeadsRMSNorm if kind == "norm" else nn.Linear
+    if not isinstance(module, expected):
+        raise ValueError(f"the partition plan takes {name} for a {expected.__name__}, it is a {type(module).__name__}")
+    size = module.weight.shape[1 if kind == "row" else 0]
+    if size % tp.size:
+        raise ValueError(f"{name}: its {size} channels do not divide over tp {tp.size} ranks")
+    if isinstance(module, HeadsRMSNorm):
+        return DividedHeadsRMSNorm(module, tp)
+    layer = LinearAllreduce if kind == "row" else LinearLayer
+    return layer(module, tp.group, name=name, tp_meta=AutoTPMeta(tp_grain_size=1))
+
+
+class DividedHeadsRMSNorm(nn.Module):
+    """`HeadsRMSNorm` where each rank holds some of the heads: the sum of squares spans all of them."""
+
+    def __init__(self, whole: HeadsRMSNorm, tp: Axis) -> None:
+        super().__init__()
+        self.eps, self.group = whole.eps, tp.group
+        self.width = whole.weight.shape[0]
+        self.weight = nn.Parameter(whole.weight.detach().chunk(tp.size)[tp.rank].clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, n, D / tp]
+        square = x.float().pow(2).sum(-1, keepdim=True)
+        dist.all_reduce(square, group=self.group)
+        return (x.float() * torch.rsqrt(square / self.width + self.eps)).to(x.dtype) * self.weight
+
+
+class Ulysses:
+    """DeepSpeed-Ulysses: each rank holds some of the tokens; for self-attention they trade tokens against heads.
+
+    A sequence that does not divide is padded to one that does. The pads are cut from keys and values before attention
+    and from the sequence at the end, so that they change nothing.
+    """
+
+    def __init__(self, sp: Axis) -> None:
+        from deepspeed.sequence.layer import DistributedAttention
+
+        self.sp = sp
+        self.count = 0  # true tokens of the sequence last split
+        local: Any = self.local  # declared a Module there, but only ever called
+        group: Any = sp.group
+        self.distributed = DistributedAttention(local, group, scatter_idx=2, gather_idx=1)
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """[..., N, ...] -> [..., n, ...]: this rank's tokens, zeros where the sequence has ended."""
+        self.count = x.shape[dim]
+        share = -(-self.count // self.sp.size)
+        start = min(self.sp.rank * share, self.count)
+        mine = x.narrow(dim, start, min(share, self.count - start))
+        if mine.shape[dim] < share:
+            missing = list(mine.shape)
+            missing[dim] = share - mine.shape[dim]
+            mine = torch.cat((mine, mine.new_zeros(missing)), dim)
+        return mine.contiguous()
+
+    def merge(self, x: Tensor, dim: int) -> Tensor:
+        """[..., n, ...] -> [..., N, ...] on every rank, the pads left off."""
+        return torch.cat(gather(x, self.sp), dim).narrow(dim, 0, self.count)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, n, H, K] each
+        return self.distributed(q, k, v, 0)
+
+    def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, padded N, H / sp, K] each
+        return attention(q, k[:, : self.count], v[:, : self.count]).contiguous()
+
+
+def gather(x: Tensor, axis: Axis) -> list[Tensor]:
+    """What every rank of the axis holds, in order; on a single rank, x alone."""
+    if axis.group is None:
+        return [x]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return parts
+
+
+def both_halves(dit: DiT, x: Tensor, times: Tensor, text: Tensor, negative: Tensor, cfg: Axis) -> tuple[Tensor, Tensor]:
+    """The conditional and the unconditional velocity of x [B, C, T, H, W] at times [B] or [B, S].
+
+    On one rank as one batch of 2B; over two ranks of the cfg axis each computes one and they exchange them.
+    """
+    if cfg.group is None:
+        velocity = dit(torch.cat((x, x)), torch.cat((times, times)), torch.cat((text, negative)))
+        conditional, unconditional = velocity.chunk(2)
+    else:
+        conditional, unconditional = gather(dit(x, times, text if cfg.rank == 0 else negative), cfg)
+    return conditional, unconditional
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """How far the partitioned network is from the whole one, relative to the largest velocity, and how far it may."""
+
+    error: float
+    bound: float
+
+
+class SelfTestFailed(Exception):
+    """The partitioned network computes something else than the whole one: its pictures would be wrong. Do not serve."""
+
+
+@torch.no_grad()
+def self_test(dit: DiT, path: Path, groups: Groups, dtype: torch.dtype, device: str) -> SelfTest:
+    """Compares this rank's results with the whole network's on a small clip. Raises SelfTestFailed on every rank alike.
+
+    The whole network is computed by rank 0, with one block's weights in memory at a time. In float32 the two may differ
+    by 1e-5: only the order of sums differs. In a shorter type rounding alone moves the whole network some way off what
+    it computes in float32 with the same weights; the partitioned one may be three times as far off.
+    """
+    if groups == ALONE:
+        return SelfTest(0.0, 0.0)
+    config, random = dit.config, torch.Generator().manual_seed(0)
+    size = [3 * step for step in config.patch]  # 27 tokens, so that an even sp has to pad
+    latents = torch.randn(1, config.in_channels, *size, generator=random).to(device)
+    text, negative = torch.randn(2, 1, 5, config.text_dim, generator=random).to(device)
+    times = torch.tensor([[0.9, 0.5, 0.0]], device=device)
+
+    def velocities(network: DiT, cfg: Axis) -> Tensor:
+        return torch.stack(both_halves(network, latents, times, text, negative, cfg)).float()
+
+    mine = velocities(dit, groups.cfg)
+    truth, rounded = torch.zeros_like(mine), torch.zeros_like(mine)
+    if dist.get_rank() == 0:
+        with streamed(path, dtype, torch.float32, device) as whole:
+            truth = velocities(whole, Axis())
+        if dtype != torch.float32:
+            with streamed(path, dtype, dtype, device) as whole:
+                rounded = velocities(whole, Axis())
+    for wanted in (truth, rounded):
+        dist.broadcast(wanted, 0)
+    scale = truth.abs().max().clamp(min=1e-30)
+    error = (mine - truth).abs().max() / scale
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    bound = 1e-5 if dtype == torch.float32 else 3 * float((rounded - truth).abs().max() / scale)
+    if not float(error) <= bound:  # a NaN fails too
+        raise SelfTestFailed(
+            f"the partitioned transformer differs from the whole one by {float(error):.2e}, allowed {bound:.2e}"
+        )
+    return SelfTest(float(error), bound)
+
+
+@contextmanager
+def streamed(path: Path, stored: torch.dtype, computed: torch.dtype, device: str) -> Generator[DiT]:
+    """The whole transformer, weights rounded to `stored`, each block read when its turn comes and forgotten after."""
+    dit = empty(path)
+    with WeightFiles(path) as files:
+
+        def fill(module: nn.Module, prefix: str, recurse: bool = True) -> None:
+            module.to(stored).to_empty(device=device, recurse=recurse)
+            read_parameters(module, files, Axis(), prefix, recurse)
+            module.to(computed)
+
+        for name, module in dit.named_children():
+            if name != "blocks":
+                fill(module, f"{name}.")
+        for k, block in enumerate(dit.blocks):
+            block.register_forward_pre_hook(lambda block, _, k=k: fill(block, f"blocks.{k}."))
+            block.register_forward_hook(lambda block, *_: block.to("meta") and None)
+        fill(dit, "", recurse=False)
+        yield dit
+
+
+def empty(path: Path) -> DiT:
+    """The network of a model folder, without memory."""
+    with torch.device("meta"):
+        return DiT(dit_config(path)).eval().requires_grad_(False)
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of parameters that this rank holds."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+class WeightFiles:
+    """The tensors of a model's transformer, read slice by slice (safetensors only)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = transformer_files(path)
+        self.opened: dict[Path, Any] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> WeightFiles:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.stack.close()
+
+    def slice(self, name: str) -> Any:
+        """safetensors' lazy view of one tensor: `get_shape()`, and indexing reads only what is asked for."""
+        from safetensors import safe_open
+
+        file = self.files[name]
+        if file not in self.opened:
+            self.opened[file] = self.stack.enter_context(safe_open(file, "pt"))
+        return self.opened[file].get_slice(name)
+
+
+@torch.no_grad()
+def read_parameters(module: nn.Module, files: WeightFiles, tp: Axis, prefix: str = "", recurse: bool = True) -> None:
+    """Fills the parameters from the files: where a file's tensor is tp times as long as ours, ours is a part of it."""
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if prefix + name not in files.files:
+            raise ValueError(f"{files.path}: the transformer's weights have no {prefix + name}")
+        view = files.slice(prefix + name)
+        shape, where = tuple(view.get_shape()), list[slice]()
+        for whole, mine in zip(shape, parameter.shape, strict=False):
+            divided = whole == mine * tp.size and tp.size > 1
+            where.append(slice(tp.rank * mine, (tp.rank + 1) * mine) if divided else slice(None))
+        part = view[tuple(where)]
+        if part.shape != parameter.shape:
+            raise ValueError(f"{files.path}: {prefix + name} is {shape}, which does not give {tuple(parameter.shape)}")
+        parameter.copy_(part)

@@ -1,0 +1,124 @@
+"""A divided transformer computes what the whole one does, holds its share of it, and refuses what does not divide."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import Partition
+from model.partition import ALONE, WAN_PLAN, Axis, Groups, Plan, groups_of, load_partitioned, parameter_bytes, place
+from model.weights import load_dit
+from tests.distributed.partition_worker import INPUTS, PARTITIONS, inputs
+from tests.tiny import tiny_model
+
+WORKER = Path(__file__).with_name("partition_worker.py")
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(world: int, *arguments: object) -> list[dict[str, dict[str, Any]]]:
+    """What every rank found."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=world)
+    os.set_inheritable(listener.fileno(), True)
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    port, listening = listener.getsockname()[1], listener.fileno()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *map(str, (rank, world, port, listening, *arguments))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **own},
+            pass_fds=[listening] if rank == 0 else [],
+        )
+        for rank in range(world)
+    ]
+    listener.close()
+    try:
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors for _, errors in outputs)
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return tiny_model(folder / "whole"), tiny_model(folder / "short", dtype=torch.bfloat16)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("world", [2, 4])
+def test_divided_equals_whole(world: int, models: tuple[Path, Path]) -> None:
+    everyone = run_ranks(world, *models)
+    for found in everyone:
+        assert list(found) == PARTITIONS[world]
+        for partition, values in found.items():
+            for kind in INPUTS:
+                assert values[f"error {kind}"] <= 1e-5, (partition, kind)
+                assert values[f"size {kind}"] > 0.1, "a network that says nothing proves nothing"
+            tp = Partition.parse(partition).tp
+            # what is not divided: row biases, modulation tables and the cross-attention norm
+            assert values["whole bytes"] / tp <= values["bytes"] <= values["whole bytes"] * (1 / tp + 0.03)
+            assert values["self test"] <= 1e-5
+            error, bound = values["bfloat16 self test"]
+            assert 0 < bound < 0.2 and error <= bound
+            assert values["spoilt"].startswith("SelfTestFailed")
+    assert len({json.dumps(found["tp=2" if world == 2 else "tp=4"]["bytes"]) for found in everyone}) == 1
+
+
+def test_one_rank_is_the_same_path(models: tuple[Path, Path]) -> None:
+    latents, times, text, _ = inputs("per frame")
+    alone = load_partitioned(models[0], groups_of(Partition(), "cpu"), torch.float32, "cpu")
+    whole = load_dit(models[0], torch.float32)
+    assert torch.equal(alone(latents, times, text), whole(latents, times, text))
+    assert parameter_bytes(alone) == parameter_bytes(whole)
+
+
+def test_too_few_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cfg1xsp1xtp2 needs 2 ranks, this engine has 1"):
+        groups_of(Partition(tp=2), "cpu")
+
+
+@pytest.mark.parametrize(("axis", "size"), [("tp", 3), ("sp", 3), ("tp", 8)])
+def test_heads_that_do_not_divide_are_refused(axis: str, size: int, models: tuple[Path, Path]) -> None:
+    groups = Groups(**{axis: Axis(None, 0, size)})
+    with pytest.raises(ValueError, match=rf"4 attention heads do not divide over .* = {size} ranks; .* \[1, 2, 4\]"):
+        load_partitioned(models[0], groups, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({r"blocks\.\d+\.to_qkv": "column"}, r"matches no layer of this transformer with blocks\.\d+\.to_qkv"),
+        ({r"blocks\.\d+\.ffn\.net\.2": None}, "does not say how to divide blocks.0.ffn.net.2"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(change: dict[str, Any], message: str, models: tuple[Path, Path]) -> None:
+    plan: Plan = {pattern: kind for pattern, kind in {**WAN_PLAN, **change}.items() if kind}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        place(load_dit(models[0], torch.float32), ALONE, plan)
+
+
+def test_a_missing_weight_is_named(models: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_model(tmp_path / "holed")
+    file = next((path / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors["blocks.1.attn1.norm_q.weight"]
+    save_file(tensors, file)
+    message = f"{path}: the transformer's weights have no blocks.1.attn1.norm_q.weight"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_partitioned(path, ALONE, torch.float32, "cpu")

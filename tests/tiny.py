@@ -1,0 +1,44 @@
+"""Small random models in the diffusers layout, for tests that need a network but not a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.config import DiTConfig, VAEConfig
+from model.dit import DiT
+from model.text import TextEncoder, small_encoder, word_tokenizer
+from model.vae import VAE
+from model.weights import save_model
+
+DEFAULTS = {
+    "name": "tiny",
+    "max_prompt_tokens": 12,
+    "width": 48,
+    "height": 32,
+    "frames": 9,
+    "fps": 8,
+    "steps": 4,
+    "guidance": 3.0,
+    "solver": "ab2",
+    "shift": 3.0,
+}
+WORDS = ["a", "red", "green", "blue", "ball", "cube", "moves", "left", "right", "slowly"]
+
+
+def tiny_model(
+    path: Path, *, heads: int = 4, head_dim: int = 12, layers: int = 2, dtype: torch.dtype | None = None
+) -> Path:
+    """Writes a model folder and returns it. All its weights are random, the head's too: untrained it would say 0."""
+    torch.manual_seed(0)
+    config = DiTConfig(layers=layers, heads=heads, head_dim=head_dim, ffn_dim=8 * head_dim, text_dim=16, freq_dim=32)
+    dit = DiT(config)
+    dit.init_weights()
+    for parameter in dit.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    length = int(DEFAULTS["max_prompt_tokens"])
+    text = TextEncoder(small_encoder(5 + len(WORDS), 16, 1, 2), word_tokenizer(WORDS, length), length)
+    vae = VAE(VAEConfig(channels=(8, 8, 8)))
+    save_model(path, dit=dit, text=text, vae=vae, defaults=DEFAULTS, dtype=dtype)
+    return path
