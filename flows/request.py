@@ -1,0 +1,267 @@
+"""What a person asks for: the Prefect UI's form, the API's JSON and the options of `rushes submit` are this one class.
+
+Fields left empty take the model's own default, which only the side that knows the model can fill in (`resolve`). The
+class checks what can be told without a model, `flows.prompts` the rest. Importing this loads no torch, Prefect or
+database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from model.weights import ModelCard
+
+# The most that one clip may ask for. Wide bounds: they keep a slip of the finger from costing a GPU-day.
+MAX_SIDE = 2048
+MAX_FRAMES = 1025
+MAX_PIXELS = 2**28  # width x height x frames: 1080p for 129 frames
+MAX_STEPS = 200
+MAX_GUIDANCE = 30.0
+MAX_SHIFT = 20.0
+MAX_FPS = 120
+MAX_SAMPLES = 64
+MAX_SEED = 2**63 - 1  # a Postgres bigint, and what torch's generator takes
+MAX_PROMPT = 2000  # characters
+MAX_ID = 200  # characters of a custom_id, a name or a key
+
+
+class PromptsFormat(StrEnum):
+    """How a prompt file is written."""
+
+    AUTO = "auto"
+    JSONL = "jsonl"
+    CSV = "csv"
+    TEXT = "text"
+
+
+FORMAT_OF_ENDING = {
+    ".jsonl": PromptsFormat.JSONL,
+    ".ndjson": PromptsFormat.JSONL,
+    ".json": PromptsFormat.JSONL,
+    ".csv": PromptsFormat.CSV,
+    ".tsv": PromptsFormat.CSV,
+    ".txt": PromptsFormat.TEXT,
+}
+
+
+class Solver(StrEnum):
+    """How the denoising equation is stepped (`model.diffusion` says how each works)."""
+
+    EULER = "euler"
+    AB2 = "ab2"
+
+
+# Each bound is written once. Multiples of 16 and 4n+1 depend on the model, so the prompt reader checks them.
+Side = Annotated[int, Field(ge=16, le=MAX_SIDE)]
+Frames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+Fps = Annotated[int, Field(ge=1, le=MAX_FPS)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Guidance = Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Shift = Annotated[float, Field(ge=0.1, le=MAX_SHIFT, allow_inf_nan=False)]
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+def _flatten(schema: dict[str, Any]) -> None:
+    """Shows an optional value as one plain field of the form, not as a choice between a value and None."""
+    for field in schema.get("properties", {}).values():
+        kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
+        if len(kinds) == 1 and "type" in kinds[0] and "enum" not in kinds[0]:
+            del field["anyOf"]
+            field.update(kinds[0])
+        if field.get("default", ...) is None:
+            del field["default"]  # Prefect accepts null for an optional field exactly when it shows no default
+
+
+class PromptLine(BaseModel):
+    """One prompt with settings of its own. What is left empty follows the request, then the model."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Prompt with its own settings")
+
+    prompt: str = Field(title="Prompt", description=f"At most {MAX_PROMPT:,} characters")
+    custom_id: str | None = Field(
+        default=None, title="Your own id", description="Unique in the request; names the exported clip"
+    )
+    negative_prompt: str | None = Field(default=None, title="Negative prompt")
+    width: Side | None = None
+    height: Side | None = None
+    frames: Frames | None = None
+    fps: Fps | None = Field(default=None, title="Frames per second")
+    steps: Steps | None = None
+    guidance: Guidance | None = None
+    solver: Solver | None = None
+    shift: Shift | None = None
+    samples: Samples | None = None
+    seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
+
+
+class GenerationRequest(BaseModel):
+    """A batch of prompts, and the settings of those that bring none of their own."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Generation request")
+
+    name: str | None = Field(default=None, max_length=MAX_ID, title="Name", description="What you call this batch")
+    prompts: list[str | PromptLine] = Field(
+        default_factory=list[str | PromptLine],
+        title="Prompts",
+        description="Write the prompts here, each a text or an object with settings of its own, or name a file below",
+    )
+    prompts_uri: str | None = Field(
+        default=None,
+        title="Prompt file",
+        description="store:<key> for an object of the store, or the path of a file below the worker's prompts folder",
+    )
+    prompts_format: PromptsFormat = Field(
+        default=PromptsFormat.AUTO,
+        title="Format of the file",
+        description="jsonl: an object a line; csv: with a header row; text: a prompt a line; auto: by its ending",
+    )
+    model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model")
+    width: Side | None = Field(
+        default=None, title="Width", description="Pixels, a multiple of 16; empty: the model's own"
+    )
+    height: Side | None = Field(
+        default=None, title="Height", description="Pixels, a multiple of 16; empty: the model's own"
+    )
+    frames: Frames | None = Field(default=None, title="Frames", description="4n+1, so 9, 13, 17 …; 1 makes an image")
+    fps: Fps | None = Field(default=None, title="Frames per second")
+    steps: Steps | None = Field(default=None, title="Denoising steps", description="More are slower and finer")
+    guidance: Guidance | None = Field(
+        default=None, title="Guidance", description="How closely to follow the prompt; 1 is off and takes half the time"
+    )
+    solver: Solver | None = Field(default=None, title="Solver")
+    shift: Shift | None = Field(
+        default=None, title="Time shift", description="Higher spends more steps on layout and motion"
+    )
+    negative_prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT, title="Negative prompt", description="What should not be seen"
+    )
+    samples: Samples | None = Field(
+        default=None, title="Samples", description="Clips of each prompt, each from another seed"
+    )
+    seed: Seed = Field(default=0, title="Seed", description="Another number makes other clips of the same prompts")
+    priority: int = Field(default=50, ge=0, le=100, title="Priority", description="Higher goes first")
+    tenant: str = Field(
+        default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", title="Tenant", description="On whose account"
+    )
+    key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_ID,
+        title="Idempotency key",
+        description="Two requests of one key are one request; empty: made from the prompts and the settings",
+    )
+    skip_invalid: bool = Field(
+        default=False, title="Skip bad lines", description="Record them as rejected, make the others"
+    )
+    rewrite: bool = Field(
+        default=False, title="Rewrite prompts", description="Put them into words the model was trained on"
+    )
+
+    @field_validator("name", "prompts_uri", "key", "negative_prompt", mode="before")
+    @classmethod
+    def _an_empty_field_is_no_value(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @model_validator(mode="after")
+    def _prompts_come_from_one_place(self) -> GenerationRequest:
+        if bool(self.prompts) == bool(self.prompts_uri):
+            said = "both are" if self.prompts else "neither is"
+            raise ValueError(f"give either prompts or prompts_uri: {said} given")
+        return self
+
+    def resolve(self, card: ModelCard) -> Defaults:
+        """The settings of a prompt that brings none of its own."""
+        return Defaults(
+            width=card.width if self.width is None else self.width,
+            height=card.height if self.height is None else self.height,
+            frames=card.frames if self.frames is None else self.frames,
+            fps=card.fps if self.fps is None else self.fps,
+            steps=card.steps if self.steps is None else self.steps,
+            guidance=card.guidance if self.guidance is None else self.guidance,
+            solver=card.solver if self.solver is None else self.solver.value,
+            shift=card.shift if self.shift is None else self.shift,
+            negative_prompt=self.negative_prompt,
+            samples=1 if self.samples is None else self.samples,
+            seed=self.seed,
+            multiple=card.multiple,
+            frame_step=card.frame_step,
+        )
+
+    @property
+    def format(self) -> PromptsFormat:
+        """The format the prompts are read in; AUTO when only a look at the file can tell."""
+        if self.prompts:
+            return PromptsFormat.JSONL
+        if self.prompts_format is not PromptsFormat.AUTO:
+            return self.prompts_format
+        return FORMAT_OF_ENDING.get(PurePosixPath(self.prompts_uri or "").suffix.lower(), PromptsFormat.AUTO)
+
+    def inline_bytes(self) -> bytes:
+        """The prompts of the form as a JSONL file, so that there is one reader and one digest for every way in."""
+        lines = [PromptLine(prompt=p) if isinstance(p, str) else p for p in self.prompts]
+        return "".join(json.dumps(line.model_dump(mode="json", exclude_none=True)) + "\n" for line in lines).encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """A request's settings with the model's defaults filled in, and the model's rules for sizes and lengths."""
+
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    solver: str
+    shift: float
+    negative_prompt: str | None
+    samples: int
+    seed: int
+    multiple: int  # width and height must be multiples of it
+    frame_step: int  # frames must be frame_step * n + 1
+
+
+def request_key(request: GenerationRequest, defaults: Defaults, *, source_sha256: str, model_digest: str) -> str:
+    """The idempotency key: the given `key` (each tenant has its own), or a digest of all that decides the clips.
+
+    So the same file with the same settings is the same request, however it is named and however urgent it is.
+    `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`.
+    """
+    if request.key:
+        return f"{request.tenant}:{request.key}"
+    return digest_of(
+        {
+            "source": source_sha256,
+            "format": request.format.value,
+            "settings": asdict(defaults),
+            "tenant": request.tenant,
+            "model": model_digest,
+            "rewrite": request.rewrite,
+        }
+    )
+
+
+def request_id(key: str) -> str:
+    """`req_` and 12 hex digits of the key's sha256."""
+    return "req_" + hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def clip_id(request: str, index: int, sample: int) -> str:
+    """The id of sample `sample` of the prompt number `index` (both from 0) of the request with id `request`."""
+    return f"{request}-{index:06d}-{sample}"
+
+
+def digest_of(value: dict[str, Any] | Sequence[Any]) -> str:
+    """sha256 hex over canonical JSON: sorted keys, no spaces, ASCII, so equal values have equal digests everywhere."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

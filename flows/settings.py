@@ -1,0 +1,248 @@
+"""Every setting of Rushes: the one place that reads the environment.
+
+A value comes from `RUSHES_<NAME>` if that is set, else from `RUSHES_HOME/stack.json` (written by the embedded stack
+while it runs), else from the default here. Everything else in the program takes these values as arguments.
+Wrong settings stop the program at start, with the name of the setting in the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import stat
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from infra.store import Store
+
+PREFIX = "RUSHES_"
+DEFAULT_HOME = Path("~/.local/share/rushes")
+STACK_FILE = "stack.json"
+SECRETS = ("database_url", "store_access_key", "store_secret_key", "prefect_auth")  # never shown
+
+
+class WrongSetting(ValueError):
+    """A setting cannot be used. The message names it, its value, and what it must be."""
+
+
+class NotRunning(RuntimeError):
+    """No stack runs and no setting says where one is. The message says how to start or name one."""
+
+
+class Settings(BaseSettings):
+    """What the machine supplies. Build it with `load_settings`, which also makes the home folder."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+
+    home: Path = Field(default=DEFAULT_HOME, description="Folder of all state; readable by its owner alone")
+    database_url: str | None = Field(
+        default=None, repr=False, description="The ledger: postgresql+psycopg://user:password@host/db"
+    )
+    store_url: str | None = Field(default=None, description="file:///folder or s3://bucket?endpoint=host:port")
+    store_access_key: str | None = Field(default=None, repr=False)
+    store_secret_key: SecretStr | None = None
+    prefect_api_url: str | None = Field(default=None, description="http://host:port/api")
+    prefect_ui_url: str | None = Field(
+        default=None, description="Where people see Prefect; default: the API without /api"
+    )
+    prefect_auth: SecretStr | None = Field(default=None, description="user:password, if the Prefect server asks for it")
+    prompts_folder: Path | None = Field(
+        default=None, description="prompts_uri may name files below it; default: home/prompts"
+    )
+    model: str = Field(default="mini", min_length=1, description="Model that engines load: a shipped name or a folder")
+    partition: str = Field(
+        default="tp=2", description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…"
+    )
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(default=1, ge=1, le=256, description="CPU threads of each rank")
+    micro_batch: int = Field(default=4, ge=1, le=256, description="Clips that an engine denoises together")
+    engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
+    linger: float = Field(
+        default=60, ge=0, le=7 * 86400, description="Seconds that an engine waits for work before it leaves"
+    )
+    lease_seconds: float = Field(default=60, ge=1, le=3600, description="A silent engine loses its shard after so long")
+    shard_seconds: float = Field(default=20, ge=1, le=3600, description="Engine seconds that one shard should take")
+    rewriter_url: str | None = Field(default=None, description="OpenAI-compatible endpoint that rewrites prompts")
+    ports: dict[str, int] = Field(default_factory=dict, description="Ports of the embedded stack's parts")
+
+    @field_validator("home")
+    @classmethod
+    def _home_is_absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("database_url")
+    @classmethod
+    def _database_is_postgres(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, separator, rest = value.partition("://")
+        if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
+            return f"postgresql+psycopg://{rest}"  # what psql prints and what SQLAlchemy needs are both accepted
+        raise ValueError("must begin with postgresql+psycopg://")
+
+    @field_validator("store_url")
+    @classmethod
+    def _store_is_known(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("file:///", "s3://")):
+            raise ValueError("must begin with file:/// or s3://")
+        return value
+
+    @field_validator("prefect_api_url", "prefect_ui_url", "rewriter_url")
+    @classmethod
+    def _url_is_http(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
+            raise ValueError("must be an http:// or https:// address")
+        return value.rstrip("/") if value else value
+
+    @field_validator("partition")
+    @classmethod
+    def _partition_parses(cls, value: str) -> str:
+        from model.config import Partition
+
+        Partition.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _api_has_a_ui(self) -> Settings:
+        if self.prefect_api_url and not self.prefect_api_url.endswith("/api"):
+            raise ValueError(f"prefect_api_url={self.prefect_api_url} must end in /api")
+        return self
+
+    @property
+    def prompts(self) -> Path:
+        """The folder below which `prompts_uri` may name files."""
+        return Path(os.path.abspath((self.prompts_folder or self.home / "prompts").expanduser()))
+
+    @property
+    def store(self) -> str:
+        """The store's address; without any setting a folder of the home."""
+        return self.store_url or (self.home / "store").as_uri()
+
+    def open_store(self) -> Store:
+        """The object store that these settings name. Raises WrongSetting."""
+        from infra.store import open_store
+
+        secret = self.store_secret_key.get_secret_value() if self.store_secret_key else None
+        try:
+            return open_store(self.store, self.store_access_key, secret)
+        except ValueError as error:
+            raise WrongSetting(f"{PREFIX}STORE_URL={self.store}: {error}") from None
+
+    @property
+    def stack_file(self) -> Path:
+        return self.home / STACK_FILE
+
+    @property
+    def ui_url(self) -> str:
+        """Where a person looks at Prefect. Raises NotRunning."""
+        return self.prefect_ui_url or self.prefect_api.removesuffix("/api")
+
+    @cached_property
+    def database(self) -> str:
+        """The ledger's address. Raises NotRunning when there is none."""
+        return self._needed("database_url")
+
+    @cached_property
+    def prefect_api(self) -> str:
+        """The Prefect API's address. Raises NotRunning when there is none."""
+        return self._needed("prefect_api_url")
+
+    def _needed(self, name: str) -> str:
+        value: str | None = getattr(self, name)
+        if value is None:
+            unset = f"{PREFIX}{name.upper()} is not set"
+            raise NotRunning(f"no stack is running under {self.home} and {unset}: start one with `rushes up`")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings of this process: `given` over environment over stack.json over defaults.
+
+    Makes the home folder (mode 0700) if it is missing. Raises WrongSetting.
+    """
+    _refuse_misspelt_names()
+    home = _make_home(Path(given.get("home") or os.environ.get(f"{PREFIX}HOME") or DEFAULT_HOME))
+    named = {name for name in Settings.model_fields if name in given or os.environ.get(PREFIX + name.upper())}
+    from_stack = {name: value for name, value in _read_stack(home / STACK_FILE).items() if name not in named}
+    values: dict[str, Any] = {**from_stack, **given, "home": home}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise WrongSetting("; ".join(_say(e, home, from_stack) for e in error.errors())) from None
+
+
+def _say(error: Any, home: Path, from_stack: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    if not where:
+        return reason
+    if error["loc"][0] in from_stack:
+        return f"{home / STACK_FILE}: {where} {_lower(reason)}: stop and start the stack to write it anew"
+    value = "" if where in SECRETS else f"={error['input']}"
+    return f"{PREFIX}{where.upper()}{value}: {_lower(reason)}"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _read_stack(path: Path) -> dict[str, Any]:
+    try:
+        stack = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise WrongSetting(f"{path} cannot be read ({error}): stop and start the stack to write it anew") from None
+    if not isinstance(stack, dict):
+        raise WrongSetting(f"{path} must hold a JSON object: stop and start the stack to write it anew")
+    return {name: value for name, value in stack.items() if name in Settings.model_fields}
+
+
+def _make_home(home: Path) -> Path:
+    """Makes `home` or tightens our own one to 0700; never changes the rights of a folder that is not ours to change."""
+    home = Path(os.path.abspath(home.expanduser()))
+    name = f"{PREFIX}HOME={home}"
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = home.stat().st_mode
+        if not stat.S_IMODE(mode) & 0o077:
+            return home
+        if any(home.iterdir()) and not (home / STACK_FILE).exists():
+            raise WrongSetting(
+                f"{name}: others may enter it (mode {stat.S_IMODE(mode):04o}) and it holds other things: "
+                "name a folder of its own, or chmod 700 it yourself"
+            )
+        home.chmod(0o700)
+    except (FileExistsError, NotADirectoryError):
+        raise WrongSetting(f"{name}: is not a folder") from None
+    except OSError as error:
+        raise WrongSetting(f"{name}: cannot be made or entered ({error.strerror})") from None
+    return home
+
+
+def _refuse_misspelt_names() -> None:
+    """A misspelt setting would silently do nothing. Names that resemble none of ours may be somebody else's."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known and not name.startswith(f"{PREFIX}TEST_"):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                raise WrongSetting(f"{name} is not a setting: did you mean {near[0]}?")
