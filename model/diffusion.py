@@ -29,7 +29,7 @@ def schedule(steps: int, shift: float) -> list[float]:
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift={shift} must be a finite number above 0")
     even = (1 - k / steps for k in range(steps + 1))
-    return [shift * t / (1 + (shift - 1) * t) for t in even]
+    return [t / (t + (1 - t) / shift) for t in even]  # written so that both ends are exact
 
 
 def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str = "euler") -> Iterator[Tensor]:

@@ -1,0 +1,75 @@
+"""What must hold of the flow and its solvers for any input."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.diffusion import SOLVERS, blend, denoise, guide, noise, schedule
+
+shifts = st.floats(0.1, 20)
+
+
+@given(steps=st.integers(1, 200), shift=shifts)
+def test_a_schedule_falls_from_noise_to_clean(steps: int, shift: float) -> None:
+    times = schedule(steps, shift)
+    assert len(times) == steps + 1
+    assert (times[0], times[-1]) == (1.0, 0.0)
+    assert all(now > after for now, after in pairwise(times))
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (5, 0.0), (5, math.nan), (5, math.inf)])
+def test_an_impossible_schedule_is_refused(steps: int, shift: float) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        schedule(steps, shift)
+
+
+@given(steps=st.integers(1, 40), shift=shifts, solver=st.sampled_from(SOLVERS), seed=st.integers(0, 2**63 - 1))
+def test_the_exact_velocity_reaches_the_clean_clip_in_any_number_of_steps(
+    steps: int, shift: float, solver: str, seed: int
+) -> None:
+    clean = torch.linspace(-2, 2, 24, dtype=torch.float64).view(2, 3, 4)
+    start = noise(seed, clean.shape).double()
+    path = list(denoise(lambda x, now: (x - clean) / now, start, schedule(steps, shift), solver))
+    torch.testing.assert_close(path[-1], clean, atol=1e-9, rtol=0)
+    for x, now in zip(path, schedule(steps, shift)[1:], strict=True):  # and stays on the straight line all the way
+        torch.testing.assert_close(x, blend(clean, start, torch.tensor(now, dtype=torch.float64)), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_halving_the_steps_divides_the_error_by_the_solver_s_order(solver: str, order: int, shift: float) -> None:
+    """On a curved path with a known end: normal data of spread s, whose exact velocity is linear in x."""
+    spread = 0.5
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        return x * (t - (1 - t) * spread**2) / (t**2 + (1 - t) ** 2 * spread**2)
+
+    def error(steps: int) -> float:
+        *_, end = denoise(velocity, torch.ones(1, dtype=torch.float64), schedule(steps, shift), solver)
+        return abs(end.item() - spread)
+
+    measured = math.log2(error(800) / error(1600))
+    assert measured == pytest.approx(order, abs=0.15)
+
+
+@given(guidance=st.floats(0, 30))
+def test_guidance_moves_along_the_difference(guidance: float) -> None:
+    with_text, without = torch.tensor([3.0]), torch.tensor([1.0])
+    assert guide(with_text, without, 1.0) == with_text
+    assert guide(with_text, without, guidance).item() == pytest.approx(1 + 2 * guidance)
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+def test_a_seed_is_its_noise_whatever_happened_before(seed: int) -> None:
+    first = noise(seed, (4, 3))
+    torch.randn(5)
+    assert torch.equal(first, noise(seed, (4, 3)))
+
+
+def test_an_unknown_solver_is_refused() -> None:
+    with pytest.raises(ValueError, match="solver='heun' must be one of euler, ab2"):
+        next(denoise(lambda x, now: x, torch.ones(1), [1.0, 0.0], "heun"))
