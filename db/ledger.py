@@ -1,0 +1,725 @@
+"""Requests and their clips, from the first line read to the last one accounted for.
+
+Plain functions: they take a session, return values, and leave the transaction to the caller. What engines write is in
+leases.py; what people read is in history.py. None of them costs more statements for a million clips than for ten,
+except add_clips (one a thousand).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Double,
+    Integer,
+    Row,
+    Text,
+    case,
+    column,
+    distinct,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, distinct_on
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session, aliased
+
+from db.history import HistoryRow as ClipRow
+from db.history import history, rows_of
+from db.leases import adopted
+from db.session import change
+from db.tables import (
+    ACTIVE,
+    TERMINAL,
+    Artifact,
+    Attempt,
+    AttemptStatus,
+    Clip,
+    ClipStatus,
+    Edge,
+    EdgeKind,
+    Engine,
+    Model,
+    Request,
+    RequestStatus,
+    Shard,
+    ShardStatus,
+    Take,
+)
+
+CHUNK = 1000  # clips in one insert
+_ANALYZE_FROM = 2000  # clips at which a request changes the statistics that plans are made from
+_PLANNING = 0x506C616E  # advisory lock: "Plan"
+
+
+class RequestNotFound(LookupError):
+    """No request has this id; `rushes history` lists the ids there are."""
+
+
+class RequestNotReady(RuntimeError):
+    """The request is not in the state this step needs; the message says which, and what to do first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    key: str  # two requests with one key are one request
+    name: str
+    tenant: str
+    model: str
+    model_digest: str
+    settings: Mapping[str, Any]
+    source: str  # where the prompts came from: an uri, or "inline"
+    source_sha256: str
+    priority: int = 50
+    flow_run_id: str | None = None
+    carrier: Mapping[str, str] = field(default_factory=dict)
+    trace_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRequest:
+    id: str
+    created: bool  # False: this key was known
+    status: RequestStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewClip:
+    """A clip asked for. With `rejected` (the reason) it is kept for the record only, and may lack its settings."""
+
+    index: int
+    sample: int
+    prompt: str
+    custom_id: str | None = None
+    rewritten_prompt: str | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    solver: str | None = None
+    shift: float | None = None
+    seed: int | None = None
+    recipe: str | None = None
+    line: int | None = None
+    rejected: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unplanned:
+    """A clip that waits for a shard, with what its cost depends on."""
+
+    clip_id: str
+    index: int
+    sample: int
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance: float
+    solver: str
+    recipe: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a request stands. `counts` holds every clip status, also those with no clip."""
+
+    request_id: str
+    status: RequestStatus
+    total: int | None  # None while clips are still being added
+    counts: Mapping[ClipStatus, int]
+    found: int  # done without rendering
+    seconds_done: float  # engine seconds of the clips rendered
+    mean_seconds: float | None  # of one rendered clip
+    first_started: datetime | None
+    engines: int  # with a live lease on a shard of this request
+    now: datetime
+
+    @property
+    def added(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def waiting(self) -> int:
+        """Clips that are not terminal yet."""
+        return sum(self.counts[status] for status in ACTIVE)
+
+    @property
+    def finished(self) -> bool:
+        return self.total is not None and self.waiting == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRow:
+    id: int
+    status: ShardStatus
+    owner: str | None
+    attempt: int
+    leased_until: datetime | None
+    width: int
+    height: int
+    frames: int
+    size: int
+    done: int
+    running: int
+    failed: int  # failed or quarantined
+    seconds: float
+    created_at: datetime
+    claimed_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRow:
+    id: str
+    key: str
+    name: str
+    tenant: str
+    model: str
+    model_digest: str
+    settings: dict[str, Any]
+    source: str
+    source_sha256: str
+    priority: int
+    status: RequestStatus
+    total: int | None
+    flow_run_id: str | None
+    carrier: dict[str, Any]
+    trace_id: str | None
+    manifest_key: str | None
+    sheet_key: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRow:
+    id: str
+    host: str
+    pid: int
+    device: str
+    partition: str
+    model_digest: str
+    code_version: str
+    flow_run_id: str | None
+    started_at: datetime
+    heartbeat_at: datetime
+    closed_at: datetime | None
+
+
+# Opening
+
+
+def request_id(key: str) -> str:
+    """The id that belongs to an idempotency key."""
+    return "req_" + hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def open_request(session: Session, new: NewRequest) -> OpenedRequest:
+    """Open the request, or find the one that was opened with this key.
+
+    A cancelled one is opened again, its cancelled clips queued, when another flow run asks for it. An open one goes
+    over to the flow run that asks.
+    """
+    known_model = upsert(Model).values(digest=new.model_digest, name=new.model)
+    change(session, known_model.on_conflict_do_nothing(index_elements=[Model.digest]))
+    values = {**asdict(new), "id": request_id(new.key)}
+    created = upsert(Request).values(values).on_conflict_do_nothing(index_elements=[Request.key])
+    if session.execute(created.returning(Request.id)).one_or_none() is not None:
+        return OpenedRequest(values["id"], True, RequestStatus.OPEN)
+    found = _lock_request(session, values["id"])
+    status = found.status
+    if status == RequestStatus.CANCELLED and found.flow_run_id != new.flow_run_id:
+        _queue_again(session, found.id, [ClipStatus.CANCELLED])
+        status = RequestStatus.OPEN
+    if status == RequestStatus.OPEN:
+        asking = {"flow_run_id": new.flow_run_id, "carrier": dict(new.carrier), "trace_id": new.trace_id}
+        change(session, update(Request).where(Request.id == found.id).values(asking))
+    return OpenedRequest(found.id, False, status)
+
+
+def add_clips(session: Session, request_id: str, clips: Iterable[NewClip]) -> int:
+    """Add the clips, a thousand at a time and never more in memory. Those that are there already are left as they are.
+
+    Returns how many were new. Nothing is planned before seal_request.
+    """
+    added = 0
+    stream = iter(clips)
+    while chunk := list(islice(stream, CHUNK)):
+        rows = json.dumps([_as_row(request_id, clip) for clip in chunk], ensure_ascii=False, allow_nan=False)
+        given = func.jsonb_to_recordset(literal(rows, Text).cast(JSONB)).table_valued(*_CLIP_COLUMNS)
+        given = given.render_derived(name="given", with_types=True)
+        finished = case((given.c.error.is_not(None), func.now()), else_=None)
+        status = case((given.c.error.is_not(None), ClipStatus.REJECTED), else_=ClipStatus.QUEUED)
+        source = select(*given.c, status.cast(Clip.status.type), finished)
+        names = [*(col.name for col in _CLIP_COLUMNS), "status", "finished_at"]
+        added += change(session, upsert(Clip).from_select(names, source).on_conflict_do_nothing())
+    return added
+
+
+_CLIP_COLUMNS = (
+    *(column(name, Text) for name in ("id", "request_id", "custom_id", "prompt", "rewritten_prompt")),
+    *(column(name, Text) for name in ("negative_prompt", "solver", "recipe", "error")),
+    *(column(name, Integer) for name in ("index", "sample", "line", "width", "height", "frames", "fps", "steps")),
+    *(column(name, Double) for name in ("guidance", "shift")),
+    column("seed", BigInteger),
+)
+
+
+def _as_row(request_id: str, clip: NewClip) -> dict[str, Any]:
+    row = {name: getattr(clip, name) for name in NewClip.__slots__ if name != "rejected"}
+    return {
+        **row,
+        "id": f"{request_id}-{clip.index:06d}-{clip.sample}",
+        "request_id": request_id,
+        "error": clip.rejected,
+    }
+
+
+def seal_request(session: Session, request_id: str, total: int) -> None:
+    """All clips are in, `total` of them: planning may begin. Said again with the same total it changes nothing."""
+    request = _lock_request(session, request_id)
+    there = session.scalar(select(func.count()).where(Clip.request_id == request_id))
+    if there != total or request.total not in (None, total):
+        said = f"; it was sealed with {request.total}" if request.total is not None else ""
+        raise ValueError(
+            f"{request_id} has {there} clips, not {total}{said}: add_clips must bring every line exactly once"
+        )
+    change(session, update(Request).where(Request.id == request_id).values(total=total))
+    if request.status == RequestStatus.CANCELLED:  # while its clips were being added
+        _end_clips(session, request_id)
+    if total >= _ANALYZE_FROM:
+        session.execute(text("analyze clips"))
+
+
+# Planning
+
+
+def adopt_takes(session: Session, request_id: str) -> int:
+    """Every unplanned clip whose recipe was rendered before is done. Returns how many were."""
+    _lock_request(session, request_id)
+    adopt = (
+        update(Clip)
+        .where(_unplanned(Clip), Clip.request_id == request_id, Clip.recipe == Take.recipe)
+        .values(adopted())
+    )
+    return change(session, adopt)
+
+
+def unplanned(session: Session, request_id: str, limit: int) -> list[Unplanned]:
+    """The next clips to plan, in file order: of each recipe the first one, and only where nobody renders it or has.
+
+    The others wait, and are adopted when the take is there. Empty until the request is sealed.
+    """
+    twin = aliased(Clip)
+    earlier = exists().where(
+        twin.request_id == Clip.request_id,
+        twin.recipe == Clip.recipe,
+        _unplanned(twin),
+        tuple_(twin.index, twin.sample) < tuple_(Clip.index, Clip.sample),
+    )
+    rows = session.execute(
+        select(Clip.id.label("clip_id"), *(getattr(Clip, f.name) for f in fields(Unplanned)[1:]))
+        .join(Request, Request.id == Clip.request_id)
+        .where(Clip.request_id == request_id, _unplanned(Clip), Request.total.is_not(None))
+        .where(~earlier, *_nobody_renders())
+        .order_by(Clip.index, Clip.sample)
+        .limit(limit)
+    )
+    return [Unplanned(**row) for row in rows.mappings()]
+
+
+def create_shard(
+    session: Session,
+    request_id: str,
+    clip_ids: Sequence[str],
+    *,
+    carrier: Mapping[str, str] | None = None,
+    priority: int | None = None,
+) -> int | None:
+    """Put these clips (of one width, height, frames) into a new shard and return its id.
+
+    A clip that meanwhile was taken, cancelled, or whose recipe somebody else renders or has rendered, stays out; None
+    when none is left. `priority` is the request's when not given. Planners of all requests take turns from here to the
+    end of the transaction, so commit soon.
+    """
+    request = _lock_request(session, request_id)
+    if request.status != RequestStatus.OPEN or request.total is None:
+        return None
+    session.execute(select(func.pg_advisory_xact_lock(_PLANNING)))
+    takable = select(Clip.id, Clip.width, Clip.height, Clip.frames, Clip.recipe).ext(distinct_on(Clip.recipe))
+    takable = takable.where(Clip.id.in_(clip_ids), Clip.request_id == request_id, _unplanned(Clip), *_nobody_renders())
+    rows = session.execute(takable.order_by(Clip.recipe, Clip.index, Clip.sample)).all()
+    if not rows:
+        return None
+    shapes = {(row.width, row.height, row.frames) for row in rows}
+    if len(shapes) > 1:
+        raise ValueError(f"a shard renders one shape; these clips of {request_id} have {len(shapes)}: {sorted(shapes)}")
+    ((width, height, frames),) = shapes
+    shard_id = session.execute(
+        insert(Shard)
+        .values(
+            request_id=request_id,
+            priority=request.priority if priority is None else priority,
+            width=width,
+            height=height,
+            frames=frames,
+            size=len(rows),
+            carrier=dict(carrier or {}),
+        )
+        .returning(Shard.id)
+    ).scalar_one()
+    change(session, update(Clip).where(Clip.id.in_([row.id for row in rows])).values(shard_id=shard_id))
+    return shard_id
+
+
+def _unplanned(clip: Any) -> Any:
+    return (clip.status == ClipStatus.QUEUED) & clip.shard_id.is_(None)
+
+
+def _nobody_renders() -> tuple[Any, Any]:
+    active = aliased(Clip)
+    planned = active.status.in_(ACTIVE) & active.shard_id.is_not(None)
+    return ~exists().where(active.recipe == Clip.recipe, planned), ~exists().where(Take.recipe == Clip.recipe)
+
+
+# Watching
+
+
+def progress(session: Session, request_id: str) -> Progress:
+    rendered = (Clip.status == ClipStatus.DONE) & ~Clip.found
+    rows = session.execute(
+        select(
+            Clip.status,
+            func.count().label("clips"),
+            func.count().filter(Clip.found).label("found"),
+            func.count().filter(rendered).label("rendered"),
+            func.coalesce(func.sum(Clip.seconds).filter(rendered), 0.0).label("seconds"),
+            func.min(Clip.started_at).label("started"),
+        )
+        .where(Clip.request_id == request_id)
+        .group_by(Clip.status)
+    ).all()
+    live = (Shard.status == ShardStatus.LEASED) & (Shard.leased_until >= func.clock_timestamp())
+    engines = select(func.count(distinct(Shard.owner))).where(Shard.request_id == request_id, live).scalar_subquery()
+    request = session.execute(
+        select(Request.status, Request.total, engines.label("engines"), func.now().label("now")).where(
+            Request.id == request_id
+        )
+    ).one_or_none()
+    if request is None:
+        raise _not_found(request_id)
+    counted = {row.status: int(row.clips) for row in rows}
+    rendered_clips = sum(int(row.rendered) for row in rows)
+    seconds = sum(float(row.seconds) for row in rows)
+    return Progress(
+        request_id=request_id,
+        status=request.status,
+        total=request.total,
+        counts={status: counted.get(status, 0) for status in ClipStatus},
+        found=sum(int(row.found) for row in rows),
+        seconds_done=seconds,
+        mean_seconds=seconds / rendered_clips if rendered_clips else None,
+        first_started=min((row.started for row in rows if row.started), default=None),
+        engines=request.engines,
+        now=request.now,
+    )
+
+
+def shard_table(session: Session, request_id: str, *, limit: int | None = None) -> list[ShardRow]:
+    """The request's shards, oldest first; with `limit` the newest ones only."""
+    ended_badly = Clip.status.in_((ClipStatus.FAILED, ClipStatus.QUARANTINED))
+    newest = select(Shard).where(Shard.request_id == request_id).order_by(Shard.id.desc()).limit(limit).subquery()
+    shard = aliased(Shard, newest)
+    clips = (
+        select(
+            func.count().filter(Clip.status == ClipStatus.DONE).label("done"),
+            func.count().filter(Clip.status == ClipStatus.RUNNING).label("running"),
+            func.count().filter(ended_badly).label("failed"),
+            func.coalesce(func.sum(Clip.seconds), 0.0).label("seconds"),
+        )
+        .where(Clip.shard_id == shard.id)
+        .lateral("its_clips")
+    )
+    own = [f.name for f in fields(ShardRow) if f.name not in clips.c]
+    rows = session.execute(select(*(getattr(shard, name) for name in own), *clips.c).order_by(shard.id))
+    return [ShardRow(**row) for row in rows.mappings()]
+
+
+def clips_of(session: Session, request_id: str, *, statuses: Sequence[ClipStatus] | None = None) -> Iterator[ClipRow]:
+    """The request's clips in file order, read through a server-side cursor."""
+    wanted = select(history).where(history.c.request_id == request_id).order_by(history.c.index, history.c.sample)
+    if statuses is not None:
+        wanted = wanted.where(history.c.status.in_([str(status) for status in statuses]))
+    return rows_of(session, wanted)
+
+
+def request_by(session: Session, id_or_name: str) -> RequestRow | None:
+    """The request of this id; else the latest of this name, or of this flow run."""
+    mine = or_(Request.id == id_or_name, Request.name == id_or_name, Request.flow_run_id == id_or_name)
+    first = select(Request).where(mine).order_by((Request.id == id_or_name).desc(), Request.created_at.desc()).limit(1)
+    found = session.scalars(first, execution_options={"populate_existing": True}).one_or_none()
+    return None if found is None else _request_row(found)
+
+
+def latest_requests(session: Session, limit: int = 20) -> list[RequestRow]:
+    latest = select(Request).order_by(Request.created_at.desc(), Request.id).limit(limit)
+    found = session.scalars(latest, execution_options={"populate_existing": True})
+    return [_request_row(request) for request in found]
+
+
+def _request_row(request: Request) -> RequestRow:
+    return RequestRow(**{f.name: getattr(request, f.name) for f in fields(RequestRow)})
+
+
+# Ending
+
+
+def finish_request(
+    session: Session, request_id: str, *, manifest_key: str | None = None, sheet_key: str | None = None
+) -> RequestStatus:
+    """Close the request with the state its clips give it, and return that.
+
+    All done: completed. None done: failed. Else completed with gaps. A cancelled one stays cancelled. Keys given
+    replace those kept before. Raises RequestNotReady while a clip is still to come.
+    """
+    request = _lock_request(session, request_id)
+    done, ended, there = session.execute(
+        select(
+            func.count().filter(Clip.status == ClipStatus.DONE),
+            func.count().filter(Clip.status.in_(TERMINAL)),
+            func.count(),
+        ).where(Clip.request_id == request_id)
+    ).one()
+    status = request.status
+    if status != RequestStatus.CANCELLED:
+        if request.total is None:
+            raise RequestNotReady(f"{request_id} is not sealed: add its clips and call seal_request first")
+        if ended < there:
+            raise RequestNotReady(f"{request_id} has {there - ended} of {there} clips still to come")
+        status = RequestStatus.COMPLETED_WITH_GAPS if done else RequestStatus.FAILED
+        status = RequestStatus.COMPLETED if done == there else status
+    keys = {"manifest_key": manifest_key, "sheet_key": sheet_key}
+    finished: dict[str, Any] = {"status": status, "finished_at": func.coalesce(Request.finished_at, func.now())}
+    finished.update({name: key for name, key in keys.items() if key is not None})
+    change(session, update(Request).where(Request.id == request_id).values(finished))
+    return status
+
+
+def cancel_request(session: Session, request_id: str) -> int:
+    """Cancel what is not terminal yet. Returns how many clips that was; nothing happens to a request that has ended.
+
+    Engines learn of it from leases.renew.
+    """
+    request = _lock_request(session, request_id)
+    if request.status != RequestStatus.OPEN:
+        return 0
+    change(
+        session,
+        update(Request).where(Request.id == request_id).values(status=RequestStatus.CANCELLED, finished_at=func.now()),
+    )
+    return _end_clips(session, request_id)
+
+
+def retry_request(session: Session, request_id: str) -> int:
+    """Queue the failed, quarantined and cancelled clips again, each with a fresh allowance of attempts.
+
+    Opens the request again when there were any. Returns how many. Raises RequestNotReady for a request that was
+    cancelled before all of its clips were in.
+    """
+    request = _lock_request(session, request_id)
+    if request.total is None:
+        raise RequestNotReady(f"{request_id} lacks some of its clips: submit its prompts again")
+    again = [ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED]
+    return _queue_again(session, request_id, again)
+
+
+def _queue_again(session: Session, request_id: str, statuses: Sequence[ClipStatus]) -> int:
+    queued = (
+        update(Clip)
+        .where(Clip.request_id == request_id, Clip.status.in_(statuses))
+        .values(status=ClipStatus.QUEUED, tries=0, shard_id=None, error=None, finished_at=None)
+    )
+    count = change(session, queued)
+    unsealed = Request.total.is_(None)  # cancelled so early that it may have no clip yet
+    change(
+        session,
+        update(Request)
+        .where(Request.id == request_id, or_(unsealed, literal(count > 0, Boolean)))
+        .values(status=RequestStatus.OPEN, finished_at=None),
+    )
+    return count
+
+
+def _end_clips(session: Session, request_id: str) -> int:
+    # Shards first: an engine that writes at this moment is waited for, one that comes later sees the cancelled shard.
+    theirs = select(Shard.id).where(
+        Shard.request_id == request_id, Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED))
+    )
+    shard_ids = list(session.scalars(theirs.order_by(Shard.id).with_for_update(key_share=True)))
+    if shard_ids:
+        change(
+            session,
+            update(Shard)
+            .where(Shard.id.in_(shard_ids))
+            .values(status=ShardStatus.CANCELLED, owner=None, leased_until=None, finished_at=func.now()),
+        )
+    change(
+        session,
+        update(Attempt)
+        .where(Attempt.clip_id == Clip.id, Clip.request_id == request_id, Clip.status == ClipStatus.RUNNING)
+        .where(Attempt.status == AttemptStatus.RUNNING)
+        .values(status=AttemptStatus.CANCELLED, finished_at=func.clock_timestamp()),
+    )
+    cancelled = (
+        update(Clip)
+        .where(Clip.request_id == request_id, Clip.status.in_(ACTIVE))
+        .values(status=ClipStatus.CANCELLED, finished_at=func.clock_timestamp())
+    )
+    return change(session, cancelled)
+
+
+# Models, engines, edges, artifacts
+
+
+def register_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
+    """Note the weights of this digest; said again it refreshes where they lie."""
+    known = upsert(Model).values(digest=digest, name=name, path=path, card=dict(card))
+    change(
+        session,
+        known.on_conflict_do_update(
+            index_elements=[Model.digest], set_={"name": name, "path": path, "card": dict(card)}
+        ),
+    )
+
+
+def register_engine(
+    session: Session,
+    owner: str,
+    *,
+    host: str,
+    pid: int,
+    device: str,
+    partition: str,
+    model_digest: str,
+    code_version: str,
+    flow_run_id: str | None = None,
+) -> None:
+    """Note an engine that is about to lease shards as `owner`."""
+    values = {
+        "id": owner,
+        "host": host,
+        "pid": pid,
+        "device": device,
+        "partition": partition,
+        "model_digest": model_digest,
+        "code_version": code_version,
+        "flow_run_id": flow_run_id,
+        "started_at": func.clock_timestamp(),
+        "heartbeat_at": func.clock_timestamp(),
+        "closed_at": None,
+    }
+    change(session, upsert(Engine).values(values).on_conflict_do_update(index_elements=[Engine.id], set_=values))
+
+
+def engine_heartbeat(session: Session, owner: str) -> None:
+    change(session, update(Engine).where(Engine.id == owner).values(heartbeat_at=func.clock_timestamp()))
+
+
+def close_engine(session: Session, owner: str) -> None:
+    """The engine has left in order. Its leases are its own to release (or end them with leases.expire_owner)."""
+    change(
+        session,
+        update(Engine).where(Engine.id == owner, Engine.closed_at.is_(None)).values(closed_at=func.clock_timestamp()),
+    )
+
+
+def live_engines(session: Session, within_seconds: float, *, model_digest: str | None = None) -> list[EngineRow]:
+    """Engines that have not left and gave a sign of life within the last seconds."""
+    return _engines(session, _silent_for() <= within_seconds, model_digest)
+
+
+def silent_engines(session: Session, for_seconds: float) -> list[EngineRow]:
+    """Engines that have not left, but gave no sign of life for so long: for tidy to end."""
+    return _engines(session, _silent_for() > for_seconds, None)
+
+
+def _silent_for() -> Any:
+    return func.extract("epoch", func.clock_timestamp() - Engine.heartbeat_at)
+
+
+def _engines(session: Session, which: Any, model_digest: str | None) -> list[EngineRow]:
+    found = select(Engine).where(Engine.closed_at.is_(None), which).order_by(Engine.started_at, Engine.id)
+    if model_digest is not None:
+        found = found.where(Engine.model_digest == model_digest)
+    engines = session.scalars(found, execution_options={"populate_existing": True})
+    return [EngineRow(**{f.name: getattr(engine, f.name) for f in fields(EngineRow)}) for engine in engines]
+
+
+def add_edges(session: Session, edges: Iterable[tuple[str, str, EdgeKind]]) -> None:
+    """Note which clip came from which: (child, parent, kind)."""
+    rows = [{"child": child, "parent": parent, "kind": kind} for child, parent, kind in edges]
+    if rows:
+        change(session, upsert(Edge).values(rows).on_conflict_do_nothing())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRow:
+    sha256: str
+    key: str
+    bytes: int
+    media_type: str
+    created_at: datetime
+
+
+def artifacts(session: Session) -> Iterator[ArtifactRow]:
+    """Every stored object the ledger knows, by key, through a server-side cursor: for the audit."""
+    names = [f.name for f in fields(ArtifactRow)]
+    rows = session.execute(
+        select(*(getattr(Artifact, name) for name in names)).order_by(Artifact.key),
+        execution_options={"yield_per": CHUNK},
+    )
+    return (ArtifactRow(**row) for row in rows.mappings())
+
+
+def known_keys(session: Session, keys: Sequence[str]) -> set[str]:
+    """Those of the object keys that a clip or a request refers to: the others are orphans."""
+    of_requests = [Request.manifest_key, Request.sheet_key]
+    found = set(session.scalars(select(Artifact.key).where(Artifact.key.in_(keys))))
+    for name in of_requests:
+        found.update(key for key in session.scalars(select(name).where(name.in_(keys))) if key is not None)
+    return found
+
+
+def _lock_request(session: Session, request_id: str) -> Row[str, RequestStatus, int | None, int, str | None]:
+    """The request's row, ours until the transaction ends: what concerns all clips of a request happens in turn."""
+    row = session.execute(
+        select(Request.id, Request.status, Request.total, Request.priority, Request.flow_run_id)
+        .where(Request.id == request_id)
+        .with_for_update(key_share=True)
+    ).one_or_none()
+    if row is None:
+        raise _not_found(request_id)
+    return row
+
+
+def _not_found(request_id: str) -> RequestNotFound:
+    return RequestNotFound(f"no request {request_id!r} in the ledger: `rushes history` lists those there are")

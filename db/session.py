@@ -1,0 +1,63 @@
+"""Connecting to the ledger and keeping its schema up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import CursorResult, Delete, Engine, Insert, Update, create_engine, make_url
+from sqlalchemy.orm import Session, sessionmaker
+
+# No transaction of ours thinks for minutes; one that does belongs to a stalled process and must not hold its locks.
+# jit costs more than it gives for statements this short; a generic plan cannot use the partial indexes.
+_SERVER_OPTIONS = (
+    "-c timezone=UTC -c jit=off -c plan_cache_mode=force_custom_plan -c idle_in_transaction_session_timeout=10min"
+)
+
+
+def connect(url: str, *, application: str = "rushes") -> Engine:
+    """An engine for `url` (postgresql://… or postgresql+psycopg://…); connects at first use."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "postgresql":
+        raise ValueError(
+            f"the ledger needs Postgres: {parsed.render_as_string()} should begin with postgresql+psycopg://"
+        )
+    return create_engine(
+        parsed.set(drivername="postgresql+psycopg"),
+        pool_pre_ping=True,
+        connect_args={"application_name": application, "options": _SERVER_OPTIONS, "connect_timeout": 10},
+    )
+
+
+def sessions(engine: Engine) -> sessionmaker[Session]:
+    """Sessions on `engine`; use `with factory.begin() as session:` for one transaction."""
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+# Our functions never keep ORM objects across a write, so there is nothing to bring up to date in the session.
+UNSYNCED = {"synchronize_session": False, "preserve_rowcount": True}
+
+
+def change(session: Session, statement: Insert | Update | Delete) -> int:
+    """Run a write that returns no rows; gives the number of rows it touched."""
+    return cast("CursorResult[Any]", session.execute(statement, execution_options=UNSYNCED)).rowcount
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the schema to `revision`. Starters that do so at once take turns; the later ones find nothing to do."""
+    command.upgrade(_config(url), revision)
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take the schema back to `revision` ("base" removes everything in it)."""
+    command.downgrade(_config(url), revision)
+
+
+def _config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["url"] = url
+    return config

@@ -1,0 +1,416 @@
+"""The ledger's tables. Every rule that can be a constraint is one, with a line that says what it prevents.
+
+Three rules carry the promise "nothing rendered twice, nothing lost":
+- `clips.recipe` is unique among the clips that are planned or being rendered, and `takes` holds one artifact a recipe;
+- a shard's `attempt` goes up with every claim, and every write of an engine names the attempt it holds (leases.py);
+- a clip is `done` exactly when it has an artifact, and an artifact row is only written after its bytes are stored.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Double,
+    Enum,
+    ForeignKey,
+    Identity,
+    Index,
+    MetaData,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+MAX_TRIES = 3  # a clip whose renderings failed or vanished this often is poison and is put aside
+
+
+class RequestStatus(StrEnum):
+    OPEN = "open"
+    COMPLETED = "completed"
+    COMPLETED_WITH_GAPS = "completed_with_gaps"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class ClipStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+
+
+ACTIVE = (ClipStatus.QUEUED, ClipStatus.RUNNING)
+TERMINAL = tuple(status for status in ClipStatus if status not in ACTIVE)
+
+
+class ShardStatus(StrEnum):
+    QUEUED = "queued"
+    LEASED = "leased"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+class AttemptStatus(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    LOST = "lost"  # its engine died or stalled; counts against the clip
+    RELEASED = "released"  # its engine gave it back in order; does not count
+    CANCELLED = "cancelled"
+
+
+class EdgeKind(StrEnum):
+    IMAGE = "image"  # the child starts from a frame of the parent
+    EXTEND = "extend"
+    CONNECT = "connect"
+    LOOP = "loop"
+    EDIT = "edit"
+
+
+def _by_value(kind: type[StrEnum], name: str) -> Enum:
+    return Enum(kind, name=name, values_callable=lambda members: [member.value for member in members])
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own way to say it)
+        str: Text,
+        float: Double,
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+        RequestStatus: _by_value(RequestStatus, "request_status"),
+        ClipStatus: _by_value(ClipStatus, "clip_status"),
+        ShardStatus: _by_value(ShardStatus, "shard_status"),
+        AttemptStatus: _by_value(AttemptStatus, "attempt_status"),
+        EdgeKind: _by_value(EdgeKind, "edge_kind"),
+    }
+
+
+_HEX64 = "{} ~ '^[0-9a-f]{{64}}$'"
+
+
+class Model(Base):
+    """Weights by the digest over all their files."""
+
+    __tablename__ = "models"
+
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    path: Mapped[str | None]
+    card: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Request(Base):
+    """A batch of prompts that somebody asked for."""
+
+    __tablename__ = "requests"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(unique=True)  # prevents one submission from becoming two requests
+    name: Mapped[str]
+    tenant: Mapped[str]
+    model: Mapped[str]
+    model_digest: Mapped[str] = mapped_column(ForeignKey("models.digest"))  # prevents a request nobody can reproduce
+    settings: Mapped[dict[str, Any]]
+    source: Mapped[str]
+    source_sha256: Mapped[str]
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("50"))
+    status: Mapped[RequestStatus] = mapped_column(server_default=RequestStatus.OPEN.value)
+    total: Mapped[int | None]  # null until all clips are in: nothing is planned or finished before that
+    flow_run_id: Mapped[str | None]
+    carrier: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    trace_id: Mapped[str | None]
+    manifest_key: Mapped[str | None]
+    sheet_key: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        # prevents a typo from jumping every queue
+        CheckConstraint("priority between 0 and 100", name="priority"),
+        # prevents an id that was not made from the key by request_id()
+        CheckConstraint("id ~ '^req_[0-9a-f]{12}$'", name="id"),
+        CheckConstraint("total >= 0", name="total"),
+        # prevents an end state without a time, and an open request that says it ended
+        CheckConstraint("(status = 'open') = (finished_at is null)", name="finished"),
+        # prevents a claim from reading the closed requests of all time
+        Index("ix_requests_open", "model_digest", postgresql_where=text("status = 'open'")),
+        Index("ix_requests_name", "name", "created_at"),
+        Index("ix_requests_created_at", "created_at"),
+        Index("ix_requests_flow_run_id", "flow_run_id"),
+    )
+
+
+class Shard(Base):
+    """A slice of one request, of one shape, that one engine leases."""
+
+    __tablename__ = "shards"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"))
+    status: Mapped[ShardStatus] = mapped_column(server_default=ShardStatus.QUEUED.value)
+    priority: Mapped[int] = mapped_column(SmallInteger)
+    width: Mapped[int]
+    height: Mapped[int]
+    frames: Mapped[int]
+    size: Mapped[int]  # clips it was planned with
+    owner: Mapped[str | None]
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))  # the fence: up by one with every claim
+    leased_until: Mapped[datetime | None]
+    carrier: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    claimed_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        # prevents a lease without an owner or an end, and an owner without a lease
+        CheckConstraint(
+            "(status = 'leased') = (owner is not null) and (owner is null) = (leased_until is null)", name="lease"
+        ),
+        # prevents a lease that no claim made, which no fence could tell apart
+        CheckConstraint("attempt >= 1 or status not in ('leased', 'done')", name="attempt"),
+        CheckConstraint("(status in ('done', 'cancelled')) = (finished_at is not null)", name="finished"),
+        CheckConstraint("size >= 1", name="size"),
+        CheckConstraint("priority between 0 and 100", name="priority"),
+        # prevents a claim from reading finished shards: those that can be claimed, in the order they are
+        Index(
+            "ix_shards_active",
+            "request_id",
+            text("priority desc"),
+            "id",
+            postgresql_where=text("status in ('queued', 'leased')"),
+        ),
+        # prevents counting the live leases (fair share, expiry) from reading anything else
+        Index("ix_shards_leased", "leased_until", postgresql_where=text("status = 'leased'")),
+        Index("ix_shards_request_id", "request_id", "id"),
+    )
+
+
+class Artifact(Base):
+    """Stored bytes under their digest. The row is written after the bytes."""
+
+    __tablename__ = "artifacts"
+
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(unique=True)  # prevents two digests from claiming one object
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        # prevents a name that is no digest: the audit hashes the bytes and compares
+        CheckConstraint(_HEX64.format("sha256"), name="sha256"),
+        # prevents an empty upload from counting as a clip
+        CheckConstraint("bytes > 0", name="bytes"),
+    )
+
+
+class Clip(Base):
+    """One video (or image) asked for: prompt, sample seed, settings; and what became of it."""
+
+    __tablename__ = "clips"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"))
+    index: Mapped[int]
+    sample: Mapped[int]
+    custom_id: Mapped[str | None]
+    line: Mapped[int | None]
+    prompt: Mapped[str]
+    rewritten_prompt: Mapped[str | None]
+    negative_prompt: Mapped[str | None]
+    width: Mapped[int | None]
+    height: Mapped[int | None]
+    frames: Mapped[int | None]
+    fps: Mapped[int | None]
+    steps: Mapped[int | None]
+    guidance: Mapped[float | None]
+    solver: Mapped[str | None]
+    shift: Mapped[float | None]
+    seed: Mapped[int | None] = mapped_column(BigInteger)
+    recipe: Mapped[str | None]
+    status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
+    error: Mapped[str | None]
+    attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
+    tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # failed or lost since the last retry
+    found: Mapped[bool] = mapped_column(server_default=text("false"))  # done by a take that was there already
+    seconds: Mapped[float | None]  # engine time of the rendering that made it
+    shard_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("shards.id"))
+    artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))  # prevents a done clip without bytes
+    queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        # prevents a repeated add_clips from doubling a line
+        UniqueConstraint("request_id", "index", "sample"),
+        CheckConstraint('"index" >= 0 and sample >= 0', name="position"),
+        # prevents a clip that no engine could render; a rejected line is kept as it came
+        CheckConstraint(
+            "status = 'rejected' or ("
+            "num_nulls(width, height, frames, fps, steps, guidance, solver, shift, seed, recipe) = 0"
+            " and prompt <> '' and width > 0 and height > 0 and frames > 0 and fps > 0 and steps > 0 and seed >= 0"
+            " and guidance >= 0 and guidance < 'infinity' and shift > 0 and shift < 'infinity')",
+            name="renderable",
+        ),
+        CheckConstraint(_HEX64.format("recipe"), name="recipe"),
+        # prevents "done" without a video, and a video on a clip that is said to have none
+        CheckConstraint("(status = 'done') = (artifact is not null)", name="done"),
+        # prevents a rendering outside any lease
+        CheckConstraint("status <> 'running' or (shard_id is not null and started_at is not null)", name="running"),
+        # prevents an end state without a time, and an active clip that says it ended
+        CheckConstraint("(status in ('queued', 'running')) = (finished_at is null)", name="finished"),
+        # prevents a clip that ended badly from keeping its reason to itself
+        CheckConstraint("status not in ('failed', 'quarantined', 'rejected') or error is not null", name="error"),
+        # prevents a poison clip from being tried forever, and quarantine without cause
+        CheckConstraint(
+            f"tries between 0 and {MAX_TRIES} and (status = 'quarantined') = (tries = {MAX_TRIES})", name="tries"
+        ),
+        CheckConstraint("not found or status = 'done'", name="found"),
+        # prevents one recipe from being rendered by two engines
+        Index(
+            "uq_clips_recipe_active",
+            "recipe",
+            unique=True,
+            postgresql_where=text("status in ('queued', 'running') and shard_id is not null"),
+        ),
+        # prevents two lines of a request from answering to one custom_id
+        Index(
+            "uq_clips_custom_id",
+            "request_id",
+            "custom_id",
+            "sample",
+            unique=True,
+            postgresql_where=text("custom_id is not null and status <> 'rejected'"),
+        ),
+        # prevents the planner from reading clips that are planned or finished: what is left, in file order
+        Index(
+            "ix_clips_unplanned",
+            "request_id",
+            "index",
+            "sample",
+            postgresql_where=text("status = 'queued' and shard_id is null"),
+        ),
+        # prevents the search for twins and takes from doing so
+        Index(
+            "ix_clips_unplanned_recipe",
+            "request_id",
+            "recipe",
+            "index",
+            "sample",
+            postgresql_where=text("status = 'queued' and shard_id is null"),
+        ),
+        Index("ix_clips_shard_id", "shard_id", postgresql_where=text("shard_id is not null")),
+        # prevents the progress of a large request from reading its prompts
+        Index("ix_clips_progress", "request_id", "status", postgresql_include=["found", "seconds", "started_at"]),
+        Index("ix_clips_queued_at", "queued_at"),
+        Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
+    )
+
+
+class Attempt(Base):
+    """One try at one clip."""
+
+    __tablename__ = "attempts"
+
+    clip_id: Mapped[str] = mapped_column(ForeignKey("clips.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    shard_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("shards.id"))
+    shard_attempt: Mapped[int]  # the fence it was started under
+    owner: Mapped[str]
+    engine: Mapped[str]
+    partition: Mapped[str]
+    code_version: Mapped[str]
+    status: Mapped[AttemptStatus] = mapped_column(server_default=AttemptStatus.RUNNING.value)
+    error: Mapped[str | None]
+    text_seconds: Mapped[float | None]
+    denoise_seconds: Mapped[float | None]
+    decode_seconds: Mapped[float | None]
+    encode_seconds: Mapped[float | None]
+    put_seconds: Mapped[float | None]
+    drift: Mapped[float | None]  # largest difference of the partitioned model from the whole one, where it was measured
+    trace_id: Mapped[str | None]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        CheckConstraint("number >= 1", name="number"),
+        CheckConstraint("(status = 'running') = (finished_at is null)", name="finished"),
+        # prevents two engines from being at one clip
+        Index("uq_attempts_running", "clip_id", unique=True, postgresql_where=text("status = 'running'")),
+        Index("ix_attempts_engine", "engine", "started_at"),
+    )
+
+
+class Take(Base):
+    """Recipe → artifact: a finished rendering, used by every clip that asks for the same pixels."""
+
+    __tablename__ = "takes"
+
+    recipe: Mapped[str] = mapped_column(primary_key=True)  # prevents a second rendering of a recipe from counting
+    sha256: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"))
+    clip_id: Mapped[str] = mapped_column(ForeignKey("clips.id"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint(_HEX64.format("recipe"), name="recipe"),
+        Index("ix_takes_sha256", "sha256"),
+    )
+
+
+class Engine(Base):
+    """A process that leases shards (with its ranks); `id` is the owner of its leases."""
+
+    __tablename__ = "engines"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    device: Mapped[str]
+    partition: Mapped[str]
+    model_digest: Mapped[str]
+    code_version: Mapped[str]
+    flow_run_id: Mapped[str | None]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    closed_at: Mapped[datetime | None]
+
+    __table_args__ = (Index("ix_engines_live", "heartbeat_at", postgresql_where=text("closed_at is null")),)
+
+
+class Edge(Base):
+    """Which clip came from which."""
+
+    __tablename__ = "edges"
+
+    child: Mapped[str] = mapped_column(ForeignKey("clips.id"), primary_key=True)
+    parent: Mapped[str] = mapped_column(ForeignKey("clips.id"), primary_key=True)
+    kind: Mapped[EdgeKind] = mapped_column(primary_key=True)
+
+    __table_args__ = (
+        # prevents the shortest circle
+        CheckConstraint("child <> parent", name="loop"),
+        Index("ix_edges_parent", "parent"),
+    )
