@@ -1,10 +1,10 @@
-"""The parent of a partitioned model: starts its ranks, hands them clips, takes frames back, and ends them all on trouble.
+"""The parent of a partitioned model: starts its ranks, hands them clips, takes frames back, ends them all on trouble.
 
 Knows processes and bytes, no tensors: torch lives in the ranks (`model.rank`). Every rank gets the same jobs in the
 same order over its own socket pair, as JSON; rank 0 answers with steps and results. Frames come back through two
 anonymous memory files that the parent made and rank 0 inherited, so that nothing is left behind by whoever is killed.
 
-Two jobs are under way at a time: while the caller encodes and stores the frames of one clip, the ranks denoise the next.
+Two jobs are under way at a time: while the caller encodes and stores the frames of one, the ranks denoise the next.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ class Engine:
             if spec.clip_id in message["cancelled"]:
                 continue
             frames = np.empty((spec.frames, spec.height, spec.width, 3), np.uint8)
-            view = memoryview(frames).cast("B")
+            view = frames.reshape(-1).data
             while view:
                 count = os.preadv(self._slots[job.number % IN_FLIGHT], [view], offset)
                 if not count:

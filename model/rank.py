@@ -129,8 +129,8 @@ class Rank:
     def render(self, job: int, specs: list[ClipSpec]) -> None:
         """Denoises clips that are alike as one batch; rank 0 decodes them and tells the parent.
 
-        B is the number of clips. A clip that is cancelled under way stays in the batch until all of it is: leaving would
-        change the shapes, and with them the last bits of its neighbours.
+        B is the number of clips. A clip that is cancelled under way stays in the batch until all of it is: leaving
+        would change the shapes, and with them the last bits of its neighbours.
         """
         import torch
 
@@ -161,14 +161,9 @@ class Rank:
             denoise_seconds, clock = time.perf_counter() - clock, time.perf_counter()
             self._write(job, [(spec, x[k]) for k, spec in enumerate(specs) if spec.clip_id not in stopped])
             whole = {"text": text_seconds, "denoise": denoise_seconds, "decode": time.perf_counter() - clock}
-            message = {
-                "type": "done",
-                "job": job,
-                "cancelled": sorted(stopped),
-                "started": started,
-                "time": time.time(),
-            }
-            self.wire.send({**message, "seconds": {name: value / len(specs) for name, value in whole.items()}})
+            seconds = {name: value / len(specs) for name, value in whole.items()}
+            done = {"type": "done", "job": job, "cancelled": sorted(stopped), "seconds": seconds, "started": started}
+            self.wire.send({**done, "time": time.time()})
 
     def _agree(self, job: int, specs: list[ClipSpec]) -> set[str]:
         """The clips that rank 0 has been told to stop: all ranks must see the same, at the same step."""
@@ -226,7 +221,7 @@ class Rank:
             frames: Frames = pixels.numpy()
             if frames.shape != (spec.frames, spec.height, spec.width, 3):
                 raise Unrenderable(spec.clip_id, f"the decoder gave {frames.shape} for {spec.frames} frames")
-            view = memoryview(frames).cast("B")
+            view = frames.reshape(-1).data
             while view:
                 count = os.pwrite(slot, view, offset)
                 view, offset = view[count:], offset + count
