@@ -125,6 +125,11 @@ class Settings(BaseSettings):
         """The store's address; without any setting a folder of the home."""
         return self.store_url or (self.home / "store").as_uri()
 
+    @property
+    def prefect_password(self) -> str | None:
+        """user:password for the Prefect server, or None."""
+        return self.prefect_auth.get_secret_value() if self.prefect_auth else None
+
     def open_store(self) -> Store:
         """The object store that these settings name. Raises WrongSetting."""
         from infra.store import open_store
@@ -134,6 +139,15 @@ class Settings(BaseSettings):
             return open_store(self.store, self.store_access_key, secret)
         except ValueError as error:
             raise WrongSetting(f"{PREFIX}STORE_URL={self.store}: {error}") from None
+
+    def child_environment(self) -> dict[str, str]:
+        """The environment of a Prefect or engine process that is to work with these settings."""
+        env = {**os.environ, f"{PREFIX}HOME": str(self.home)}
+        if self.prefect_api_url:
+            env["PREFECT_API_URL"] = self.prefect_api_url
+        if self.prefect_password:
+            env["PREFECT_API_AUTH_STRING"] = self.prefect_password
+        return env
 
     @property
     def stack_file(self) -> Path:

@@ -1,0 +1,770 @@
+"""The command `rushes`: every way to run and ask the platform from a terminal.
+
+`rushes --help` must answer at once, so nothing heavy is imported before a command runs, and submitting, watching and
+asking never load torch. Errors that a person can mend are one line on standard error, never a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from flows.settings import Settings
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+CONTROL_RUNS = 100  # requests that the control pool watches at once
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# What a person can mend, by name so that nothing has to be imported to catch it, and the exit code it deserves.
+EXITS = {
+    "flows.settings.WrongSetting": BAD_INPUT,
+    "flows.settings.NotRunning": FAILED,
+    "flows.prompts.BadFile": BAD_INPUT,
+    "flows.prompts.BadUri": BAD_INPUT,
+    "flows.submit.BadOptions": BAD_INPUT,
+    "flows.prefect_api.PrefectRefused": FAILED,
+    "flows.prefect_api.PrefectUnavailable": FAILED,
+    "model.weights.ModelNotFound": BAD_INPUT,
+    "model.engine.EngineError": FAILED,
+    "db.ledger.RequestNotFound": BAD_INPUT,
+    "db.ledger.RequestNotReady": FAILED,
+    "db.history.SqlFailed": BAD_INPUT,
+    "infra.store.NoSuchKey": FAILED,
+    "infra.store.StoreUnavailable": FAILED,
+    "infra.postgres.PostgresFailed": FAILED,
+    "infra.local.StackFailed": FAILED,
+    "sqlalchemy.exc.OperationalError": FAILED,
+    "sqlalchemy.exc.ProgrammingError": FAILED,
+    "pydantic_core._pydantic_core.ValidationError": BAD_INPUT,
+    "builtins.OSError": FAILED,
+}
+
+MANUAL = """
+Makes a video for every prompt of a file, and accounts for every one of them.
+
+Submit a file of prompts, watch it render, export the clips, and ask about
+any of them in SQL. Prefect schedules the work and shows it on a web page;
+engines, each a model divided over several processes or GPUs, do it; Postgres
+records it: nothing is rendered twice, nothing is lost.
+"""
+
+EPILOG = """
+[bold]Examples[/bold]
+  Start the local stack (Postgres, Prefect, workers):
+    rushes up
+  Check a file, render it, show progress:
+    rushes submit prompts.jsonl --watch
+  A prompt a line, four clips of each, all of one size:
+    rushes submit list.txt --size 96x64 --samples 4
+  Copy the clips and a manifest into a folder:
+    rushes export req_0123456789ab clips/
+  What went wrong since yesterday, and anything else:
+    rushes history --status failed --since 1d
+    rushes sql "select status, count(*) from history group by 1"
+
+[bold]Prompt files[/bold]
+  .jsonl  an object a line: {"prompt": "a red ball spins"}, and if wanted
+          custom_id negative_prompt width height size frames fps steps
+          guidance solver shift samples seed
+  .csv    the same names in a header row
+  .txt    a prompt a line
+
+[bold]Exit codes[/bold]
+  0  done
+  1  failed, or the stack is not running
+  2  bad input: nothing was done
+
+[bold]Settings[/bold]
+  RUSHES_HOME          folder of all state (default ~/.local/share/rushes)
+  RUSHES_DATABASE_URL  RUSHES_STORE_URL  RUSHES_PREFECT_API_URL
+                       services elsewhere, in place of the local stack's
+  RUSHES_MODEL  RUSHES_PARTITION  RUSHES_DEVICE  RUSHES_ENGINES
+                       what engines load, how they divide it, where, how many
+"""
+
+Format = Annotated[
+    Literal["table", "json", "csv"], typer.Option("--format", "-f", help="How to print it.", rich_help_panel="Output")
+]
+
+
+class OneLineErrors(TyperGroup):
+    """Turns exceptions that a person can mend into one line and an exit code; all others stay tracebacks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            for kind in type(error).__mro__:
+                code = EXITS.get(f"{kind.__module__}.{kind.__qualname__}")
+                if code is not None:
+                    fail(_say(error, kind.__module__), code)
+            raise
+
+
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """Says why on standard error and ends the command."""
+    typer.echo(f"rushes: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _say(error: Exception, module: str) -> str:
+    if module == "sqlalchemy.exc":
+        first = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        if "does not exist" in first:
+            return f"the ledger has no such table or view ({first}): `rushes migrate` makes them"
+        return f"the ledger does not answer ({first}): is the stack up? `rushes up` starts it"
+    if module.startswith("pydantic"):
+        return "; ".join(_say_option(each) for each in error.errors())  # type: ignore[attr-defined]
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    if module == "db.history":
+        lines = str(error).splitlines()
+        return "; ".join([lines[0], *(line for line in lines if line.startswith("HINT"))])
+    return str(error)
+
+
+def _say_option(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    where = ".".join(str(part) for part in error["loc"]).replace("_", "-")
+    return f"--{where} {error['input']}: {message[:1].lower()}{message[1:]}" if where else message
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help=MANUAL,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+STACK, REQUESTS, QUESTIONS, OPERATION = "The stack", "Requests", "Questions", "Operation"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"rushes {version('rushes')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _settings(**given: Any) -> Settings:
+    from flows.settings import load_settings
+
+    return load_settings(**given)
+
+
+# --- the stack -------------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=STACK)
+def up() -> None:
+    """Start the local stack, or mend it: Postgres, the Prefect server and its page, the workers."""
+    _up()
+    _where_to_look(_settings())
+
+
+def _up() -> None:
+    from infra import local
+
+    local.up(_settings().home, REPOSITORY)
+
+
+def _where_to_look(settings: Settings) -> None:
+    typer.echo(f"The stack is up. Prefect: {settings.ui_url}   State: {settings.home}")
+
+
+@app.command(rich_help_panel=STACK)
+def down() -> None:
+    """Stop the local stack. Nothing is left running; what was rendered stays."""
+    from infra import local
+
+    local.down(_settings().home)
+    typer.echo("The stack is down.")
+
+
+@app.command(rich_help_panel=STACK)
+def status(format: Format = "table") -> None:
+    """Show which parts of the local stack run. Exit code 1 if one does not."""
+    from flows.show import show_rows
+    from infra import local
+
+    parts = [asdict(part) for part in local.status(_settings().home)]
+    show_rows(parts, list(parts[0]) if parts else ["name"], format)
+    if not parts or not all(part.get("running", part.get("ok")) for part in parts):
+        raise typer.Exit(FAILED)
+
+
+@app.command(rich_help_panel=STACK)
+def doctor(format: Format = "table") -> None:
+    """Check every part (settings, ledger, store, Prefect, workers, model) and say how to mend what is wrong."""
+    from flows.show import show_rows
+    from infra import local
+
+    settings = _settings()
+    checks = local.doctor(settings.home, settings)
+    rows = [
+        {"check": "ok" if check.ok else "wrong", "part": check.name, "detail": check.detail, "mend": check.mend}
+        for check in checks
+    ]
+    show_rows(rows, ["check", "part", "detail", "mend"], format)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(FAILED)
+
+
+@app.command(rich_help_panel=STACK)
+def demo() -> None:
+    """Start the stack, render the eight example prompts, and say where to look."""
+    import time
+
+    from flows.show import show_rows
+
+    began = time.monotonic()
+    _up()
+    settings = _settings()
+    example = REPOSITORY / "examples" / "prompts.jsonl"
+    submitted = _submit(settings, str(example), {"name": "demo"}, skip_invalid=False)
+    request_id, code = submitted[0], DONE
+    if submitted[1]:
+        code = _watch(settings, request_id, submitted[1])
+    if code == DONE:
+        folder = settings.home / "clips" / request_id
+        _export(settings, request_id, folder, quiet=True)
+        rows = list(_clip_files(settings, request_id, folder))
+        typer.echo("")
+        show_rows(rows, ["clip", "prompt", "status", "seconds", "file"], "table")
+        found = sum(row["found"] for row in rows)
+        if found == len(rows) or not submitted[1]:
+            typer.echo(f"All {len(rows)} clips were found: nothing was rendered.")
+        typer.echo(f"Clips          {folder}")
+        typer.echo(f"Contact sheet  {folder / 'contact_sheet.png'}")
+    typer.echo(f"Prefect        {settings.ui_url}")
+    typer.echo('Ask            rushes sql "select status, count(*) from history group by 1"')
+    typer.echo(f"It took        {time.monotonic() - began:.0f} s")
+    raise typer.Exit(code)
+
+
+def _clip_files(settings: Settings, request_id: str, folder: Path) -> Iterator[dict[str, Any]]:
+    import json
+
+    with (folder / "manifest.jsonl").open(encoding="utf-8") as manifest:
+        for line in manifest:
+            clip = json.loads(line)
+            yield {
+                "clip": clip["custom_id"] or clip["clip_id"],
+                "prompt": clip["prompt"],
+                "status": clip["status"],
+                "found": bool(clip["found"]),
+                "seconds": round(clip["seconds"], 2) if clip["seconds"] is not None else None,
+                "file": clip["file"],
+            }
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+SETTING = "Settings of prompts that bring none of their own (default: the model's)"
+
+
+@app.command(rich_help_panel=REQUESTS)
+def submit(
+    file: Annotated[str, typer.Argument(help="Prompts as JSONL, CSV or text; - reads standard input.")],
+    name: Annotated[str | None, typer.Option(help="What you call this batch (default: the file's name).")] = None,
+    model: Annotated[str | None, typer.Option(help="Shipped name or folder of the model.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 96x64.", rich_help_panel=SETTING)] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second.", rich_help_panel=SETTING)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SETTING)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely to follow the prompt; 1 is off.", rich_help_panel=SETTING)
+    ] = None,
+    solver: Annotated[
+        Literal["euler", "ab2"] | None, typer.Option(help="How the equation is stepped.", rich_help_panel=SETTING)
+    ] = None,
+    shift: Annotated[float | None, typer.Option(help="Time shift.", rich_help_panel=SETTING)] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What should not be seen.", rich_help_panel=SETTING)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Clips of each prompt.", rich_help_panel=SETTING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Another number makes other clips of the same prompts.", rich_help_panel=SETTING)
+    ] = None,
+    priority: Annotated[int | None, typer.Option(help="0 to 100, higher goes first (default 50).")] = None,
+    tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency key (default: a digest of file, settings, tenant and model).")
+    ] = None,
+    prompts_format: Annotated[
+        Literal["auto", "jsonl", "csv", "text"], typer.Option("--prompts-format", help="Format of the file.")
+    ] = "auto",
+    rewrite: Annotated[bool, typer.Option("--rewrite", help="Put prompts into the model's words first.")] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
+) -> None:
+    """Check a prompt file and submit it.
+
+    The whole file is checked first. If anything is wrong, every error is
+    printed and nothing is submitted (exit code 2).
+
+    The same file with the same settings is the same request: submitted again,
+    it renders nothing that is there already. With --watch the exit code is 0
+    if all clips were made, else 1.
+    """
+    given: dict[str, Any] = {
+        "name": name,
+        "model": model,
+        "frames": frames,
+        "fps": fps,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        "shift": shift,
+        "negative_prompt": negative_prompt,
+        "samples": samples,
+        "seed": seed,
+        "priority": priority,
+        "tenant": tenant,
+        "key": key,
+        "prompts_format": prompts_format,
+    }
+    options = {option: value for option, value in given.items() if value is not None}
+    if rewrite:
+        options["rewrite"] = True
+    if size is not None:
+        from flows.prompts import parse_size
+
+        sides = parse_size(size)
+        if sides is None:
+            fail(f"--size {size!r} must be WIDTHxHEIGHT, like 96x64", BAD_INPUT)
+        options["width"], options["height"] = sides
+    settings = _settings()
+    request_id, run_id = _submit(settings, file, options, skip_invalid=skip_invalid)
+    if watch and run_id:
+        raise typer.Exit(_watch(settings, request_id, run_id))
+
+
+def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_invalid: bool) -> tuple[str, str | None]:
+    """Checks and submits; (request id, flow run id or None if the ledger has all of it already)."""
+    from flows.prompts import BadFile
+    from flows.submit import check_file, readable
+    from flows.submit import submit as send
+    from model.weights import find_model
+
+    options = {"model": settings.model, **options, "skip_invalid": skip_invalid}
+    with readable(file) as (source, path):
+        options.setdefault("name", Path(source).name)
+        try:
+            good = check_file(
+                source, path, options, find_model(options["model"]), lambda message: typer.echo(message, err=True)
+            )
+        except BadFile as error:
+            fail(f"{error}", BAD_INPUT)
+        checked = good.checked
+        if checked.bad and not (skip_invalid and checked.prompts):
+            errors = f"{checked.faults} error{'s' * (checked.faults != 1)} in {checked.bad} of {_lines(checked)}"
+            hint = "" if skip_invalid or not checked.prompts else "; --skip-invalid goes on without these lines"
+            fail(f"{errors}: nothing was submitted{hint}", BAD_INPUT)
+        finished = _finished(settings, good.request_id)
+        if finished:
+            typer.echo(f"{good.request_id} is complete: all {finished} clips were found, nothing is to be rendered")
+            return good.request_id, None
+        sent = send(settings, good)
+    skipped = f" ({checked.bad} bad lines are recorded as rejected)" if checked.bad else ""
+    clips = f"{checked.clips} clip{'s' * (checked.clips != 1)} of {checked.prompts} prompts"
+    typer.echo(f"{sent.request_id}  {'is under way already' if sent.already else clips}{skipped}")
+    typer.echo(f"{sent.url}")
+    return sent.request_id, sent.flow_run_id
+
+
+def _lines(checked: Any) -> str:
+    total = checked.prompts + checked.bad
+    return f"{total} line{'s' * (total != 1)}"
+
+
+def _finished(settings: Settings, request_id: str) -> int | None:
+    """How many clips the request has, if it was completed before."""
+    if settings.database_url is None:
+        return None
+    from db.ledger import request_by
+    from flows.ledgers import reading
+
+    with reading(settings) as session:
+        row = request_by(session, request_id)
+    return row.total if row and row.status == "completed" else None
+
+
+@app.command(rich_help_panel=REQUESTS)
+def watch(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+    """Show progress of a request until it has ended. Exit code 0 if all clips were made, else 1."""
+    raise typer.Exit(_watch(_settings(), request, None))
+
+
+def _watch(settings: Settings, request: str, run_id: str | None) -> int:
+    from flows.watch import watch as follow
+
+    ended = follow(settings, request, flow_run_id=run_id)
+    typer.echo(f"{ended.request_id or 'no request'} {ended.status.replace('_', ' ')}: {ended.message}")
+    if ended.status == "BadInput":
+        return BAD_INPUT
+    return DONE if ended.status == "completed" else FAILED
+
+
+@app.command(rich_help_panel=REQUESTS)
+def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+    """Cancel a request: engines stop at their next denoising step; finished clips stay."""
+    from db.ledger import cancel_request
+    from flows.ledgers import ledger, the_request
+    from flows.prefect_api import PrefectApi
+
+    settings = _settings()
+    with ledger(settings) as sessions, sessions.begin() as session:
+        row = the_request(session, request)
+        count = cancel_request(session, row.id)
+    if row.status != "open":
+        typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
+        return
+    if row.flow_run_id and settings.prefect_api_url:
+        with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+            api.cancel(row.flow_run_id)
+    typer.echo(f"{row.id}: {count} clip{'s' * (count != 1)} cancelled")
+
+
+@app.command(rich_help_panel=REQUESTS)
+def retry(
+    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
+) -> None:
+    """Queue the failed, quarantined and cancelled clips of a request again, with three fresh attempts each."""
+    from db.ledger import retry_request
+    from flows.ledgers import ledger, the_request
+    from flows.prefect_api import PrefectApi
+    from flows.submit import DEPLOYMENT, run_url
+
+    settings = _settings()
+    with (
+        PrefectApi(settings.prefect_api, settings.prefect_password) as api,
+        ledger(settings) as sessions,
+    ):
+        with sessions() as session:
+            row = the_request(session, request)
+        old = api.run(row.flow_run_id) if row.flow_run_id else None
+        if old is None:
+            fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
+        with sessions.begin() as session:
+            count = retry_request(session, row.id)
+        if not count:
+            typer.echo(f"{row.id}: nothing to retry")
+            return
+        run = api.submit(DEPLOYMENT, old.parameters, name=row.name, tags=("rushes", row.tenant)) if old.final else old
+    typer.echo(f"{row.id}: {count} clip{'s' * (count != 1)} queued again")
+    typer.echo(run_url(settings.ui_url, run.id))
+    if watch:
+        raise typer.Exit(_watch(settings, row.id, run.id))
+
+
+@app.command(rich_help_panel=REQUESTS)
+def export(
+    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it is missing.", file_okay=False)],
+) -> None:
+    """Copy a request's clips into a folder, named by custom_id or clip id, with manifest.jsonl and the contact sheet.
+
+    Run again, it copies what is missing. Exit code 1 if a finished clip's bytes are gone or wrong.
+    """
+    raise typer.Exit(_export(_settings(), request, folder))
+
+
+def _export(settings: Settings, request: str, folder: Path, *, quiet: bool = False) -> int:
+    from flows.export import export as copy
+    from flows.export import export_sheet
+    from flows.ledgers import reading, the_request
+
+    store = settings.open_store()
+    with reading(settings) as session:
+        row = the_request(session, request)
+        done = copy(session, store, row.id, folder)
+        sheet = export_sheet(store, row.sheet_key, folder)
+    for problem in done.broken:
+        typer.echo(f"rushes: {problem}", err=True)
+    if not quiet:
+        there = f", {done.there} there already" if done.there else ""
+        missing = f"; {done.missing} clips of the request are not done (see manifest.jsonl)" if done.missing else ""
+        typer.echo(f"{folder}: {done.copied} clips copied{there}{' and the contact sheet' * sheet}{missing}")
+    return FAILED if done.broken else DONE
+
+
+@app.command(name="requests", rich_help_panel=REQUESTS)
+def requests_(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20, format: Format = "table"
+) -> None:
+    """List the latest requests."""
+    from db.ledger import latest_requests
+    from flows.ledgers import reading
+    from flows.show import show_rows
+
+    with reading(_settings()) as session:
+        rows = [{**asdict(row), "request": row.id} for row in latest_requests(session, limit)]
+    columns = ["request", "name", "status", "total", "tenant", "priority", "model", "created_at", "finished_at"]
+    show_rows(rows, columns, format)
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+BRIEF = ["clip_id", "custom_id", "status", "prompt", "width", "height", "frames", "seconds", "attempts", "error"]
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def history(
+    request: Annotated[str | None, typer.Option("--request", "-r", help="Of this request (id or name).")] = None,
+    status: Annotated[
+        Literal["queued", "running", "done", "failed", "quarantined", "cancelled", "rejected"] | None,
+        typer.Option(help="In this state."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="With these words in the prompt.")] = None,
+    since: Annotated[str | None, typer.Option(help="Asked for within the last 30m, 12h, 7d …")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of the view `history`, by comma; `all` for all of them.")
+    ] = None,
+    format: Format = "table",
+) -> None:
+    """List clips, newest first. JSON and CSV hold every column unless --columns says otherwise."""
+    from db.history import COLUMNS, find_clips
+    from db.tables import ClipStatus
+    from flows.ledgers import reading
+    from flows.show import show_rows
+
+    wanted = list(COLUMNS) if columns == "all" or (columns is None and format != "table") else BRIEF
+    if columns is not None and columns != "all":
+        wanted = [column.strip() for column in columns.split(",")]
+        for column in wanted:
+            if column not in COLUMNS:
+                import difflib
+
+                near = difflib.get_close_matches(column, COLUMNS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COLUMNS)}"
+                fail(f"--columns: no column {column!r} in history: {hint}", BAD_INPUT)
+    with reading(_settings()) as session:
+        found = find_clips(
+            session,
+            request=request,
+            status=ClipStatus(status) if status else None,
+            prompt=prompt,
+            since=_duration(since) if since else None,
+            limit=limit,
+        )
+    show_rows((asdict(row) for row in found), wanted, format)
+
+
+def _duration(text: str) -> Any:
+    import re
+    from datetime import timedelta
+
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text.strip())
+    if not match:
+        fail(f"--since {text!r} must be a number and s, m, h, d or w, like 12h", BAD_INPUT)
+    names = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    return timedelta(**{names[match[2]]: int(match[1])})
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def show(clip: Annotated[str, typer.Argument(help="Clip id.")], format: Format = "table") -> None:
+    """Show everything about one clip: its settings, every attempt, where its bytes are, what it came from."""
+    from db.history import show_clip
+    from flows.ledgers import reading
+    from flows.show import show_one, show_rows
+
+    settings = _settings()
+    with reading(settings) as session:
+        story = show_clip(session, clip)
+    if story is None:
+        fail(f"no clip {clip!r} in the ledger: `rushes history` lists those there are", BAD_INPUT)
+    row = asdict(story.clip)
+    row["link"] = settings.open_store().link(story.clip.object_key) if story.clip.object_key else None
+    attempts = [asdict(attempt) for attempt in story.attempts]
+    parents = [{"clip": parent, "kind": kind} for parent, kind in story.parents]
+    children = [{"clip": child, "kind": kind} for child, kind in story.children]
+    if format == "json":
+        show_one({**row, "tries": attempts, "parents": parents, "children": children}, format)
+        return
+    show_one(row, format)
+    if format == "csv":
+        return
+    if attempts:
+        seconds = ["text_seconds", "denoise_seconds", "decode_seconds", "encode_seconds", "put_seconds"]
+        shown = ["number", "status", "engine", "started_at", "finished_at", *seconds, "error"]
+        show_rows(attempts, shown, format, title="Attempts")
+    for title, others in (("Made from", parents), ("Led to", children)):
+        if others:
+            show_rows(others, ["clip", "kind"], format, title=title)
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def sql(
+    query: Annotated[str, typer.Argument(help="One query; - reads it from standard input.")],
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds it may take.")] = 30,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows (a table: 1000).")] = None,
+    format: Format = "table",
+) -> None:
+    """Ask the ledger in SQL, read only. The view `history` has one row per clip: `select * from history limit 1`."""
+    from db.history import run_sql
+    from flows.ledgers import database
+    from flows.show import show_rows
+
+    text = sys.stdin.read() if query == "-" else query
+    if not text.strip():
+        fail("the query is empty", BAD_INPUT)
+    with database(_settings()) as engine:
+        answer = run_sql(engine, text, timeout=timeout, limit=limit or (1000 if format == "table" else None))
+    columns = _distinct(answer.columns)
+    show_rows((dict(zip(columns, row, strict=True)) for row in answer.rows), columns, format)
+    if answer.truncated:
+        typer.echo(f"rushes: only the first {len(answer.rows)} rows are shown: --limit says how many", err=True)
+
+
+def _distinct(columns: Sequence[str]) -> list[str]:
+    """Column names, each once: two columns of one name would hide each other."""
+    names: list[str] = []
+    for column in columns:
+        name, count = column, 2
+        while name in names:
+            name, count = f"{column}_{count}", count + 1
+        names.append(name)
+    return names
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def audit(
+    quick: Annotated[bool, typer.Option("--quick", help="Compare presence and size, do not hash the bytes.")] = False,
+    format: Format = "table",
+) -> None:
+    """Compare the ledger with the store: rows without bytes, bytes without rows, wrong digests. Exit code 1 on any."""
+    from flows.audit import Audited
+    from flows.audit import audit as compare
+    from flows.ledgers import reading
+    from flows.show import show_rows
+
+    settings, audited = _settings(), Audited()
+    with reading(settings) as session:
+        breaches = [asdict(each) for each in compare(session, settings.open_store(), audited, hash_bytes=not quick)]
+    if breaches or format != "table":
+        show_rows(breaches, ["problem", "key", "detail"], format)
+    hashed = "not hashed" if quick else f"{audited.hashed:,} bytes hashed"
+    counts = f"{audited.rows} rows and {audited.blobs} blobs compared, {hashed}: {len(breaches) or 'no'} breaches"
+    typer.echo(counts, err=format != "table")
+    raise typer.Exit(FAILED if breaches else DONE)
+
+
+# --- operation -------------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=OPERATION)
+def worker(
+    pool: Annotated[Literal["control", "gpu"], typer.Argument(help="control runs requests, gpu runs engines.")],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Flow runs at once (gpu: RUSHES_ENGINES, control: no limit).")
+    ] = None,
+) -> None:
+    """Run a Prefect worker for one of the two pools, until it is stopped."""
+    settings = _settings()
+    _need(settings.prefect_api)
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    if limit or pool == "gpu":
+        command += ["--limit", str(limit or settings.engines)]
+    os.execve(sys.executable, command, settings.child_environment())
+
+
+def _need(_: str) -> None:
+    """Looking a setting up says what is missing before anything is loaded."""
+
+
+@app.command(rich_help_panel=OPERATION)
+def engine(
+    model: Annotated[str | None, typer.Option(help="Shipped name or folder of the model.")] = None,
+    partition: Annotated[str | None, typer.Option(help="How to divide it over ranks: tp=2, or cfg=2,sp=2.")] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where the ranks compute.")] = None,
+    linger: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for more work.")] = None,
+) -> None:
+    """Run an engine here, without a Prefect worker: lease shards and render until no work is left."""
+    given = {"model": model, "partition": partition, "device": device, "linger": linger}
+    settings = _settings(**{name: value for name, value in given.items() if value is not None})
+    _need(settings.database)
+    from flows.render import run_engine
+    from infra.tracing import flush, setup_tracing
+
+    setup_tracing("rushes-engine")
+    try:
+        done = run_engine(settings, say=typer.echo)
+    finally:
+        flush()
+    typer.echo(f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
+
+
+@app.command(rich_help_panel=OPERATION)
+def migrate() -> None:
+    """Bring the ledger's tables up to date. Safe to run at any time, also by several starters at once."""
+    from db.session import upgrade
+
+    upgrade(_settings().database)
+    typer.echo("The ledger is up to date.")
+
+
+@app.command(rich_help_panel=OPERATION)
+def deploy(
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="Most engines at once in the pool (default: RUSHES_ENGINES).")
+    ] = None,
+) -> None:
+    """Put the deployments (generate, render, tidy) and the two work pools on the Prefect server."""
+    import subprocess
+
+    settings = _settings()
+    folder = REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else settings.home
+    command = [sys.executable, "-m", "infra.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
+    command += ["--folder", str(folder), "--pool", f"control={CONTROL_RUNS}"]
+    command += ["--pool", f"gpu={engines or settings.engines}"]
+    done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
+    raise typer.Exit(FAILED if done.returncode else DONE)
+
+
+@app.command(
+    rich_help_panel=OPERATION,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(context: typer.Context) -> None:
+    """Train mini on its procedural world. All arguments go to `python -m model.train` (--help lists them)."""
+    os.execve(sys.executable, [sys.executable, "-m", "model.train", *context.args], _settings().child_environment())
+
+
+def main() -> None:
+    """The entry point of the package."""
+    app(prog_name="rushes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Short visits to the ledger from the command line. Importing this loads neither Prefect nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from db.ledger import RequestNotFound, RequestRow, request_by
+from db.session import connect, sessions
+from flows.settings import Settings
+
+
+@contextmanager
+def database(settings: Settings) -> Generator[Engine]:
+    """The ledger's database, closed at the end. Raises NotRunning."""
+    engine = connect(settings.database, application="rushes-cli")
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def ledger(settings: Settings) -> Generator[sessionmaker[Session]]:
+    """Sessions on the ledger, for several transactions. Raises NotRunning."""
+    with database(settings) as engine:
+        yield sessions(engine)
+
+
+@contextmanager
+def reading(settings: Settings) -> Generator[Session]:
+    """One session, for looking only. Raises NotRunning."""
+    with ledger(settings) as open_session, open_session() as session:
+        yield session
+
+
+def the_request(session: Session, name: str) -> RequestRow:
+    """The request of this id, name or flow run. Raises RequestNotFound."""
+    row = request_by(session, name)
+    if row is None:
+        raise RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
+    return row

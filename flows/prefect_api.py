@@ -1,0 +1,130 @@
+"""The few calls to the Prefect server that a person's commands need, over plain HTTP.
+
+Importing Prefect's own client takes two seconds, which is fine for a flow and not for a command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httpx
+
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
+
+
+class PrefectRefused(RuntimeError):
+    """The Prefect server answered and said no; the message is its own."""
+
+
+class PrefectUnavailable(RuntimeError):
+    """The Prefect server did not answer. Start the stack with `rushes up`, or mend RUSHES_PREFECT_API_URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A flow run as Prefect knows it now."""
+
+    id: str
+    name: str
+    state: str  # SCHEDULED PENDING RUNNING CANCELLING COMPLETED FAILED CRASHED CANCELLED PAUSED
+    state_name: str
+    message: str
+    parameters: dict[str, Any]
+
+    @property
+    def final(self) -> bool:
+        return self.state in FINAL
+
+
+class PrefectApi:
+    """A connection to one server; use it in a with statement."""
+
+    def __init__(self, url: str, auth: str | None = None) -> None:
+        """`url` ends in /api; `auth` is user:password where the server asks for it."""
+        user, _, password = (auth or "").partition(":")
+        self._url = url
+        # No proxy: a proxy meant for the internet would swallow calls to loopback.
+        self._http = httpx.Client(
+            base_url=url, timeout=30, auth=(user, password) if auth else None, trust_env="://127." not in url
+        )
+
+    def __enter__(self) -> PrefectApi:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def submit(
+        self,
+        deployment: str,
+        parameters: Mapping[str, Any],
+        *,
+        name: str | None = None,
+        tags: tuple[str, ...] = (),
+        traceparent: str | None = None,
+    ) -> Run:
+        """Creates a flow run of `flow/deployment`; the server checks the parameters against the form's schema."""
+        body: dict[str, Any] = {"parameters": parameters, "tags": list(tags)}
+        if name:
+            body["name"] = name
+        if traceparent:
+            body["labels"] = {TRACE_LABEL: traceparent}
+        found = self._call(
+            "GET", f"/deployments/name/{deployment}", missing=f"no deployment {deployment} on {self._url}"
+        )
+        return _run(self._call("POST", f"/deployments/{found['id']}/create_flow_run", body))
+
+    def run(self, run_id: str) -> Run | None:
+        """The flow run, or None if the server no longer has it."""
+        try:
+            return _run(self._call("GET", f"/flow_runs/{run_id}", missing="gone"))
+        except LookupError:
+            return None
+
+    def cancel(self, run_id: str) -> bool:
+        """Asks Prefect to cancel the run; False if it had ended or is gone."""
+        run = self.run(run_id)
+        if run is None or run.final:
+            return False
+        kind = "CANCELLED" if run.state == "SCHEDULED" else "CANCELLING"
+        self._call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": kind}})
+        return True
+
+    def _call(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> dict[str, Any]:
+        try:
+            answer = self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise PrefectUnavailable(
+                f"the Prefect server at {self._url} does not answer ({reason}): is the stack up? `rushes up` starts it"
+            ) from None
+        if answer.status_code == 404 and missing == "gone":
+            raise LookupError(path)
+        if answer.status_code == 404 and missing:
+            raise PrefectRefused(f"{missing}: `rushes deploy` puts it there")
+        if answer.is_error:
+            raise PrefectRefused(f"the Prefect server refused: {_detail(answer)}")
+        return cast(dict[str, Any], answer.json()) if answer.content else {}
+
+
+def _run(answer: dict[str, Any]) -> Run:
+    state = answer.get("state") or {}
+    return Run(
+        id=str(answer["id"]),
+        name=str(answer.get("name") or ""),
+        state=str(answer.get("state_type") or state.get("type") or "PENDING"),
+        state_name=str(answer.get("state_name") or state.get("name") or ""),
+        message=str(state.get("message") or ""),
+        parameters=answer.get("parameters") or {},
+    )
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        detail = answer.json().get("detail") or answer.json().get("exception_detail")
+    except ValueError:
+        detail = None
+    return f"{answer.status_code}: {detail or answer.text[:500] or answer.reason_phrase}"

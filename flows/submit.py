@@ -1,0 +1,174 @@
+"""Submitting a prompt file from a terminal: check all of it here, put it into the store, ask Prefect for a run.
+
+Nothing leaves this machine before the whole file is known to be good (or bad lines are to be skipped). The file goes to
+the store under its digest, so that the run reads exactly the bytes that were checked, on whatever machine it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from flows.prompts import CHUNK, BadFile, Checked, check_defaults, check_prompts, open_file, prompts_key
+from flows.request import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat, request_id, request_key
+from flows.settings import Settings
+
+if TYPE_CHECKING:
+    from model.weights import ModelCard
+
+DEPLOYMENT = "generate/default"
+MEDIA_TYPE = {PromptsFormat.CSV: "text/csv", PromptsFormat.JSONL: "application/x-ndjson"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Good:
+    """A prompt file that was read to its end."""
+
+    source: str  # for messages
+    path: Path
+    sha256: str
+    checked: Checked
+    request: GenerationRequest  # with prompts_uri where the file will lie in the store
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A request on its way."""
+
+    request_id: str
+    flow_run_id: str
+    url: str  # of the run in the Prefect UI
+    already: bool  # it was under way before
+
+
+@contextmanager
+def readable(file: str) -> Generator[tuple[str, Path]]:
+    """(name for messages, path) of a file, or of what standard input holds (`-`), kept until the end of the block."""
+    if file != "-":
+        yield file, Path(file)
+        return
+    with tempfile.NamedTemporaryFile(prefix="rushes-stdin-") as kept:
+        while chunk := sys.stdin.buffer.read(CHUNK):
+            kept.write(chunk)
+        kept.flush()
+        yield "stdin", Path(kept.name)
+
+
+def check_file(
+    source: str, path: Path, options: dict[str, Any], card: ModelCard, report: Callable[[str], None]
+) -> Good:
+    """Reads and checks the whole file. `options` are fields of GenerationRequest; `report` gets every error.
+
+    Errors in the options themselves count like errors of the file. Raises BadFile, and pydantic's ValidationError for
+    options out of bounds.
+    """
+    format = PromptsFormat(options.pop("prompts_format", None) or PromptsFormat.AUTO)
+    if format is PromptsFormat.AUTO:
+        format = FORMAT_OF_ENDING.get(Path(source).suffix.lower(), PromptsFormat.AUTO)
+    request = GenerationRequest(**options, prompts_format=format, prompts_uri="store:prompts/unknown")
+    defaults = request.resolve(card)
+    wrong = check_defaults(defaults)
+    for message in wrong:
+        report(message)
+    if not path.exists():
+        raise BadFile(f"{source}: no such file")
+    with open_file(path) as file:
+        stream = _Hashing(file)
+        checked = check_prompts(cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report)
+    sha256 = stream.digest.hexdigest()
+    if wrong:  # no --skip-invalid skips these
+        raise BadOptions(f"{len(wrong)} of the options cannot be used: nothing was submitted")
+    request = request.model_copy(update={"prompts_uri": f"store:{prompts_key(sha256)}"})
+    key = request_key(request, defaults, source_sha256=sha256, model_digest=card.digest)
+    return Good(source=source, path=path, sha256=sha256, checked=checked, request=request, request_id=request_id(key))
+
+
+class BadOptions(ValueError):
+    """Options contradict the model's rules; each was reported."""
+
+
+class _Hashing:
+    """A stream that digests what is read from it, so that what is checked is what is stored."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.digest.update(data)
+        return data
+
+
+def submit(settings: Settings, good: Good) -> Submitted:
+    """Stores the file and creates the flow run, or joins the run that is already making this request.
+
+    Raises NotRunning, StoreUnavailable, PrefectUnavailable, PrefectRefused.
+    """
+    from flows.prefect_api import PrefectApi
+    from infra.tracing import carrier, continued, flush, setup_tracing
+
+    api_url, ui_url = settings.prefect_api, settings.ui_url
+    setup_tracing("rushes-submit")
+    try:
+        with (
+            continued({}, "submit", request_id=good.request_id, source=good.source),
+            PrefectApi(api_url, settings.prefect_password) as api,
+        ):
+            under_way = run_under_way(settings, api, good.request_id)
+            if under_way:
+                run_id = under_way
+            else:
+                store_file(settings, good)
+                parameters = {"request": good.request.model_dump(mode="json", exclude_none=True, exclude_defaults=True)}
+                run = api.submit(
+                    DEPLOYMENT,
+                    parameters,
+                    name=good.request.name,
+                    tags=("rushes", good.request.tenant),
+                    traceparent=carrier().get("traceparent"),
+                )
+                run_id = run.id
+    finally:
+        flush()
+    return Submitted(
+        request_id=good.request_id, flow_run_id=run_id, url=run_url(ui_url, run_id), already=bool(under_way)
+    )
+
+
+def run_url(ui_url: str, run_id: str) -> str:
+    return f"{ui_url}/runs/flow-run/{run_id}"
+
+
+def run_under_way(settings: Settings, api: Any, request_id: str) -> str | None:
+    """The flow run that is making this request now, if one is."""
+    if settings.database_url is None:  # a machine that may submit need not reach the ledger
+        return None
+    from db.ledger import request_by
+    from flows.ledgers import reading
+
+    with reading(settings) as session:
+        row = request_by(session, request_id)
+    if row is None or row.status != "open" or row.flow_run_id is None:
+        return None
+    run = api.run(row.flow_run_id)
+    return None if run is None or run.final or run.state == "CANCELLING" else row.flow_run_id
+
+
+def store_file(settings: Settings, good: Good) -> None:
+    """Puts the file under its digest, unless it is there."""
+    store = settings.open_store()
+    key = prompts_key(good.sha256)
+    if store.exists(key):
+        return
+    stored = store.put_at(key, good.path, MEDIA_TYPE.get(good.request.prompts_format, "text/plain"))
+    if stored.sha256 and stored.sha256 != good.sha256:
+        store.delete(key)
+        raise BadFile(f"{good.source}: was changed while it was being read: submit it again")
