@@ -156,7 +156,8 @@ class Rank:
             if self.rank == 0:
                 self.wire.send({"type": "step", "job": job, "step": steps, "time": time.time()})
             stopped = self._agree(job, specs)
-        self.inbox.dropped.pop(job, None)
+        for old in [number for number in list(self.inbox.dropped) if number <= job]:
+            self.inbox.dropped.pop(old, None)
         if self.rank == 0:
             denoise_seconds, clock = time.perf_counter() - clock, time.perf_counter()
             self._write(job, [(spec, x[k]) for k, spec in enumerate(specs) if spec.clip_id not in stopped])

@@ -1,0 +1,233 @@
+"""The engine's promises: same recipe, same bytes; whoever dies or hangs, nobody is left and the next start works.
+
+Starting ranks costs seconds, so one engine serves many tests here. Where a test ends it, the next use starts it again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from model.config import Partition
+from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
+from tests.tiny import tiny_model
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+ROOT = Path(__file__).parents[2]
+SPEC = ClipSpec(
+    clip_id="one",
+    prompt="a red ball moves left",
+    negative_prompt="",
+    seed=7,
+    width=48,
+    height=32,
+    frames=9,
+    fps=8,
+    steps=4,
+    guidance=3.0,
+    solver="ab2",
+    shift=3.0,
+)
+LONG = replace(SPEC, clip_id="long", steps=5000)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path) -> Iterator[Engine]:
+    shared_memory = set(os.listdir("/dev/shm"))
+    engine = Engine(model, Partition(tp=2), log=model / "ranks.log")
+    yield engine
+    pids = pids_of(engine)
+    engine.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert set(os.listdir("/dev/shm")) <= shared_memory | {n for n in os.listdir("/dev/shm") if "rushes" not in n}
+
+
+@pytest.fixture
+def engine(shared: Engine) -> Engine:
+    shared.start()
+    shared.step_timeout = 60.0
+    return shared
+
+
+def pids_of(engine: Engine) -> list[int]:
+    return [info.pid for info in engine.ready]
+
+
+def gone(pids: list[int], within: float) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def frames(engine: Engine, *specs: ClipSpec) -> list[bytes]:
+    return [clip.frames.tobytes() for clip in engine.render(specs)]
+
+
+def test_every_rank_holds_its_part_and_tested_it(engine: Engine) -> None:
+    whole = sum(p.stat().st_size for p in (engine.card.path / "transformer").glob("*.safetensors"))
+    assert [info.rank for info in engine.ready] == [0, 1]
+    for info in engine.ready:
+        assert info.parameter_bytes < 0.75 * whole  # the embedders, whole on every rank, are a large part of a tiny model
+        assert 0 < info.self_test <= 1e-5
+
+
+def test_clips_come_with_frames_times_and_steps(engine: Engine) -> None:
+    seen: list[tuple[str, int, int]] = []
+    image = replace(SPEC, clip_id="image", frames=1, width=32, steps=2, guidance=1.0)
+    before = time.time()
+    clips = list(engine.render([SPEC, image], on_step=lambda *step: seen.append(step)))
+    assert [clip.clip_id for clip in clips] == ["one", "image"]
+    assert [clip.frames.shape for clip in clips] == [(9, 32, 48, 3), (1, 32, 32, 3)]
+    assert seen == [("one", k, 4) for k in (1, 2, 3, 4)] + [("image", k, 2) for k in (1, 2)]
+    for clip in clips:
+        assert clip.frames.dtype == np.uint8 and clip.frames.std() > 1
+        assert set(clip.seconds) == {"text", "denoise", "decode"} and all(value >= 0 for value in clip.seconds.values())
+        assert before <= clip.started <= clip.steps[0] <= clip.steps[-1] <= clip.finished <= time.time()
+        assert list(clip.steps) == sorted(clip.steps)
+
+
+def test_same_recipe_same_bytes_whatever_the_neighbours_or_the_restart(engine: Engine) -> None:
+    other = replace(SPEC, clip_id="other", seed=8, prompt="a blue cube", negative_prompt="red")
+    large = replace(SPEC, clip_id="large", width=64, height=64, frames=17, steps=3, solver="euler", guidance=1.0)
+    first, elsewhere = frames(engine, SPEC, other)
+    assert first != elsewhere, "a seed and a prompt must matter"
+    assert frames(engine, large, other, SPEC, large, SPEC)[1:] == [elsewhere, first, frames(engine, large)[0], first]
+    assert frames(engine, replace(SPEC, prompt="a green cube"))[0] != first
+    assert frames(engine, replace(SPEC, negative_prompt="red"))[0] != first
+    engine.close()
+    engine.start()
+    assert frames(engine, SPEC) == [first]
+
+
+def test_the_ranks_work_while_the_caller_looks(engine: Engine) -> None:
+    clips = engine.render([replace(SPEC, clip_id=f"clip{k}", steps=20) for k in range(3)])
+    first = next(clips)
+    time.sleep(first.finished - first.started + 1)  # as encoding and storing would take
+    looked = time.time()
+    second = next(clips)
+    assert second.finished < looked
+    assert next(clips).started < looked + 0.5
+
+
+def test_cancel_stops_at_a_step_and_leaves_the_engine_usable(engine: Engine) -> None:
+    steps: list[int] = []
+    wanted = frames(engine, SPEC)
+    queued = replace(LONG, clip_id="queued")
+    started = time.monotonic()
+    clips = list(
+        engine.render(
+            [LONG, SPEC, queued],
+            on_step=lambda clip_id, step, _: steps.append(step) if clip_id == "long" else None,
+            cancelled=lambda: {"long", "queued"} if len(steps) >= 5 else set(),
+        )
+    )
+    assert [clip.frames.tobytes() for clip in clips] == wanted, "the cancelled are not yielded, the other is unharmed"
+    assert 5 <= len(steps) < 2000
+    assert time.monotonic() - started < 30
+    assert list(engine.render([SPEC], cancelled=lambda: {"one"})) == []
+
+
+def test_a_caller_that_leaves_stops_the_work(engine: Engine) -> None:
+    clips = engine.render([SPEC, LONG, LONG])
+    wanted = next(clips).frames.tobytes()
+    clips.close()
+    assert frames(engine, SPEC) == [wanted]
+
+
+def test_a_killed_rank_ends_all_and_the_next_start_works(engine: Engine) -> None:
+    wanted, pids = frames(engine, SPEC), pids_of(engine)
+    threading.Timer(1.0, os.kill, (pids[1], signal.SIGKILL)).start()
+    with pytest.raises(RankDied, match=r"rank 1 of 2 died \(killed by SIGKILL\)"):
+        list(engine.render([LONG]))
+    assert not engine.running and gone(pids, 0.1)
+    engine.start()
+    assert frames(engine, SPEC) == wanted
+
+
+def test_a_stopped_rank_counts_as_hung(engine: Engine) -> None:
+    pids = pids_of(engine)
+    engine.step_timeout = 2.0
+    threading.Timer(1.0, os.kill, (pids[1], signal.SIGSTOP)).start()
+    with pytest.raises(RankHung, match="no step for 2 s; .*rank 1 is stopped"):
+        list(engine.render([LONG]))
+    assert not engine.running and gone(pids, 0.1)
+
+
+def test_a_clip_that_the_model_refuses_is_named(engine: Engine) -> None:
+    with pytest.raises(RenderFailed, match="clip odd: ValueError: frames=8 must be 4n\\+1") as failure:
+        list(engine.render([SPEC, replace(SPEC, clip_id="odd", frames=8)]))
+    assert failure.value.clip_id == "odd" and not engine.running
+    engine.start()
+    with pytest.raises(RenderFailed, match="clip wild: .*not finite"):
+        list(engine.render([replace(SPEC, clip_id="wild", guidance=1e38)]))
+
+
+def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from model.config import Partition; from model.engine import Engine, ClipSpec\n"
+        f"engine = Engine(Path({str(model)!r}), Partition(cfg=2)); engine.start()\n"
+        "print(*[info.pid for info in engine.ready], flush=True)\n"
+        f"list(engine.render([{LONG!r}]))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.5)
+        assert all(psutil.Process(pid).is_running() for pid in pids)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    assert gone(pids, 2.0)
+    assert not [name for name in os.listdir("/dev/shm") if "rushes" in name]
+
+
+def test_micro_batches_give_each_clip_its_own_pixels(model: Path) -> None:
+    specs = [replace(SPEC, clip_id=f"clip{k}", seed=k, prompt=p) for k, p in enumerate(("a ball", "a cube", "a ball"))]
+    with Engine(model, Partition(), micro_batch=2, log=model / "ranks.log") as engine:
+        together = list(engine.render(specs))
+        kept = list(engine.render([*specs[:2], SPEC], cancelled=lambda: {"clip0"} if not together else set()))
+        engine.micro_batch = 1
+        alone = list(engine.render(specs))
+    assert [clip.clip_id for clip in together] == ["clip0", "clip1", "clip2"] == [clip.clip_id for clip in alone]
+    assert len(kept) == 3
+    for one, other in zip(together, alone, strict=True):
+        assert difference(one, other) <= 1  # another batch size is another order of sums: the last bit may differ
+    assert difference(alone[0], alone[1]) > 1
+
+
+def difference(one: RenderedClip, other: RenderedClip) -> int:
+    return int(np.abs(one.frames.astype(int) - other.frames.astype(int)).max())
+
+
+def test_a_model_that_cannot_be_loaded_says_why(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"4 attention heads do not divide over sp 3 x tp 1 = 3 ranks"):
+        Engine(model, Partition(sp=3))
+    broken = tiny_model(tmp_path / "broken")
+    file = next((broken / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    engine = Engine(broken, Partition(), log=tmp_path / "ranks.log")
+    with pytest.raises(StartFailed, match="SafetensorError"):
+        engine.start()
+    assert not engine.running
