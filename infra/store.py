@@ -227,7 +227,7 @@ class FolderStore:
         path = self._path(key)
         with _folder_answers(self.root):
             try:
-                return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+                return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise NoSuchKey(f"{key}: not in the store {self.root}") from None
 
@@ -235,16 +235,17 @@ class FolderStore:
         path = self._path(key)
         with _folder_answers(self.root):
             try:
-                size = path.stat(follow_symlinks=False).st_size if path.is_file() else None
+                facts = os.stat(path, follow_symlinks=False)
             except (FileNotFoundError, NotADirectoryError):
-                size = None
-            if size is None:
+                return None
+            if not stat.S_ISREG(facts.st_mode):
                 return None
             try:
                 media_type = self._media(key).read_text()
             except (FileNotFoundError, NotADirectoryError):
                 media_type = OCTETS
-        return Stored(key, key.rpartition("/")[2] if key.startswith(BLOBS) else "", size, media_type)
+        digest = key.rpartition("/")[2] if key.startswith(BLOBS) else ""
+        return Stored(key, digest, facts.st_size, media_type)
 
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None
@@ -324,15 +325,15 @@ class FolderStore:
             elif key.startswith(prefix):
                 with _folder_answers(self.root), suppress(FileNotFoundError):  # deleted meanwhile
                     facts = os.stat(self.root / key, follow_symlinks=False)
-                    yield Listed(key, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+                    if stat.S_ISREG(facts.st_mode):
+                        yield Listed(key, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
 
     def _delete(self, key: str, old_enough: Callable[[datetime], bool]) -> bool:
         path = self._path(key)
         with _folder_answers(self.root):
             try:
-                if not old_enough(datetime.fromtimestamp(os.stat(path, follow_symlinks=False).st_mtime, UTC)):
-                    return False
-                if path.is_dir():
+                facts = os.stat(path, follow_symlinks=False)
+                if not stat.S_ISREG(facts.st_mode) or not old_enough(datetime.fromtimestamp(facts.st_mtime, UTC)):
                     return False
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError):

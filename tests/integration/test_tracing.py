@@ -82,7 +82,8 @@ with continued(None, "submit", request_id="req_1"):
         work = json.dumps(carrier())
     print(current_trace_id())
     # The engine is another program, started with what the shard's row carries; it forks beside its sender thread.
-    subprocess.run([sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", sys.argv[1], work], check=True)
+    quiet = ["-W", "error", "-W", "ignore::DeprecationWarning"]
+    subprocess.run([sys.executable, *quiet, "-c", sys.argv[1], work], check=True)
 assert current_trace_id() is None and carrier() == {}
 """
 RENDER = """
