@@ -162,12 +162,16 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.latent_channels:
-                raise ValueError(f"{name} has {len(getattr(self, name))} values, latent_channels is {self.latent_channels}")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values, latent_channels is {self.latent_channels}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {"_class_name": "CausalVideoVAE", **asdict(self)}
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> VAEConfig:
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")
+        }
         return cls(**known)

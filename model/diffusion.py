@@ -58,5 +58,5 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor
 
 
 def noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 noise from a CPU generator of its own, so that a clip's pixels depend on its seed alone."""
+    """Standard normal float32 noise from a CPU generator of its own: a clip's pixels depend on its seed alone."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

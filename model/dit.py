@@ -74,19 +74,23 @@ class DiT(nn.Module):
         self.merge: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # and all of them again
 
     def forward(self, latents: Tensor, times: Tensor, text: Tensor) -> Tensor:
-        """latents [B, C, T, H, W], times [B] or [B, S] in 0 (clean) .. 1 (noise), text [B, L, Dt] -> velocity like latents.
+        """latents [B, C, T, H, W], times [B] or [B, S] in 0 (clean) .. 1 (noise), text [B, L, Dt] -> velocity.
 
-        S is 1, T / patch (a time for each latent frame) or N (a time for each token). Raises ValueError for others, and
-        for sizes that the patch does not divide.
+        The velocity has the latents' shape and type. S is 1, T / patch (a time for each latent frame) or N (a time for
+        each token). Raises ValueError for other counts, and for sizes that the patch does not divide.
         """
         cells = grid(latents, self.config.patch)
         count = cells[0] * cells[1] * cells[2]
         times = times[:, None] if times.ndim == 1 else times
         if count % times.shape[1]:
-            raise ValueError(f"times has {times.shape[1]} entries a clip; it must be 1, {cells[0]} (frames) or {count} (tokens)")
+            raise ValueError(
+                f"times has {times.shape[1]} entries a clip; it must be 1, {cells[0]} (frames) or {count} (tokens)"
+            )
 
         weight = self.patch_embedding.weight
-        x = F.linear(patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias)
+        x = F.linear(
+            patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias
+        )
         angles = self.split(rotary(cells, self.config.rope_axes, latents.device), 0)
         turns = angles.cos()[:, None], angles.sin()[:, None]
         embedding, modulation, text = self.condition_embedder(times, text)  # [B, S, D], [B, S, 6, D], [B, L, D]
@@ -120,14 +124,15 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
+        assert self.patch_embedding.bias is not None
         nn.init.zeros_(self.patch_embedding.bias)
         conditioning = self.condition_embedder
         for embedder in (conditioning.text_embedder, conditioning.time_embedder):
             for linear in (embedder.linear_1, embedder.linear_2):
                 nn.init.normal_(linear.weight, std=0.02, generator=generator)
         nn.init.normal_(conditioning.time_proj.weight, std=0.02, generator=generator)
-        for table in (self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)):
-            nn.init.normal_(table, std=self.config.width**-0.5, generator=generator)
+        for block in (self, *self.blocks):
+            nn.init.normal_(block.get_parameter("scale_shift_table"), std=self.config.width**-0.5, generator=generator)
         for block in self.blocks:
-            nn.init.zeros_(block.attn2.to_out[0].weight)
+            nn.init.zeros_(block.get_parameter("attn2.to_out.0.weight"))
         nn.init.zeros_(self.proj_out.weight)

@@ -23,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for training on a CPU below some 320 tokens, where matmuls are half again as fast as the fused kernel."""
+    """The same, for training on a CPU: below some 320 tokens it is half again as fast as the fused kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
@@ -47,7 +47,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, N, H, K], co
 
 
 def sinusoid(times: Tensor, channels: int) -> Tensor:
-    """[...] times in 0..1 -> [..., channels]; the network was made for 0..1000, cosines first (DDPM, Ho et al. 2020)."""
+    """[...] times in 0..1 -> [..., channels], cosines first; the network counts to 1000 (DDPM, Ho et al. 2020)."""
     half = channels // 2
     rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
     turn = times.float()[..., None] * 1000 * rate
@@ -134,7 +134,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, N, D], text [B, L, D], modulation [B, S, 6, D] where S times divide N (1, frames, or N)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation.float()).unbind(2)  # [B, S, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation.float()).unbind(
+            2
+        )  # [B, S, D]
         y = affine(self.norm1(x), scale1, shift1).to(x.dtype)
         x = residual(x, self.attn1(y, y, turns), gate1)
         x = x + self.attn2(self.norm2(x).to(x.dtype), text, None)

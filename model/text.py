@@ -101,6 +101,8 @@ def load_text_encoder(folder: Path, length: int, dtype: torch.dtype, device: str
     """From the `text_encoder` and `tokenizer` folders of a model in the diffusers layout (safetensors only)."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True)
+    encoder: Any = UMT5EncoderModel.from_pretrained(
+        folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     return TextEncoder(encoder.to(device).eval().requires_grad_(False), tokenizer, length)

@@ -101,7 +101,7 @@ class Recipe:
     scale: float = 1.0  # of the number of clips rendered
 
 
-# --- the world, rendered -----------------------------------------------------------------------------------------------
+# --- the world, rendered ----------------------------------------------------------------------------------------------
 
 
 def scene_of(seed: int, bucket: Bucket, index: int) -> world.Scene:
@@ -146,7 +146,9 @@ def clips_of(recipe: Recipe, bucket: Bucket) -> list[NDArray[np.uint8]]:
     firsts = range(0, round(bucket.clips * recipe.scale), CHUNK)
     missing = [f for f in firsts if not _chunk(recipe, bucket, f).exists()]
     if missing:
-        raise FileNotFoundError(f"{bucket.name}: {len(missing)} of {len(firsts)} chunks are not rendered; run the stage `render`")
+        raise FileNotFoundError(
+            f"{bucket.name}: {len(missing)} of {len(firsts)} chunks are not rendered; run the stage `render`"
+        )
     return [np.load(_chunk(recipe, bucket, f), mmap_mode="r") for f in firsts]
 
 
@@ -155,14 +157,14 @@ def to_video(clips: NDArray[np.uint8], device: str) -> Tensor:
     return torch.from_numpy(clips).to(device).movedim(-1, 1).float() / 127.5 - 1
 
 
-# --- the autoencoder ---------------------------------------------------------------------------------------------------
+# --- the autoencoder --------------------------------------------------------------------------------------------------
 
 
 def train_vae(recipe: Recipe) -> None:
     """L1 + MSE + a little KL on 1-, 9- and 17-frame crops; the peak rate decays along a cosine."""
     chunks = clips_of(recipe, BUCKETS[0])
     torch.manual_seed(recipe.seed)
-    vae = VAE(VAEConfig()).to(recipe.device, memory_format=torch.channels_last_3d)
+    vae = in_memory_order(VAE(VAEConfig())).to(recipe.device)
     optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     checkpoint = Checkpoint(recipe.work / "vae.safetensors", {"vae": vae}, optimizer)
     count = sum(len(c) for c in chunks)
@@ -203,6 +205,14 @@ def train_vae(recipe: Recipe) -> None:
     run(recipe, "vae", recipe.vae_steps, checkpoint, learn, validate, every=300)
 
 
+def in_memory_order(vae: VAE) -> VAE:
+    """Convolution weights with their channels last, as oneDNN's bfloat16 kernels want them."""
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
+
+
 def psnr(error: Tensor) -> float:
     """In decibels, for values in -1..1."""
     return 10 * math.log10(4 / max(error.square().mean().item(), 1e-12))
@@ -216,7 +226,7 @@ def trained_vae(recipe: Recipe) -> VAE:
     vae = VAE(config)
     state = load_file(recipe.work / "vae.safetensors")
     vae.load_state_dict({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
-    return vae.to(recipe.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    return in_memory_order(vae).to(recipe.device).eval().requires_grad_(False)
 
 
 def encode_latents(recipe: Recipe) -> None:
@@ -228,7 +238,9 @@ def encode_latents(recipe: Recipe) -> None:
     @torch.no_grad()
     def encode(clips: NDArray[np.uint8]) -> Tensor:
         with torch.autocast(recipe.device, torch.bfloat16):
-            return torch.cat([vae.posterior(to_video(np.asarray(c), recipe.device))[0].cpu() for c in np.split(clips, 10)])
+            return torch.cat(
+                [vae.posterior(to_video(np.asarray(c), recipe.device))[0].cpu() for c in np.split(clips, 10)]
+            )
 
     if not (folder / "spread.json").exists():
         sample = torch.cat([encode(chunk) for chunk in clips_of(recipe, BUCKETS[0])[1:9]])
@@ -245,7 +257,7 @@ def encode_latents(recipe: Recipe) -> None:
         print(f"latents {bucket.name} {tuple(latents.shape)}", flush=True)
 
 
-# --- the transformer ---------------------------------------------------------------------------------------------------
+# --- the transformer --------------------------------------------------------------------------------------------------
 
 
 class Writer(nn.Module):
@@ -303,7 +315,9 @@ def train_dit(recipe: Recipe) -> None:
     if recipe.device == "cpu":
         writer.attend_with(short_attention)
     average = copy.deepcopy(writer).requires_grad_(False)
-    optimizer = torch.optim.AdamW(writer.parameters(), recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        writer.parameters(), recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     checkpoint = Checkpoint(recipe.work / "dit.safetensors", {"writer": writer, "average": average}, optimizer)
     shares = [b.share for b in BUCKETS]
 
@@ -329,7 +343,9 @@ def train_dit(recipe: Recipe) -> None:
         nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
         optimizer.step()
         keep = min(recipe.average, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(writer.parameters()), 1 - keep)
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), writer.parameters(), strict=True):
+                kept.lerp_(new, 1 - keep)
         return {"loss": loss.item()}
 
     @torch.no_grad()
@@ -366,7 +382,9 @@ def step_of(
 
 
 @torch.no_grad()
-def sample(writer: Writer, vae: VAE, prompts: list[str], shape: Shape, seeds: Iterable[int], guidance: float = 4.0) -> Tensor:
+def sample(
+    writer: Writer, vae: VAE, prompts: list[str], shape: Shape, seeds: Iterable[int], guidance: float = 4.0
+) -> Tensor:
     """Clips [B, 3, T, H, W] in -1..1 for a look during training, in bfloat16."""
     device = next(writer.parameters()).device
     size = vae.latent_shape(shape)
@@ -376,7 +394,8 @@ def sample(writer: Writer, vae: VAE, prompts: list[str], shape: Shape, seeds: It
     def velocity(x: Tensor, now: float) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             both = writer.dit(torch.cat((x, x)), torch.full((2 * len(x),), now, device=device), text)
-        return guide(*both.float().chunk(2), guidance)
+        with_text, without = both.float().chunk(2)
+        return guide(with_text, without, guidance)
 
     for latents in denoise(velocity, x, schedule(25, 2.0), "ab2"):
         x = latents
@@ -402,7 +421,7 @@ def publish(recipe: Recipe, out: Path) -> None:
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-# --- running, stopping, going on ---------------------------------------------------------------------------------------
+# --- running, stopping, going on --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -428,7 +447,9 @@ class Checkpoint:
             return 0
         tensors = load_file(self.path)
         for name, module in self.modules.items():
-            module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            module.load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            )
         for k, parameter in enumerate(self._parameters()):
             prefix = f"optimizer.{k}."
             state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
@@ -463,7 +484,12 @@ def run(
         if done % every and done != steps:
             continue
         lines = (done - first) % every or every
-        row: dict[str, Any] = {"stage": stage, "step": done, "of": steps, "seconds": round(time.monotonic() - started, 1)}
+        row: dict[str, Any] = {
+            "stage": stage,
+            "step": done,
+            "of": steps,
+            "seconds": round(time.monotonic() - started, 1),
+        }
         row |= {key: round(value / lines, 4) for key, value in (total | {}).items()}
         row |= {key: round(value, 4) for key, value in validate(step).items()}
         total = {}
@@ -489,10 +515,12 @@ def _last(log: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m model.train", description="Trains mini on the procedural world.")
     stages = ("all", "render", "vae", "latents", "dit", "publish", "look")
     parser.add_argument("stage", nargs="?", default="all", choices=stages)
-    parser.add_argument("--work", type=Path, required=True, help="folder for clips, latents and checkpoints (about 6 GB)")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for clips, latents and checkpoints (about 6 GB)"
+    )
     parser.add_argument("--out", type=Path, help="where publish writes the model, or look its contact sheet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -532,7 +560,7 @@ def main() -> None:
 
 def look(recipe: Recipe, out: Path) -> None:
     """A contact sheet of held-out prompts, one of each kind of motion and camera."""
-    from model.encode import contact_sheet
+    from model.encode import SheetRow, contact_sheet
 
     writer, vae = trained_writer(recipe), trained_vae(recipe)
     rng = random.Random(7)
@@ -543,12 +571,15 @@ def look(recipe: Recipe, out: Path) -> None:
             if kind in (scene.motion, scene.camera):
                 prompts.append(world.describe(scene, rng))
                 break
-    rows: list[Any] = []
+    rows: list[SheetRow] = []
     for first in range(0, len(prompts), 8):
         some = prompts[first : first + 8]
         video = sample(writer, vae, some, Shape(64, 64, 17), range(first, first + len(some)))
         frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-        rows += list(zip(some, frames, strict=True))
+        rows += [
+            SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=clip[::4])
+            for k, (prompt, clip) in enumerate(zip(some, frames, strict=True))
+        ]
     out.write_bytes(contact_sheet(rows))
 
 

@@ -9,6 +9,8 @@ Letters: B batch, C channels, T/H/W frames/rows/columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -23,7 +25,9 @@ FOLD = 2  # pixels folded into channels at the border, on each spatial axis
 class CausalConv(nn.Conv3d):
     """A convolution that sees its own frame and those before it."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.past = kernel[0] - 1
 
@@ -158,13 +162,14 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, Z, t, h, w] of about unit variance -> video [B, 3, T, H, W] in -1..1."""
-        return self.reconstruct((latents * self.std + self.mean).to(self.decoder[0].weight.dtype)).clamp(-1, 1)
+        plain = latents * self.std + self.mean
+        return self.reconstruct(plain.to(next(self.decoder.parameters()).dtype)).clamp(-1, 1)
 
 
 class WanVAE:
     """diffusers' `AutoencoderKLWan` behind the same two calls; open weights bring their own autoencoder."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
         config = inner.config
         self.channels: int = config.z_dim

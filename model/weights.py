@@ -77,7 +77,9 @@ def find_model(name: str | Path) -> ModelCard:
     path = shipped if len(Path(name).parts) == 1 and shipped.is_dir() else Path(name)
     if not (path / "transformer" / "config.json").is_file():
         names = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if p.is_dir())) if SHIPPED.is_dir() else "none"
-        raise ModelNotFound(f"model {str(name)!r} is neither shipped ({names}) nor a folder with transformer/config.json")
+        raise ModelNotFound(
+            f"model {str(name)!r} is neither shipped ({names}) nor a folder with transformer/config.json"
+        )
     return _card(path.resolve())
 
 
@@ -105,7 +107,9 @@ def folder_digest(path: Path) -> str:
     whole = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model")):
         with file.open("rb") as stream:
-            whole.update(f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            whole.update(
+                f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
+            )
     return whole.hexdigest()
 
 
@@ -153,10 +157,14 @@ def load_vae(path: Path, dtype: torch.dtype, device: str = "cpu") -> VAE | WanVA
 
         from model.vae import WanVAE
 
-        inner = AutoencoderKLWan.from_pretrained(path / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        inner: Any = AutoencoderKLWan.from_pretrained(
+            path / "vae", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
         return WanVAE(inner.to(device).eval().requires_grad_(False))
     if config["_class_name"] != "CausalVideoVAE":
-        raise ValueError(f"{path / 'vae/config.json'}: _class_name={config['_class_name']!r} is not an autoencoder known here")
+        raise ValueError(
+            f"{path / 'vae/config.json'}: _class_name={config['_class_name']!r} is not an autoencoder known here"
+        )
     from safetensors.torch import load_file
 
     from model.vae import VAE
@@ -176,7 +184,6 @@ def save_model(
     path: Path, *, dit: DiT, text: TextEncoder, vae: VAE, defaults: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
     """Writes a model folder in the diffusers layout; `defaults` goes to rushes.json. Tensors are saved as `dtype`."""
-    import torch
     from safetensors.torch import save_file
 
     def write(name: str, config: Mapping[str, Any]) -> None:
@@ -198,7 +205,10 @@ def save_model(
             "vae": ["model.vae", "VAE"],
         },
     )
-    write("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": defaults["shift"]})
+    write(
+        "scheduler/scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": defaults["shift"]},
+    )
     write("transformer/config.json", dit.config.to_diffusers())
     save_file(tensors(dit), path / "transformer" / WEIGHTS)
     write("vae/config.json", vae.config.to_json())

@@ -1,0 +1,440 @@
+"""A file of prompts in, an accounted-for clip for every one of them out.
+
+Read this file first. `generate` is the flow that a request runs in: it reads and checks the prompts, writes them into
+the ledger, cuts them into shards, sees to it that engines run, watches until every clip has come to an end, and
+publishes the manifest and the contact sheet. It renders nothing itself and holds no state: killed at any moment it may
+simply run again, since the ledger says what is done.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, BinaryIO
+
+from opentelemetry import trace
+from prefect import flow, get_run_logger
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
+from prefect.runtime import flow_run as this_run
+from prefect.states import Cancelled, Completed, Failed
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import leases, ledger, watching
+from db.ledger import NewClip, NewRequest, Progress
+from db.tables import ClipStatus, RequestStatus
+from flows import engines, plan
+from flows.ledgers import ledger as ledger_of
+from flows.prompts import (
+    BadFile,
+    BadLine,
+    BadUri,
+    Checked,
+    check_prompts,
+    digest_stream,
+    open_uri,
+    read_prompts,
+    recipe,
+)
+from flows.request import Defaults, GenerationRequest, request_key
+from flows.settings import Settings, load_settings
+from infra.store import Store
+from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
+from model.weights import ModelCard, ModelNotFound, find_model
+
+POLL = 1.0  # seconds between two looks at the ledger
+REPORT = 5.0  # seconds between two reports to the UI, at least
+SHEET_CLIPS = 24  # clips on a contact sheet
+IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
+
+
+def name_run() -> str:
+    """What the Prefect UI calls the run: the request's own name when it has one."""
+    request: dict[str, Any] | GenerationRequest = this_run.parameters.get("request", {})
+    name = request.name if isinstance(request, GenerationRequest) else request.get("name")
+    return str(name or "request")
+
+
+def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
+    """Cancelling the run in the UI cancels its clips; engines stop at their next denoising step."""
+    with ledger_of(load_settings()) as ledgers, ledgers.begin() as session:
+        for request in watching.open_requests(session, flow_run_id=str(flow_run.id)):
+            ledger.cancel_request(session, request.id)
+
+
+@flow(
+    name="generate",
+    description="Makes a clip for every prompt of a request.",
+    flow_run_name=name_run,
+    on_cancellation=[cancel_in_ledger],
+)
+def generate(request: GenerationRequest) -> State[Any]:
+    """Read and check the prompts, open the request, plan shards, start engines, watch, publish."""
+    settings = load_settings()
+    setup_tracing("rushes-generate")
+    try:
+        with ledger_of(settings) as ledgers, continued(submitted_from(), "generate", request_name=request.name or ""):
+            return make_clips(settings, ledgers, settings.open_store(), request)
+    finally:
+        flush()
+
+
+def make_clips(
+    settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest
+) -> State[Any]:
+    log = get_run_logger()
+    try:
+        source = find_source(settings, store, request)
+    except (BadUri, BadFile, ModelNotFound) as error:
+        return Failed(message=str(error), name="BadInput")
+    if source.checked.bad and not request.skip_invalid:
+        return refuse(source)
+
+    opened = record(settings, ledgers, store, source, request)
+    request_id = opened.id
+    log.info("request %s: %s clips asked for by %s", request_id, source.checked.clips, source.name)
+    if opened.created:
+        log.info(
+            "ask about it with: rushes sql \"select status, count(*) from history where request_id = '%s' group by 1\"",
+            request_id,
+        )
+
+    found = adopt(ledgers, request_id)
+    progress = watch(settings, ledgers, request_id, source)
+    return publish(settings, ledgers, store, request_id, progress, found)
+
+
+# --- what was asked for -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A prompt file that was found, digested and checked."""
+
+    name: str  # for messages: prompts.jsonl
+    uri: str  # where it can be read again
+    sha256: str
+    card: ModelCard
+    defaults: Defaults
+    checked: Checked
+
+
+def find_source(settings: Settings, store: Store, request: GenerationRequest) -> Source:
+    """Finds the prompts, puts inline ones into the store (so that every request can be read again), checks all of them.
+
+    Raises BadUri, BadFile and ModelNotFound.
+    """
+    card = find_model(request.model)
+    defaults = request.resolve(card)
+    if request.prompts:
+        stored = store.put(request.inline_bytes(), "application/x-ndjson")
+        uri, name = f"store:{stored.key}", "prompts"
+    else:
+        assert request.prompts_uri is not None
+        uri, name = request.prompts_uri, request.prompts_uri.rpartition("/")[2]
+        name = request.name or "prompts" if uri.startswith("store:") else name
+    with open_source(settings, store, uri) as stream:
+        sha256, _ = digest_stream(stream)
+    with open_source(settings, store, uri) as stream:
+        checked = check_prompts(stream, source=name, format=request.format, defaults=defaults)
+    return Source(name=name, uri=uri, sha256=sha256, card=card, defaults=defaults, checked=checked)
+
+
+@contextmanager
+def open_source(settings: Settings, store: Store, uri: str) -> Generator[BinaryIO]:
+    with open_uri(uri, store=store, folder=settings.prompts) as stream:
+        yield stream
+
+
+def refuse(source: Source) -> State[Any]:
+    """All errors at once, in the UI and in the state's message; nothing was recorded or planned."""
+    checked = source.checked
+    more = checked.faults - len(checked.messages)
+    text = "\n".join((*checked.messages, *([f"… and {more} more"] if more else [])))
+    create_markdown_artifact(f"# Bad input: nothing was submitted\n```\n{text}\n```", key="bad-input")
+    return Failed(
+        message=f"{checked.faults} errors in {checked.bad} lines; nothing was submitted.\n{text}"[:4000],
+        name="BadInput",
+    )
+
+
+def record(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    source: Source,
+    request: GenerationRequest,
+) -> ledger.OpenedRequest:
+    """Opens the request in the ledger and writes all its clips. Doing it again changes nothing."""
+    key = request_key(request, source.defaults, source_sha256=source.sha256, model_digest=source.card.digest)
+    card = source.card
+    with ledgers.begin() as session:
+        ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
+        opened = ledger.open_request(
+            session,
+            NewRequest(
+                key=key,
+                name=request.name or source.name,
+                tenant=request.tenant,
+                model=request.model,
+                model_digest=card.digest,
+                settings=asdict(source.defaults),
+                source=source.uri,
+                source_sha256=source.sha256,
+                priority=request.priority,
+                flow_run_id=str(this_run.id) if this_run.id else None,
+                carrier=carrier(),
+                trace_id=current_trace_id(),
+            ),
+        )
+        sealed = ledger.progress(session, opened.id).total is not None
+    if not sealed:
+        with ledgers.begin() as session, open_source(settings, store, source.uri) as stream:
+            read = read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults)
+            ledger.add_clips(session, opened.id, (clip for line in read for clip in clips_of(line, source)))
+        with ledgers.begin() as session:
+            ledger.seal_request(session, opened.id, source.checked.clips + source.checked.bad)
+    return opened
+
+
+def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
+    """The rows of one line of the file: a clip for each sample, or one rejected row."""
+    if isinstance(line, BadLine):
+        yield NewClip(
+            index=line.index,
+            sample=0,
+            line=line.line,
+            custom_id=line.custom_id,
+            prompt=line.prompt,
+            rejected=line.reason,
+        )
+        return
+    for sample in range(line.samples):
+        yield NewClip(
+            index=line.index,
+            sample=sample,
+            line=line.line,
+            custom_id=line.custom_id,
+            prompt=line.prompt,
+            negative_prompt=line.negative_prompt,
+            width=line.width,
+            height=line.height,
+            frames=line.frames,
+            fps=line.fps,
+            steps=line.steps,
+            guidance=line.guidance,
+            solver=line.solver,
+            shift=line.shift,
+            seed=line.seed_of(sample),
+            recipe=recipe(line, sample, model_digest=source.card.digest),
+        )
+
+
+def adopt(ledgers: sessionmaker[Session], request_id: str) -> int:
+    """How many clips are done before anything is rendered: by this request earlier, or by others with their recipe."""
+    with ledgers.begin() as session:
+        ledger.adopt_takes(session, request_id)
+        return ledger.progress(session, request_id).counts[ClipStatus.DONE]
+
+
+# --- until every clip has come to an end ------------------------------------------------------------------------------
+
+
+def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> Progress:
+    """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
+    report = Report(request_id)
+    next_report = 0.0
+    while True:
+        with ledgers.begin() as session:
+            ledger.adopt_takes(session, request_id)
+            plan_shards(session, settings, request_id, source)
+            progress = ledger.progress(session, request_id)
+        if progress.finished:
+            report.send(ledgers, progress)
+            return progress
+        if time.monotonic() >= next_report:
+            next_report = time.monotonic() + REPORT
+            report.send(ledgers, progress)
+            with ledgers.begin() as session:
+                for owner in engines.dead_owners(watching.lease_owners(session)):
+                    leases.expire_owner(session, owner)
+            engines.ensure(settings, ledgers, request_id)
+        time.sleep(POLL)
+
+
+def plan_shards(session: Session, settings: Settings, request_id: str, source: Source) -> None:
+    """Cuts clips that are in no shard yet into shards."""
+    waiting = ledger.unplanned(session, request_id, limit=50_000)
+    if not waiting:
+        return
+    cost = plan.CostModel.from_history(watching.measured_costs(session, source.card.digest))
+    remaining = ledger.progress(session, request_id).counts[ClipStatus.QUEUED]
+    for shard in plan.shards(
+        waiting, cost, seconds=settings.shard_seconds, engines=settings.engines, remaining=remaining
+    ):
+        ledger.create_shard(session, request_id, shard.clip_ids, carrier=carrier())
+
+
+class Report:
+    """What the run's page in the Prefect UI shows: one progress bar, one table of shards, both kept up to date."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.key = request_id.replace("_", "-")
+        self.bar: Any = None
+        self.last: tuple[Any, ...] = ()
+
+    def send(self, ledgers: sessionmaker[Session], progress: Progress) -> None:
+        share = 100.0 * (progress.added - progress.waiting) / (progress.added or 1)
+        said = tuple(sorted(progress.counts.items()))
+        if said == self.last:
+            return
+        self.last = said
+        if self.bar is None:
+            self.bar = create_progress_artifact(share, key=f"{self.key}-progress", description=self.request_id)
+        else:
+            update_progress_artifact(self.bar, share)
+        with ledgers() as session:
+            rows = [asdict(row) for row in ledger.shard_table(session, self.request_id)]
+        table = [{key: str(value) for key, value in row.items()} for row in rows]
+        create_table_artifact(
+            table or [{"shard": "none: every clip was found"}], key=f"{self.key}-shards", description="Shards"
+        )
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def publish(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    request_id: str,
+    progress: Progress,
+    found: int,
+) -> State[Any]:
+    """Writes manifest and contact sheet, closes the request, and says how it ended."""
+    with ledgers() as session, trace.get_tracer(__name__).start_as_current_span("publish"):
+        manifest = publish_manifest(session, store, request_id)
+        sheet = publish_sheet(session, store, request_id)
+    with ledgers.begin() as session:
+        status = ledger.finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet)
+    summarise(store, request_id, progress, status, found, manifest, sheet)
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(progress.counts.items()) if count)
+    message = f"{request_id}: {counts} ({found} found, not rendered again)"
+    if status == RequestStatus.COMPLETED:
+        return Completed(message=message)
+    if status == RequestStatus.COMPLETED_WITH_GAPS:
+        return Completed(message=message, name="CompletedWithGaps")
+    return Cancelled(message=message) if status == RequestStatus.CANCELLED else Failed(message=message)
+
+
+def publish_manifest(session: Session, store: Store, request_id: str) -> str:
+    """requests/<id>/manifest.jsonl: one line a clip, in the order of the prompt file, with all that `history` says."""
+    with spooled() as file:
+        for row in ledger.clips_of(session, request_id):
+            file.write(json.dumps(asdict(row), default=str, separators=(",", ":")).encode() + b"\n")
+        file.seek(0)
+        return store.put_at(f"requests/{request_id}/manifest.jsonl", file, "application/x-ndjson").key
+
+
+@contextmanager
+def spooled() -> Generator[BinaryIO]:
+    """A temporary file that lies in memory while it is small."""
+    with tempfile.SpooledTemporaryFile(max_size=16_000_000) as file:
+        yield file  # type: ignore[misc]
+
+
+def publish_sheet(session: Session, store: Store, request_id: str) -> str | None:
+    """requests/<id>/contact_sheet.png: some frames of each of the first clips, with their prompts."""
+    from model.encode import SheetRow, contact_sheet, decode_frames
+
+    rows: list[SheetRow] = []
+    for row in islice(ledger.clips_of(session, request_id), SHEET_CLIPS):
+        frames = decode_frames(store.get(row.object_key), 5) if row.object_key else ()
+        note = (
+            f"{row.width}x{row.height}, {row.frames} frames" if row.object_key else f"{row.status}: {row.error or ''}"
+        )
+        rows.append(SheetRow(clip_id=row.custom_id or row.clip_id, prompt=row.prompt, frames=frames, note=note))
+    if not rows:
+        return None
+    return store.put_at(f"requests/{request_id}/contact_sheet.png", contact_sheet(rows), "image/png").key
+
+
+def summarise(
+    store: Store, request_id: str, progress: Progress, status: str, found: int, manifest: str, sheet: str | None
+) -> None:
+    """The artifacts that remain on the run's page."""
+    key = request_id.replace("_", "-")
+    counts = "\n".join(f"| {name} | {count} |" for name, count in sorted(progress.counts.items()) if count)
+    per_clip = f"{progress.mean_seconds:.2f} s" if progress.mean_seconds else "nothing was rendered"
+    create_markdown_artifact(
+        f"""# {request_id}: {status.replace("_", " ")}
+
+| status | clips |
+|---|---|
+{counts}
+
+{found} of {progress.total} clips were found, not rendered again. Engine time a rendered clip: {per_clip}.
+
+Ask more in SQL:
+```sql
+select clip_id, custom_id, status, seconds, object_key, error from history where request_id = '{request_id}';
+select status, count(*), avg(seconds) from history where request_id = '{request_id}' group by 1;
+```
+Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CLIP_ID`.
+""",
+        key=f"{key}-summary",
+    )
+    create_link_artifact(store.link(manifest, 7 * 86400), key=f"{key}-outputs", link_text="Manifest of all clips")
+    if sheet:
+        create_image_artifact(picture_url(store, sheet), key=f"{key}-contact-sheet", description="Contact sheet")
+
+
+def picture_url(store: Store, key: str) -> str:
+    """An address that a browser on the UI's page can load: a signed link, or, from a folder, the picture itself."""
+    link = store.link(key, 7 * 86400)
+    if not link.startswith("file:"):
+        return link
+    from PIL import Image
+
+    data = store.get(key)
+    if len(data) > IMAGE_BYTES:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        scale = math.sqrt(IMAGE_BYTES / len(data))
+        small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+        buffer = io.BytesIO()
+        small.save(buffer, "PNG")
+        data = buffer.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------------
+
+
+def submitted_from() -> dict[str, str]:
+    """The trace that the submitter began, as Prefect's flow run label carries it; empty when there is none."""
+    context = FlowRunContext.get()
+    labels = context.flow_run.labels if context and context.flow_run else {}
+    parent = labels.get("__OTEL_TRACEPARENT")
+    return {"traceparent": str(parent)} if parent else {}
+
+
+logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -1,0 +1,414 @@
+"""The long-lived engine: load the model once, then lease shard after shard until no work is left for a while.
+
+`render` is the flow behind the deployment `render/engine`; `rushes engine` runs the same loop without Prefect. Each
+shard is one Prefect task run and never more: Prefect's records are for people, the ledger is for counting.
+
+A clip goes: ranks denoise and decode it ▶ MP4 ▶ object store ▶ ledger. The last three happen in a thread of their own
+while the ranks are already at the next clip. Bytes first, row second: what the ledger calls done can be downloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run as this_run
+from prefect.states import Completed
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import leases, ledger
+from db.leases import Lease, LeasedClip, LeaseLost
+from flows.engines import owner_name
+from flows.ledgers import ledger as ledger_of
+from flows.settings import Settings, load_settings
+from infra.store import Store, StoreUnavailable
+from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
+from model.config import Partition
+from model.encode import encode_mp4, encode_png
+from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed
+from model.weights import ModelCard, find_model
+
+BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
+IDLE = 1.0  # seconds between two looks for work
+MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
+
+log = logging.getLogger("rushes.engine")
+
+
+def code_version() -> str:
+    """What rendered a clip: package version."""
+    return f"rushes {version('rushes')}"
+
+
+@flow(name="render", description="An engine: keeps a model loaded and renders shards until no work is left.")
+def render(model: str | None = None, linger: float | None = None) -> State[Any]:
+    """Load the model, lease shards, render them; leave after `linger` seconds without work."""
+    settings = load_settings(
+        **({"linger": linger} if linger is not None else {}), **({"model": model} if model else {})
+    )
+    setup_tracing("rushes-engine")
+    run_logger = get_run_logger()
+    try:
+        done = run_engine(settings, flow_run_id=str(this_run.id), work=as_task, say=run_logger.info)
+    finally:
+        flush()
+    return Completed(message=f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
+
+
+def as_task(shard: Shard) -> int:
+    """Runs a shard as a Prefect task, named so that a person understands it."""
+    first, lease = shard.clips[0], shard.lease
+    shape = f"{first.width}x{first.height}x{first.frames}"
+    name = f"shard {lease.shard_id}: {len(shard.clips)} clips {shape} of {lease.request_id}"
+
+    # A closure, since Prefect would walk through whatever a task is given.
+    @task(name="shard", task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+    def work() -> int:
+        return shard.run()
+
+    return work()
+
+
+@dataclass(slots=True)
+class Done:
+    """What an engine did in its life."""
+
+    clips: int = 0
+    shards: int = 0
+    busy: float = 0.0  # seconds with a shard in hand
+    alive: float = 0.0
+
+
+def run_engine(
+    settings: Settings,
+    *,
+    flow_run_id: str | None = None,
+    work: Callable[[Shard], int] | None = None,
+    say: Callable[[str], None] = log.info,
+) -> Done:
+    """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens."""
+    card, partition = find_model(settings.model), Partition.parse(settings.partition)
+    partition.check_heads(card.heads)
+    owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
+    work = work or (lambda shard: shard.run())
+    with ledger_of(settings) as ledgers:
+        register(ledgers, settings, card, partition, owner, flow_run_id)
+        engine = Engine(
+            card.path,
+            partition,
+            device=settings.device,
+            threads_per_rank=settings.threads,
+            micro_batch=settings.micro_batch,
+        )
+        crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say)
+        try:
+            with Heart(ledgers, owner):
+                engine.start()
+                say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
+                crew.serve(done, work)
+        finally:
+            engine.close()
+            with ledgers.begin() as session:
+                ledger.close_engine(session, owner)
+    done.alive = time.monotonic() - born
+    return done
+
+
+def register(
+    ledgers: sessionmaker[Session],
+    settings: Settings,
+    card: ModelCard,
+    partition: Partition,
+    owner: str,
+    flow_run_id: str | None,
+) -> None:
+    with ledgers.begin() as session:
+        ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
+        ledger.register_engine(
+            session,
+            owner,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=f"{settings.device} {platform.machine()}",
+            partition=str(partition),
+            model_digest=card.digest,
+            code_version=code_version(),
+            flow_run_id=flow_run_id,
+        )
+
+
+class Heart:
+    """Tells the ledger every few seconds that this engine lives, whatever the main thread is doing."""
+
+    def __init__(self, ledgers: sessionmaker[Session], owner: str, every: float = 5.0) -> None:
+        self.ledgers, self.owner, self.every = ledgers, owner, every
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.beat, name="heart", daemon=True)
+
+    def beat(self) -> None:
+        while not self.stopped.wait(self.every):
+            try:
+                with self.ledgers.begin() as session:
+                    ledger.engine_heartbeat(session, self.owner)
+            except Exception:  # the database may be away for a moment; the lease's own renewal decides what that means
+                log.warning("heartbeat of %s failed", self.owner, exc_info=True)
+
+    def __enter__(self) -> Heart:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join(timeout=10)
+
+
+@dataclass(slots=True)
+class Crew:
+    """An engine with all it needs to work on shards."""
+
+    settings: Settings
+    ledgers: sessionmaker[Session]
+    store: Store
+    engine: Engine
+    card: ModelCard
+    partition: Partition
+    owner: str
+    say: Callable[[str], None]
+    restarts: int = 0  # in a row without a finished clip
+
+    def serve(self, done: Done, work: Callable[[Shard], int]) -> None:
+        idle_since = time.monotonic()
+        while time.monotonic() - idle_since < self.settings.linger:
+            with self.ledgers.begin() as session:
+                claimed = leases.claim_shard(
+                    session, self.owner, seconds=self.settings.lease_seconds, model_digest=self.card.digest
+                )
+            if claimed is None:
+                time.sleep(IDLE)
+                continue
+            began = time.monotonic()
+            done.clips += work(Shard(self, *claimed))
+            done.shards += 1
+            idle_since = time.monotonic()
+            done.busy += idle_since - began
+        self.say(f"engine {self.owner}: no work for {self.settings.linger:.0f} s")
+
+    def restart_ranks(self, reason: str) -> None:
+        """Raises RankDied when the ranks die again and again without a clip between."""
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise RankDied(f"the ranks ended {self.restarts} times without one finished clip; the last time: {reason}")
+        self.say(f"engine {self.owner}: {reason}; starting the ranks again")
+        self.engine.start()
+
+
+@dataclass(slots=True)
+class Shard:
+    """One leased shard, from claim to completion."""
+
+    crew: Crew
+    lease: Lease
+    clips: Sequence[LeasedClip]
+    cancelled: set[str] = field(default_factory=set[str])
+    lost: LeaseLost | None = None
+    started: set[str] = field(default_factory=set[str])
+    settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
+    span: dict[str, str] = field(default_factory=dict[str, str])  # the carrier of the shard's span
+    trace_id: str | None = None
+    finished: int = 0
+
+    def run(self) -> int:
+        """Renders the clips and records them; returns how many were finished. A lost lease ends it without a word."""
+        stop = threading.Event()
+        keeper = threading.Thread(target=self.keep_lease, args=(stop,), name="lease", daemon=True)
+        keeper.start()
+        try:
+            with (
+                continued(self.lease.carrier, "shard", shard_id=self.lease.shard_id, request_id=self.lease.request_id),
+                ThreadPoolExecutor(1, thread_name_prefix="publish") as publisher,
+            ):
+                self.span, self.trace_id = carrier(), current_trace_id()
+                self.render_all(publisher)
+            with self.crew.ledgers.begin() as session:
+                leases.complete_shard(session, self.lease)
+        except LeaseLost as error:
+            self.crew.say(f"shard {self.lease.shard_id}: {error}")
+        except BaseException:
+            self.give_back()
+            raise
+        finally:
+            stop.set()
+            keeper.join(timeout=10)
+        return self.finished
+
+    def keep_lease(self, stop: threading.Event) -> None:
+        """Renews the lease and learns what was cancelled; the render loop looks at what it found."""
+        until = time.monotonic() + self.crew.settings.lease_seconds
+        while not stop.wait(BEAT):
+            try:
+                with self.crew.ledgers.begin() as session:
+                    self.cancelled |= leases.renew(session, self.lease, self.crew.settings.lease_seconds)
+                until = time.monotonic() + self.crew.settings.lease_seconds
+            except LeaseLost as error:
+                self.lost = error
+                return
+            except Exception as error:
+                log.warning("renewing the lease of shard %s failed: %s", self.lease.shard_id, error)
+                if time.monotonic() > until:
+                    self.lost = LeaseLost(
+                        f"shard {self.lease.shard_id}: the ledger could not be reached for a whole lease"
+                    )
+                    return
+
+    def give_back(self) -> None:
+        """The engine is stopping or broken: others may have the shard at once."""
+        try:
+            with self.crew.ledgers.begin() as session:
+                leases.release_shard(session, self.lease)
+        except LeaseLost:
+            pass  # somebody has it already
+        except Exception:
+            log.warning("shard %s could not be given back; its lease will run out", self.lease.shard_id, exc_info=True)
+
+    def render_all(self, publisher: ThreadPoolExecutor) -> None:
+        """Every clip once. When the ranks end under a clip, that clip has failed; the others go on with new ranks."""
+        while left := [clip for clip in self.clips if clip.clip_id not in self.settled | self.cancelled]:
+            pending: list[Future[None]] = []
+            failure: Exception | None = None
+            try:
+                specs = [spec_of(clip) for clip in left]
+                for rendered in self.crew.engine.render(specs, on_step=self.on_step, cancelled=self.unwanted):
+                    pending.append(publisher.submit(self.publish, rendered))
+                    pending = [f for f in pending if not f.done() or f.result()]
+            except (RankDied, RankHung, RenderFailed) as error:
+                failure = error
+            for future in pending:
+                future.result()
+            if self.lost is not None:
+                raise self.lost
+            if failure is None:
+                return  # what is left was cancelled
+            self.fail(failure)
+            self.crew.restart_ranks(str(failure))
+
+    def on_step(self, clip_id: str, step: int, steps: int) -> None:
+        """The engine calls this with step 0 when a clip begins, then after every denoising step."""
+        if clip_id in self.started:
+            return
+        self.started.add(clip_id)
+        with self.crew.ledgers.begin() as session:
+            leases.start_clip(
+                session,
+                self.lease,
+                clip_id,
+                engine=self.crew.owner,
+                partition=str(self.crew.partition),
+                code_version=code_version(),
+            )
+
+    def unwanted(self) -> set[str]:
+        """Clips that need not be rendered any further: cancelled ones, or all of them when the lease is lost."""
+        return {clip.clip_id for clip in self.clips} if self.lost else self.cancelled
+
+    def publish(self, rendered: RenderedClip) -> None:
+        """Frames ▶ file ▶ store ▶ ledger."""
+        clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
+        metadata = {
+            "title": clip.prompt,
+            "clip_id": clip.clip_id,
+            "recipe": clip.recipe,
+            "comment": f"generated by Rushes with {self.crew.card.name}",
+        }
+        began = time.time()
+        try:
+            if clip.frames == 1:
+                data, media_type = encode_png(rendered.frames[0], metadata), "image/png"
+            else:
+                data, media_type = encode_mp4(rendered.frames, clip.fps, metadata), "video/mp4"
+        except Exception as error:  # this clip's trouble, not the engine's: the next may well encode
+            self.settle_failed(clip.clip_id, f"encoding failed: {error}")
+            return
+        encoded = time.time()
+        stored = self.put(data, media_type)
+        ended = time.time()
+        with self.crew.ledgers.begin() as session:
+            kept = leases.record_clip(
+                session,
+                self.lease,
+                clip.clip_id,
+                artifact=leases.NewArtifact(
+                    sha256=stored.sha256, key=stored.key, bytes=stored.bytes, media_type=stored.media_type
+                ),
+                seconds={**rendered.seconds, "encode": encoded - began, "put": ended - encoded},
+                trace_id=self.trace_id,
+            )
+        self.settled.add(clip.clip_id)
+        self.finished += kept
+        self.crew.restarts = 0
+        self.trace(rendered, (("encode", began, encoded), ("put", encoded, ended), ("record", ended, time.time())))
+
+    def trace(self, rendered: RenderedClip, after: Sequence[tuple[str, float, float]]) -> None:
+        """One span for the clip; in it one for each stage, those of the ranks by what they timed."""
+        clip = span_between("clip", rendered.started, after[-1][2], parent=self.span, clip_id=rendered.clip_id)
+        at = rendered.started
+        for stage in ("text", "denoise", "decode"):
+            until = at + rendered.seconds.get(stage, 0.0)
+            steps = [Event(f"step {k}", when) for k, when in enumerate(rendered.steps, 1)] if stage == "denoise" else []
+            span_between(stage, at, until, parent=clip, events=steps)
+            at = until
+        for stage, began, ended in after:
+            span_between(stage, began, ended, parent=clip)
+
+    def put(self, data: bytes, media_type: str) -> Any:
+        """Puts into the store, patiently: a rendered clip is worth waiting for as long as the lease is ours."""
+        wait = 1.0
+        while True:
+            try:
+                return self.crew.store.put(data, media_type)
+            except StoreUnavailable:
+                if self.lost is not None:
+                    raise
+                log.warning("the store is away; trying again in %.0f s", wait)
+                time.sleep(wait)
+                wait = min(30.0, 2 * wait)
+
+    def fail(self, failure: Exception) -> None:
+        """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
+        named = getattr(failure, "clip_id", None)
+        guilty = {named} if named else self.started - self.settled - self.cancelled
+        for clip_id in guilty:
+            self.settle_failed(clip_id, str(failure))
+
+    def settle_failed(self, clip_id: str, error: str) -> None:
+        with self.crew.ledgers.begin() as session:
+            leases.fail_clip(session, self.lease, clip_id, error)
+        self.settled.add(clip_id)
+
+
+def spec_of(clip: LeasedClip) -> ClipSpec:
+    return ClipSpec(
+        clip_id=clip.clip_id,
+        prompt=clip.prompt,
+        negative_prompt=clip.negative_prompt or "",
+        seed=clip.seed,
+        width=clip.width,
+        height=clip.height,
+        frames=clip.frames,
+        fps=clip.fps,
+        steps=clip.steps,
+        guidance=clip.guidance,
+        solver=clip.solver,
+        shift=clip.shift,
+    )

@@ -1,0 +1,193 @@
+"""Puts right what crashes leave behind: runs every few minutes, does nothing when there is nothing to do.
+
+Every step is safe to repeat and to run beside living engines, since each asks the ledger, and the ledger's own time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import State, StateType
+from prefect.deployments import run_deployment
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed, Crashed
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import leases, ledger, watching
+from flows import engines
+from flows.ledgers import ledger as ledger_of
+from flows.settings import load_settings
+from infra.store import Listed, Store
+from infra.tracing import flush, setup_tracing
+
+ORPHAN_AGE = timedelta(days=1)  # a blob without a row may belong to a clip that is being recorded right now
+HEARTBEATS = "Runs without a heartbeat have crashed"
+SILENCE = timedelta(seconds=90)
+# A run in one of these states is over or was never started: silence then means nothing.
+ENDINGS = (
+    "Completed",
+    "CompletedWithGaps",
+    "Failed",
+    "BadInput",
+    "Crashed",
+    "Cancelled",
+    "Cancelling",
+    "Paused",
+    "Suspended",
+)
+
+
+@dataclass(slots=True)
+class Tidied:
+    """What one round put right."""
+
+    leases: int = 0  # expired, given back to the queue
+    engines: int = 0  # rows closed whose process is gone
+    requests: int = 0  # whose run had ended without them: cancelled, or taken up again
+    objects: int = 0  # orphans deleted
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.leases} leases expired, {self.engines} engines closed, {self.requests} requests taken up, "
+            f"{self.objects} orphan objects deleted ({self.bytes:,} bytes)"
+        )
+
+
+@flow(name="tidy", description="Expired leases, silent engines, forsaken requests, orphan objects.")
+def tidy() -> State[Any]:
+    """Puts right what crashes left behind."""
+    settings = load_settings()
+    setup_tracing("rushes-tidy")
+    log = get_run_logger()
+    try:
+        with ledger_of(settings) as ledgers, get_client(sync_client=True) as client:
+            watch_heartbeats(client)
+            done = Tidied()
+            with ledgers.begin() as session:
+                for owner in engines.dead_owners(watching.lease_owners(session)):
+                    done.leases += leases.expire_owner(session, owner)
+                done.leases += leases.expire_leases(session)
+            done.engines = close_silent_engines(client, ledgers)
+            done.requests = take_up_forsaken(client, ledgers)
+            done.objects, done.bytes = sweep_orphans(ledgers, settings.open_store())
+    finally:
+        flush()
+    log.info("%s", done)
+    if any((done.leases, done.engines, done.requests, done.objects)):
+        create_markdown_artifact(f"{done}", key="tidy")
+    return Completed(message=str(done))
+
+
+def watch_heartbeats(client: SyncPrefectClient) -> None:
+    """Creates the automation that marks a run as crashed when its host is gone; Prefect has no such rule of its own."""
+    if not client.read_automations_by_name(HEARTBEATS):
+        client.create_automation(heartbeat_automation())
+
+
+def heartbeat_automation() -> AutomationCore:
+    """After a heartbeat, 90 seconds without another one or an ending mean that the run has crashed."""
+    return AutomationCore(
+        name=HEARTBEATS,
+        description="Flow runs send a heartbeat every 30 seconds; one that falls silent lost its host.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{name}" for name in ENDINGS)},
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                name=None,
+                state=StateType.CRASHED,
+                message="No heartbeat for 90 seconds: its host is gone.",
+                force=False,
+            )
+        ],
+    )
+
+
+def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
+    """Closes the rows of engines that have not been heard of, and their runs if Prefect still calls them running."""
+    with ledgers.begin() as session:
+        silent = ledger.silent_engines(session, engines.SILENT * 4)
+        for engine in silent:
+            ledger.close_engine(session, engine.id)
+    for engine in silent:
+        if engine.flow_run_id is None:
+            continue
+        try:
+            run = client.read_flow_run(UUID(engine.flow_run_id))
+        except ObjectNotFound:
+            continue
+        if run.state_type is StateType.RUNNING:
+            state = Crashed(
+                message=f"The ledger has not heard of engine {engine.id} since {engine.heartbeat_at:%H:%M:%S}."
+            )
+            client.set_flow_run_state(run.id, state, force=True)
+    return len(silent)
+
+
+def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
+    """Open requests whose run has ended: cancelled ones are cancelled, the others get a new run with the same input."""
+    with ledgers() as session:
+        open_requests = watching.open_requests(session)
+    taken = 0
+    for request in open_requests:
+        if request.flow_run_id is None:
+            continue
+        try:
+            run = client.read_flow_run(UUID(request.flow_run_id))
+        except ObjectNotFound:
+            continue
+        if run.state is None or not run.state.is_final():
+            continue
+        if run.state.is_cancelled():
+            with ledgers.begin() as session:
+                ledger.cancel_request(session, request.id)
+        else:
+            run_deployment(
+                "generate/default",
+                parameters=run.parameters,
+                timeout=0,
+                as_subflow=False,
+                flow_run_name=run.name,
+                idempotency_key=f"taken-up-{run.id}",
+            )
+        taken += 1
+    return taken
+
+
+def sweep_orphans(ledgers: sessionmaker[Session], store: Store) -> tuple[int, int]:
+    """Deletes blobs older than a day that no row knows; (objects, bytes). A killed engine leaves such a blob."""
+    objects = size = 0
+    before = datetime.now(UTC) - ORPHAN_AGE
+    batch: list[Listed] = []
+
+    def sweep() -> None:
+        nonlocal objects, size
+        old = [listed for listed in batch if listed.modified < before]
+        with ledgers() as session:
+            known = ledger.known_keys(session, [listed.key for listed in old])
+        for listed in old:
+            if listed.key not in known and store.delete_stale(listed.key, before):
+                objects, size = objects + 1, size + listed.bytes
+        batch.clear()
+
+    for listed in store.list("blobs/"):
+        batch.append(listed)
+        if len(batch) == 1000:
+            sweep()
+    sweep()
+    return objects, size
