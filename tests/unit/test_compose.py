@@ -186,6 +186,16 @@ def test_our_settings_exist(services: dict[str, Any]) -> None:
     assert named <= known, f"unknown settings {sorted(named - known)}"
 
 
+def test_our_commands_exist(services: dict[str, Any]) -> None:
+    commands = {tuple(service["command"]) for service in services.values() if "build" in service}
+    assert commands == {("migrate",), ("deploy",), ("worker", "control"), ("worker", "gpu")}
+    for command in commands:
+        asked = [Path(sys.executable).with_name("rushes"), *command, "--help"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert command[0] in done.stdout
+
+
 def test_prefects_settings_exist_and_parse(services: dict[str, Any]) -> None:
     given = {name: str(value) for name, value in environment_of(services) if name.startswith("PREFECT_SERVER_")}
     script = """
