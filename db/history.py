@@ -228,9 +228,12 @@ def show_clip(session: Session, clip_id: str) -> ClipStory | None:
 
 def rows_of(session: Session, wanted: Select[Any]) -> Iterator[HistoryRow]:
     """Rows of a query over `history`, through a server-side cursor: a million do not lie in memory."""
-    for row in session.execute(wanted, execution_options={"yield_per": 500}).mappings():
-        values: dict[str, Any] = {**row, "status": ClipStatus(row["status"])}
-        yield HistoryRow(**values)
+    # Closed also when the reader stops half-way: an open cursor would hold back the server's clean-up.
+    with contextlib.closing(session.execute(wanted, execution_options={"yield_per": 500})) as rows:
+        for row in rows:
+            values = dict(zip(COLUMNS, row, strict=True))
+            values["status"] = ClipStatus(values["status"])
+            yield HistoryRow(**values)
 
 
 def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | None = None) -> Answer:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, case, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Select, case, func, insert, select, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from db.session import UNSYNCED, change
 from db.tables import (
@@ -41,10 +41,6 @@ _AS_STORED = (
     *("negative_prompt", "seed", "width", "height", "frames", "fps"),
     *("steps", "guidance", "solver", "shift", "recipe"),
 )
-
-# How many shards of a request a claim looks at: more than there are ever claims in the same millisecond, since those
-# that another claim has locked are skipped.
-_FRONT = 64
 
 _ERROR_CHARACTERS = 10_000  # a traceback's end is of use, a log is not
 
@@ -277,54 +273,48 @@ def expire_leases(session: Session) -> int:
 
 
 def _take_next(session: Session, owner: str, seconds: float, model_digest: str) -> Lease | None:
-    waiting, leased, other = aliased(Shard), aliased(Shard), aliased(Request)
-    live = (leased.status == ShardStatus.LEASED) & (leased.leased_until >= _now())
-    of_tenant = select(func.count()).join_from(leased, other, other.id == leased.request_id)
-    of_tenant = of_tenant.where(live, other.tenant == Request.tenant).correlate(Request)
-    of_request = (
-        select(func.count()).select_from(leased).where(live, leased.request_id == Request.id).correlate(Request)
-    )
-    front = (
-        select(waiting.id)
-        .where(waiting.request_id == Request.id, _claimable(waiting))
-        .order_by(waiting.priority.desc(), waiting.id)
-        .limit(_FRONT)
-        .correlate(Request)
-        .lateral("front")
-    )
-    picked = (
-        select(Shard.id)
-        .select_from(Request)
-        .join(front, true())
-        .join(Shard, Shard.id == front.c.id)
-        # Said again of the locked row: it may have changed since `front` was read.
-        .where(Request.status == RequestStatus.OPEN, Request.model_digest == model_digest, _claimable(Shard))
-        .order_by(
-            Request.priority.desc(),
-            of_tenant.scalar_subquery(),
-            of_request.scalar_subquery(),
-            Shard.priority.desc(),
-            Shard.id,
+    for request_id in session.scalars(_requests_in_turn(model_digest)):
+        first = (
+            select(Shard.id)
+            .where(Shard.request_id == request_id, _claimable(Shard))
+            .order_by(Shard.priority.desc(), Shard.id)
+            .limit(1)
+            .with_for_update(skip_locked=True, key_share=True)
+            .cte("first")
+            .prefix_with("materialized")
         )
-        .limit(1)
-        .with_for_update(of=Shard, skip_locked=True, key_share=True)
-        .cte("picked")
-        .prefix_with("materialized")
-    )
-    claim = (
-        update(Shard)
-        .where(Shard.id == picked.c.id)
-        .values(
-            status=ShardStatus.LEASED,
-            owner=owner,
-            attempt=Shard.attempt + 1,
-            leased_until=_from_now(seconds),
-            claimed_at=_now(),
+        claim = (
+            update(Shard)
+            .where(Shard.id == first.c.id)
+            .values(
+                status=ShardStatus.LEASED,
+                owner=owner,
+                attempt=Shard.attempt + 1,
+                leased_until=_from_now(seconds),
+                claimed_at=_now(),
+            )
+            .returning(Shard.id, Shard.attempt, Shard.request_id, Shard.carrier)
         )
-        .returning(Shard.id, Shard.attempt, Shard.request_id, Shard.carrier)
+        row = session.execute(claim, execution_options=UNSYNCED).one_or_none()
+        if row is not None:  # else another claim was faster
+            return Lease(row.id, owner, row.attempt, row.request_id, row.carrier)
+    return None
+
+
+def _requests_in_turn(model_digest: str) -> Select[str]:
+    """The requests that have work, the one whose turn it is first."""
+    live = select(Shard.request_id, Request.tenant).join(Request, Request.id == Shard.request_id)
+    live = live.where(Shard.status == ShardStatus.LEASED, Shard.leased_until >= _now()).cte("live")
+    of_tenant = select(func.count()).where(live.c.tenant == Request.tenant).correlate(Request).scalar_subquery()
+    of_request = select(func.count()).where(live.c.request_id == Request.id).correlate(Request).scalar_subquery()
+    oldest = select(Shard.id).where(Shard.request_id == Request.id, _claimable(Shard))
+    oldest = oldest.order_by(Shard.priority.desc(), Shard.id).limit(1).correlate(Request).lateral("oldest")
+    return (
+        select(Request.id)
+        .join(oldest, true())
+        .where(Request.status == RequestStatus.OPEN, Request.model_digest == model_digest)
+        .order_by(Request.priority.desc(), of_tenant, of_request, oldest.c.id)
     )
-    row = session.execute(claim, execution_options=UNSYNCED).one_or_none()
-    return None if row is None else Lease(row.id, owner, row.attempt, row.request_id, row.carrier)
 
 
 def _claimable(shard: Any) -> ColumnElement[bool]:
@@ -426,8 +416,8 @@ def _put_back(session: Session, which: ColumnElement[bool]) -> int:
 
 
 def _now() -> ColumnElement[Any]:
-    """The time of the moment, not of the transaction: waiting for a lock must not shorten a lease."""
-    return func.clock_timestamp()
+    """The time of the statement: not the transaction's, which may be older, and stable, so that indexes serve it."""
+    return func.statement_timestamp()
 
 
 def _from_now(seconds: float) -> ColumnElement[Any]:

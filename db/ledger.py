@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from itertools import islice
@@ -418,10 +419,10 @@ def progress(session: Session, request_id: str) -> Progress:
         .where(Clip.request_id == request_id)
         .group_by(Clip.status)
     ).all()
-    live = (Shard.status == ShardStatus.LEASED) & (Shard.leased_until >= func.clock_timestamp())
+    live = (Shard.status == ShardStatus.LEASED) & (Shard.leased_until >= func.statement_timestamp())
     engines = select(func.count(distinct(Shard.owner))).where(Shard.request_id == request_id, live).scalar_subquery()
     request = session.execute(
-        select(Request.status, Request.total, engines.label("engines"), func.now().label("now")).where(
+        select(Request.status, Request.total, engines.label("engines"), func.statement_timestamp().label("now")).where(
             Request.id == request_id
         )
     ).one_or_none()
@@ -587,12 +588,12 @@ def _end_clips(session: Session, request_id: str) -> int:
         update(Attempt)
         .where(Attempt.clip_id == Clip.id, Clip.request_id == request_id, Clip.status == ClipStatus.RUNNING)
         .where(Attempt.status == AttemptStatus.RUNNING)
-        .values(status=AttemptStatus.CANCELLED, finished_at=func.clock_timestamp()),
+        .values(status=AttemptStatus.CANCELLED, finished_at=func.statement_timestamp()),
     )
     cancelled = (
         update(Clip)
         .where(Clip.request_id == request_id, Clip.status.in_(ACTIVE))
-        .values(status=ClipStatus.CANCELLED, finished_at=func.clock_timestamp())
+        .values(status=ClipStatus.CANCELLED, finished_at=func.statement_timestamp())
     )
     return change(session, cancelled)
 
@@ -633,22 +634,24 @@ def register_engine(
         "model_digest": model_digest,
         "code_version": code_version,
         "flow_run_id": flow_run_id,
-        "started_at": func.clock_timestamp(),
-        "heartbeat_at": func.clock_timestamp(),
+        "started_at": func.statement_timestamp(),
+        "heartbeat_at": func.statement_timestamp(),
         "closed_at": None,
     }
     change(session, upsert(Engine).values(values).on_conflict_do_update(index_elements=[Engine.id], set_=values))
 
 
 def engine_heartbeat(session: Session, owner: str) -> None:
-    change(session, update(Engine).where(Engine.id == owner).values(heartbeat_at=func.clock_timestamp()))
+    change(session, update(Engine).where(Engine.id == owner).values(heartbeat_at=func.statement_timestamp()))
 
 
 def close_engine(session: Session, owner: str) -> None:
     """The engine has left in order. Its leases are its own to release (or end them with leases.expire_owner)."""
     change(
         session,
-        update(Engine).where(Engine.id == owner, Engine.closed_at.is_(None)).values(closed_at=func.clock_timestamp()),
+        update(Engine)
+        .where(Engine.id == owner, Engine.closed_at.is_(None))
+        .values(closed_at=func.statement_timestamp()),
     )
 
 
@@ -663,7 +666,7 @@ def silent_engines(session: Session, for_seconds: float) -> list[EngineRow]:
 
 
 def _silent_for() -> Any:
-    return func.extract("epoch", func.clock_timestamp() - Engine.heartbeat_at)
+    return func.extract("epoch", func.statement_timestamp() - Engine.heartbeat_at)
 
 
 def _engines(session: Session, which: Any, model_digest: str | None) -> list[EngineRow]:
@@ -693,11 +696,10 @@ class ArtifactRow:
 def artifacts(session: Session) -> Iterator[ArtifactRow]:
     """Every stored object the ledger knows, by key, through a server-side cursor: for the audit."""
     names = [f.name for f in fields(ArtifactRow)]
-    rows = session.execute(
-        select(*(getattr(Artifact, name) for name in names)).order_by(Artifact.key),
-        execution_options={"yield_per": CHUNK},
-    )
-    return (ArtifactRow(**row) for row in rows.mappings())
+    stored = select(*(getattr(Artifact, name) for name in names)).order_by(Artifact.key)
+    with closing(session.execute(stored, execution_options={"yield_per": CHUNK})) as rows:
+        for row in rows.mappings():
+            yield ArtifactRow(**row)
 
 
 def known_keys(session: Session, keys: Sequence[str]) -> set[str]:

@@ -325,7 +325,7 @@ class Clip(Base):
         Index("ix_clips_shard_id", "shard_id", postgresql_where=text("shard_id is not null")),
         # prevents the progress of a large request from reading its prompts
         Index("ix_clips_progress", "request_id", "status", postgresql_include=["found", "seconds", "started_at"]),
-        Index("ix_clips_queued_at", "queued_at"),
+        Index("ix_clips_newest", text("queued_at desc"), "index", "sample"),
         Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
     )
 

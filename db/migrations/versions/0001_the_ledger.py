@@ -251,7 +251,7 @@ INDEXES = (
        where status = 'queued' and shard_id is null""",
     "create index ix_clips_shard_id on clips (shard_id) where shard_id is not null",
     "create index ix_clips_progress on clips (request_id, status) include (found, seconds, started_at)",
-    "create index ix_clips_queued_at on clips (queued_at)",
+    "create index ix_clips_newest on clips (queued_at desc, index, sample)",
     "create index ix_clips_artifact on clips (artifact) where artifact is not null",
     "create unique index uq_attempts_running on attempts (clip_id) where status = 'running'",
     "create index ix_attempts_engine on attempts (engine, started_at)",

@@ -1,0 +1,112 @@
+"""The schema: the migrations make what the models say, up and down, whoever else starts at the same time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.types import to_instance
+
+from db.history import COLUMNS
+from db.session import connect, downgrade, upgrade
+from db.tables import Base
+
+ROOT = Path(__file__).parents[2]
+
+# Everything a schema consists of, as the database itself spells it.
+CATALOGS = {
+    "columns": """
+        select table_name, column_name, data_type, is_nullable, column_default, is_identity
+        from information_schema.columns where table_schema = 'public' and table_name <> 'history'""",
+    "constraints": """
+        select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint
+        where connamespace = 'public'::regnamespace""",
+    "indexes": "select tablename, indexname, indexdef from pg_indexes where schemaname = 'public'",
+    "enums": "select t.typname, e.enumlabel, e.enumsortorder from pg_enum e join pg_type t on t.oid = e.enumtypid",
+}
+
+
+def catalogs(engine: Engine) -> dict[str, set[tuple[object, ...]]]:
+    with engine.connect() as connection:
+        found = {name: {tuple(row) for row in connection.execute(text(sql))} for name, sql in CATALOGS.items()}
+    return {name: {row for row in rows if "alembic_version" not in row} for name, rows in found.items()}
+
+
+def test_models_and_migrations_agree(database: Engine) -> None:
+    with database.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_models_and_migrations_agree_in_what_alembic_does_not_compare(
+    database: Engine, empty_database_url: str
+) -> None:
+    engine = connect(empty_database_url)
+    Base.metadata.create_all(engine)
+    modelled, migrated = catalogs(engine), catalogs(database)
+    engine.dispose()
+    for name in CATALOGS:
+        assert migrated[name] == modelled[name], name
+
+
+def test_up_down_and_up_again(empty_database_url: str) -> None:
+    engine = connect(empty_database_url)
+    upgrade(empty_database_url)
+    first = catalogs(engine)
+    downgrade(empty_database_url, "base")
+    assert all(rows == set() for rows in catalogs(engine).values())
+    upgrade(empty_database_url)
+    assert catalogs(engine) == first
+    engine.dispose()
+
+
+def test_the_view_has_the_columns_that_are_documented(database: Engine) -> None:
+    described = "select column_name, data_type from information_schema.columns where table_name = 'history'"
+    with database.connect() as connection:
+        there = [tuple(row) for row in connection.execute(text(f"{described} order by ordinal_position"))]
+    dialect = postgresql.dialect()
+    assert there == [(name, to_instance(kind).compile(dialect).lower()) for name, (kind, _) in COLUMNS.items()]
+
+
+def test_the_command_line_upgrades_from_nothing_and_two_starters_take_turns(
+    empty_database_url: str, tmp_path: Path
+) -> None:
+    alembic = [sys.executable, "-m", "alembic", "-c", str(ROOT / "alembic.ini")]
+    by_variable = {**os.environ, "RUSHES_DATABASE_URL": empty_database_url}
+    without = {name: value for name, value in os.environ.items() if name != "RUSHES_DATABASE_URL"}
+    starters = [
+        subprocess.Popen([*alembic, "upgrade", "head"], cwd=tmp_path, env=by_variable, stderr=subprocess.PIPE),
+        subprocess.Popen([*alembic, "-x", f"url={empty_database_url}", "upgrade", "head"], cwd=tmp_path, env=without,
+                         stderr=subprocess.PIPE),
+    ]  # fmt: skip
+    said = [starter.communicate(timeout=60)[1].decode() for starter in starters]
+    assert [starter.returncode for starter in starters] == [0, 0], said
+    assert sum("Running upgrade" in text for text in said) == 1, said
+
+
+def test_no_database_named_is_said_so(tmp_path: Path) -> None:
+    without = {name: value for name, value in os.environ.items() if name != "RUSHES_DATABASE_URL"}
+    command = [sys.executable, "-m", "alembic", "-c", str(ROOT / "alembic.ini"), "current"]
+    done = subprocess.run(command, cwd=tmp_path, env=without, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "set RUSHES_DATABASE_URL" in done.stderr
+
+
+def test_a_migration_gives_up_rather_than_queue_behind_a_lock(database: Engine, database_url: str) -> None:
+    with database.connect() as reader, reader.begin():
+        reader.execute(text("select count(*) from clips"))
+        began = time.monotonic()
+        with pytest.raises(OperationalError, match="lock timeout"):
+            downgrade(database_url, "base")
+    assert time.monotonic() - began < 30
+    with database.connect() as connection:
+        assert connection.scalar(text("select count(*) from history")) == 0

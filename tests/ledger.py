@@ -1,0 +1,105 @@
+"""Requests, clips and artifacts for tests of the ledger and of what stands on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from db.leases import Lease, NewArtifact, record_clip, start_clip
+from db.ledger import NewClip, NewRequest, add_clips, create_shard, open_request, seal_request, unplanned
+
+ENGINE = {"engine": "engine-1", "partition": "cfg1xsp1xtp2", "code_version": "1.0"}
+
+
+def digest(of: object) -> str:
+    return hashlib.sha256(str(of).encode()).hexdigest()
+
+
+MODEL = digest("model")
+
+
+def new_request(key: str = "batch", **changes: Any) -> NewRequest:
+    values: dict[str, Any] = {
+        "key": key,
+        "name": key,
+        "tenant": "studio",
+        "model": "mini",
+        "model_digest": MODEL,
+        "settings": {"steps": 4},
+        "source": "inline",
+        "source_sha256": digest("prompts"),
+        "flow_run_id": "flow-1",
+        "carrier": {"traceparent": "00-1-2-01"},
+        **changes,
+    }
+    return NewRequest(**values)
+
+
+def new_clip(index: int, *, sample: int = 0, recipe: object = None, **changes: Any) -> NewClip:
+    """A clip of its own recipe, unless one is named."""
+    values: dict[str, Any] = {
+        "index": index,
+        "sample": sample,
+        "prompt": f"a red ball, number {index}",
+        "width": 64,
+        "height": 48,
+        "frames": 5,
+        "fps": 8,
+        "steps": 4,
+        "guidance": 3.0,
+        "solver": "euler",
+        "shift": 3.0,
+        "seed": 7 * index + sample,
+        "recipe": digest((index, sample) if recipe is None else recipe),
+        "line": index + 1,
+        **changes,
+    }
+    return NewClip(**values)
+
+
+def artifact_of(content: object, **changes: Any) -> NewArtifact:
+    sha256 = digest(("artifact", content))
+    values = {"key": f"blobs/sha256/{sha256}", "bytes": 1000, "media_type": "video/mp4"} | changes
+    return NewArtifact(sha256=sha256, **values)
+
+
+def opened(session: Session, clips: Sequence[NewClip], key: str = "batch", **changes: Any) -> str:
+    """A sealed request of these clips; its id."""
+    request = open_request(session, new_request(key, **changes)).id
+    add_clips(session, request, clips)
+    seal_request(session, request, len(clips))
+    return request
+
+
+def planned(session: Session, request: str, *, size: int = 100) -> list[int]:
+    """All that can be planned put into shards of `size` clips; their ids."""
+    shards: list[int] = []
+    while clips := unplanned(session, request, size):
+        shard = create_shard(session, request, [clip.clip_id for clip in clips])
+        assert shard is not None
+        shards.append(shard)
+    return shards
+
+
+def render(session: Session, lease: Lease, clip_id: str, content: object = None) -> bool:
+    """Start and record in one go."""
+    start_clip(session, lease, clip_id, **ENGINE)
+    return record_clip(session, lease, clip_id, artifact=artifact_of(content or clip_id), seconds={"denoise": 2.0})
+
+
+def run_out(session: Session, shard_id: int) -> None:
+    """Time passes: the lease of this shard is over."""
+    session.execute(
+        text("update shards set leased_until = now() - interval '1 second' where id = :id and status = 'leased'"),
+        {"id": shard_id},
+    )
+
+
+def statuses(session: Session, request: str) -> list[str]:
+    """Of the request's clips, in file order."""
+    query = text("select status::text from clips where request_id = :id order by index, sample")
+    return list(session.scalars(query, {"id": request}))
