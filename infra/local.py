@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
@@ -195,12 +195,13 @@ class _Start:
         self.started: list[str] = []
         self.children: list[psutil.Process] = []
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="rushes-ledger")
+        self.ledger: Future[Postgres] = Future()
         self.deploying: subprocess.Popen[bytes] | None = None
         self.deploy_log = _Log(home / "logs" / "deploy.log")
 
     def run(self) -> Stack:
         changed = _read_text(self.registered) != self.content
-        ledger = self.thread.submit(self.ensure_ledger, changed)  # beside the server, which takes longest
+        self.ledger = self.thread.submit(self.ensure_ledger, changed)  # beside the server, which takes longest
         family = _family(self.home)
         server = _part(family, SERVER)
         if server is not None and _Api(_api_url(server.port)).healthy(patience=10.0):
@@ -214,7 +215,7 @@ class _Start:
             api = self.start_server()
         if changed or not self.is_deployed(api):
             self.deploy(api)
-        postgres = ledger.result()
+        postgres = self.ledger.result()
         self.thread.shutdown()
         _write_stack(self.stack(postgres, api), self.limits[GPU])  # flow runs read it, so before the workers
         if self.ensure_workers(api):
@@ -261,11 +262,19 @@ class _Start:
                 if "address already in use" in log.said():
                     return False
                 raise StackFailed(f"the Prefect server ended while it started: {log}")
+            self.check_companions()
             # An answer alone proves nothing: another stack's server may have the port.
             if _listens(process, port) and api.healthy():
                 return True
             time.sleep(0.05)
         raise StackFailed(f"the Prefect server did not answer within {SERVER_SECONDS:.0f} s: {log}")
+
+    def check_companions(self) -> None:
+        """Fails at once when what goes on beside the server's start has failed."""
+        if self.ledger.done():
+            self.ledger.result()
+        if self.deploying is not None and self.deploying.poll():
+            raise StackFailed(f"the deployments could not be registered: {self.deploy_log}")
 
     def supply_database(self, path: Path) -> None:
         """Gives a new home a copy of a migrated database, kept in the virtual environment: migrating takes 8 s."""
@@ -397,7 +406,7 @@ class _Start:
 
     def undo(self) -> None:
         self.thread.shutdown(cancel_futures=True)  # waits: Postgres is then either started or not
-        if self.deploying is not None and self.deploying.returncode is None:
+        if self.deploying is not None:
             self.deploying.kill()
             self.deploying.communicate()
         mine = {child.pid for child in self.children}
@@ -618,7 +627,7 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     under_way = {pool: api.active_runs(pool) for pool in POOLS} if api else {}
 
     _stack_file(home).unlink(missing_ok=True)
-    _end_flow_runs(home)
+    _end_flow_runs(home, say)
     _end_processes([m.process for m in _family(home) if m.is_part and m.part != SERVER], grace=5.0)
     _end_processes([m.process for m in _family(home) if m.part != SERVER or m.run], grace=0.0)
     if api is not None:
@@ -632,11 +641,10 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     left = _family(home)
     if left:
         raise StackFailed(f"processes {[member.pid for member in left]} of {home} do not end, not even by SIGKILL")
-    say(f"Ended: {', '.join(ran)}" if ran else "Nothing was running")
     return ran
 
 
-def _end_flow_runs(home: Path) -> None:
+def _end_flow_runs(home: Path, say: Say) -> None:
     """SIGTERM to every process that executes a flow run, while their workers still watch; waits until they are gone."""
     told: set[int] = set()
     deadline = time.monotonic() + GRACE_SECONDS
@@ -644,6 +652,8 @@ def _end_flow_runs(home: Path) -> None:
         runs = [member for member in _family(home) if member.run]
         if not runs:
             return
+        if not told:
+            say(f"Ending {len({member.run for member in runs})} flow runs")
         for member in runs:
             # Only the top of each: an engine ends its own ranks.
             if member.pid not in told and not any(member.process.ppid() == other.pid for other in runs):
