@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +50,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(model: Path) -> Iterator[Engine]:
-    shared_memory = set(os.listdir("/dev/shm"))
     engine = Engine(model, Partition(tp=2), log=model / "ranks.log")
     yield engine
     pids = pids_of(engine)
     engine.close()
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert set(os.listdir("/dev/shm")) <= shared_memory | {n for n in os.listdir("/dev/shm") if "rushes" not in n}
+    assert gone(pids, 0.1)
 
 
 @pytest.fixture
@@ -86,7 +85,9 @@ def test_every_rank_holds_its_part_and_tested_it(engine: Engine) -> None:
     whole = sum(p.stat().st_size for p in (engine.card.path / "transformer").glob("*.safetensors"))
     assert [info.rank for info in engine.ready] == [0, 1]
     for info in engine.ready:
-        assert info.parameter_bytes < 0.75 * whole  # the embedders, whole on every rank, are a large part of a tiny model
+        assert (
+            info.parameter_bytes < 0.75 * whole
+        )  # the embedders, whole on every rank, are a large part of a tiny model
         assert 0 < info.self_test <= 1e-5
 
 
@@ -105,7 +106,7 @@ def test_clips_come_with_frames_times_and_steps(engine: Engine) -> None:
         assert list(clip.steps) == sorted(clip.steps)
 
 
-def test_same_recipe_same_bytes_whatever_the_neighbours_or_the_restart(engine: Engine) -> None:
+def test_same_recipe_same_bytes_whatever_the_neighbours(engine: Engine) -> None:
     other = replace(SPEC, clip_id="other", seed=8, prompt="a blue cube", negative_prompt="red")
     large = replace(SPEC, clip_id="large", width=64, height=64, frames=17, steps=3, solver="euler", guidance=1.0)
     first, elsewhere = frames(engine, SPEC, other)
@@ -113,19 +114,24 @@ def test_same_recipe_same_bytes_whatever_the_neighbours_or_the_restart(engine: E
     assert frames(engine, large, other, SPEC, large, SPEC)[1:] == [elsewhere, first, frames(engine, large)[0], first]
     assert frames(engine, replace(SPEC, prompt="a green cube"))[0] != first
     assert frames(engine, replace(SPEC, negative_prompt="red"))[0] != first
-    engine.close()
-    engine.start()
-    assert frames(engine, SPEC) == [first]
 
 
 def test_the_ranks_work_while_the_caller_looks(engine: Engine) -> None:
     clips = engine.render([replace(SPEC, clip_id=f"clip{k}", steps=20) for k in range(3)])
-    first = next(clips)
-    time.sleep(first.finished - first.started + 1)  # as encoding and storing would take
+    for _ in range(2):
+        next(clips)
+        time.sleep(1)  # as encoding and storing would take
     looked = time.time()
-    second = next(clips)
-    assert second.finished < looked
-    assert next(clips).started < looked + 0.5
+    assert next(clips).started < looked
+
+
+def test_frames_have_no_name_that_could_be_left_behind(engine: Engine) -> None:
+    frames(engine, SPEC)
+    for info in engine.ready:
+        held = Path(f"/proc/{info.pid}/maps").read_text()
+        held += " ".join(os.readlink(fd) for fd in Path(f"/proc/{info.pid}/fd").iterdir())
+        assert "/dev/shm" not in held
+        assert ("memfd:rushes-frames" in held) == (info.rank == 0)
 
 
 def test_cancel_stops_at_a_step_and_leaves_the_engine_usable(engine: Engine) -> None:
@@ -153,7 +159,7 @@ def test_a_caller_that_leaves_stops_the_work(engine: Engine) -> None:
     assert frames(engine, SPEC) == [wanted]
 
 
-def test_a_killed_rank_ends_all_and_the_next_start_works(engine: Engine) -> None:
+def test_a_killed_rank_ends_all_and_the_next_start_gives_the_same_bytes(engine: Engine) -> None:
     wanted, pids = frames(engine, SPEC), pids_of(engine)
     threading.Timer(1.0, os.kill, (pids[1], signal.SIGKILL)).start()
     with pytest.raises(RankDied, match=r"rank 1 of 2 died \(killed by SIGKILL\)"):
@@ -167,24 +173,22 @@ def test_a_stopped_rank_counts_as_hung(engine: Engine) -> None:
     pids = pids_of(engine)
     engine.step_timeout = 2.0
     threading.Timer(1.0, os.kill, (pids[1], signal.SIGSTOP)).start()
-    with pytest.raises(RankHung, match="no step for 2 s; .*rank 1 is stopped"):
+    with pytest.raises(RankHung, match=r"no step for 2 s; .*rank 1 is stopped"):
         list(engine.render([LONG]))
     assert not engine.running and gone(pids, 0.1)
 
 
 def test_a_clip_that_the_model_refuses_is_named(engine: Engine) -> None:
-    with pytest.raises(RenderFailed, match="clip odd: ValueError: frames=8 must be 4n\\+1") as failure:
+    with pytest.raises(RenderFailed, match=r"clip odd: ValueError: frames=8 must be 4n\+1") as failure:
         list(engine.render([SPEC, replace(SPEC, clip_id="odd", frames=8)]))
     assert failure.value.clip_id == "odd" and not engine.running
-    engine.start()
-    with pytest.raises(RenderFailed, match="clip wild: .*not finite"):
-        list(engine.render([replace(SPEC, clip_id="wild", guidance=1e38)]))
 
 
 def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from model.config import Partition; from model.engine import Engine, ClipSpec\n"
-        f"engine = Engine(Path({str(model)!r}), Partition(cfg=2)); engine.start()\n"
+        "from pathlib import Path; from model.config import Partition; from model.engine import Engine, ClipSpec\n"
+        f"engine = Engine(Path({str(model)!r}), Partition(cfg=2), log=Path({str(model / 'ranks.log')!r}))\n"
+        "engine.start()\n"
         "print(*[info.pid for info in engine.ready], flush=True)\n"
         f"list(engine.render([{LONG!r}]))\n"
     )
@@ -194,24 +198,40 @@ def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         time.sleep(0.5)
-        assert all(psutil.Process(pid).is_running() for pid in pids)
+        os.kill(pids[1], signal.SIGSTOP)  # this one cannot even notice; the other sits in a collective with it
+        while psutil.Process(pids[1]).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        assert psutil.pid_exists(pids[0])
     finally:
         parent.kill()
         parent.wait()
         parent.stdout.close()
-    assert gone(pids, 2.0)
-    assert not [name for name in os.listdir("/dev/shm") if "rushes" in name]
+    try:
+        assert gone(pids, 3.0)
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
-def test_micro_batches_give_each_clip_its_own_pixels(model: Path) -> None:
+def test_one_rank_renders_micro_batches_and_names_a_clip_without_pixels(model: Path) -> None:
     specs = [replace(SPEC, clip_id=f"clip{k}", seed=k, prompt=p) for k, p in enumerate(("a ball", "a cube", "a ball"))]
     with Engine(model, Partition(), micro_batch=2, log=model / "ranks.log") as engine:
         together = list(engine.render(specs))
-        kept = list(engine.render([*specs[:2], SPEC], cancelled=lambda: {"clip0"} if not together else set()))
+        seen: list[str] = []
+        some = engine.render(
+            specs[:2],
+            on_step=lambda clip_id, step, _: seen.append(clip_id),
+            cancelled=lambda: {"clip0"} if seen else set(),
+        )
+        kept = list(some)
         engine.micro_batch = 1
         alone = list(engine.render(specs))
+        with pytest.raises(RenderFailed, match=r"clip wild: .*not finite"):
+            list(engine.render([replace(SPEC, clip_id="wild", guidance=1e38)]))
     assert [clip.clip_id for clip in together] == ["clip0", "clip1", "clip2"] == [clip.clip_id for clip in alone]
-    assert len(kept) == 3
+    assert [clip.clip_id for clip in kept] == ["clip1"], "clip0 was cancelled under way"
+    assert np.array_equal(kept[0].frames, together[1].frames)
     for one, other in zip(together, alone, strict=True):
         assert difference(one, other) <= 1  # another batch size is another order of sums: the last bit may differ
     assert difference(alone[0], alone[1]) > 1
