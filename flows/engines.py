@@ -89,6 +89,7 @@ def ensure(settings: Settings, ledgers: sessionmaker[Session], request_id: str) 
                 parameters={"model": settings.model},
                 timeout=0,
                 as_subflow=False,
+                flow_run_name=f"engine {settings.model} {settings.partition}",
                 idempotency_key=f"engine-{k}-after-{newest}",
             ),
         )

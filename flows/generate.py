@@ -31,6 +31,8 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run as this_run
@@ -61,6 +63,7 @@ from model.weights import ModelCard, ModelNotFound, find_model
 
 POLL = 1.0  # seconds between two looks at the ledger
 REPORT = 5.0  # seconds between two reports to the UI, at least
+TABLE_ROWS = 200  # shards that the UI's table shows
 SHEET_CLIPS = 24  # clips on a contact sheet
 IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
 
@@ -293,12 +296,13 @@ def plan_shards(session: Session, settings: Settings, request_id: str, source: S
 
 
 class Report:
-    """What the run's page in the Prefect UI shows: one progress bar, one table of shards, both kept up to date."""
+    """What the run's page in the Prefect UI shows: one progress bar and one table of shards, kept up to date."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.key = request_id.replace("_", "-")
         self.bar: Any = None
+        self.table: Any = None
         self.last: tuple[Any, ...] = ()
 
     def send(self, ledgers: sessionmaker[Session], progress: Progress) -> None:
@@ -307,16 +311,34 @@ class Report:
         if said == self.last:
             return
         self.last = said
-        if self.bar is None:
-            self.bar = create_progress_artifact(share, key=f"{self.key}-progress", description=self.request_id)
-        else:
-            update_progress_artifact(self.bar, share)
         with ledgers() as session:
-            rows = [asdict(row) for row in ledger.shard_table(session, self.request_id)]
-        table = [{key: str(value) for key, value in row.items()} for row in rows]
-        create_table_artifact(
-            table or [{"shard": "none: every clip was found"}], key=f"{self.key}-shards", description="Shards"
-        )
+            rows = [as_line(row) for row in ledger.shard_table(session, self.request_id, limit=TABLE_ROWS)]
+        table = rows or [{"shard": "none: every clip was found"}]
+        if self.bar is None:
+            bar = f"Clips of {self.request_id} that have come to an end"
+            self.bar = create_progress_artifact(share, key=f"{self.key}-progress", description=bar)
+            self.table = create_table_artifact(table, key=f"{self.key}-shards", description="Shards, the newest last")
+            return
+        update_progress_artifact(self.bar, share)
+        with get_client(sync_client=True) as client:  # each new artifact would be one more card on the page
+            client.update_artifact(self.table, ArtifactUpdate(data=json.dumps(table)))
+
+
+def as_line(row: ledger.ShardRow) -> dict[str, str | int | float]:
+    """A shard as a person wants to read it."""
+    return {
+        "shard": row.id,
+        "status": str(row.status),
+        "clips": row.size,
+        "done": row.done,
+        "failed": row.failed,
+        "shape": f"{row.width}x{row.height}x{row.frames}",
+        "engine seconds": round(row.seconds, 1),
+        "claimed": f"{row.claimed_at:%H:%M:%S}" if row.claimed_at else "",
+        "finished": f"{row.finished_at:%H:%M:%S}" if row.finished_at else "",
+        "attempt": row.attempt,
+        "engine": row.owner or "",
+    }
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
@@ -402,8 +424,11 @@ select status, count(*), avg(seconds) from history where request_id = '{request_
 Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CLIP_ID`.
 """,
         key=f"{key}-summary",
+        description="How it went, and how to ask more",
     )
-    create_link_artifact(store.link(manifest, 7 * 86400), key=f"{key}-outputs", link_text="Manifest of all clips")
+    create_link_artifact(
+        store.link(manifest, 7 * 86400), key=f"{key}-outputs", link_text="Manifest of all clips", description="Outputs"
+    )
     if sheet:
         create_image_artifact(picture_url(store, sheet), key=f"{key}-contact-sheet", description="Contact sheet")
 

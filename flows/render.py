@@ -71,7 +71,8 @@ def as_task(shard: Shard) -> int:
     """Runs a shard as a Prefect task, named so that a person understands it."""
     first, lease = shard.clips[0], shard.lease
     shape = f"{first.width}x{first.height}x{first.frames}"
-    name = f"shard {lease.shard_id}: {len(shard.clips)} clips {shape} of {lease.request_id}"
+    clips = f"{len(shard.clips)} clip{'s' if len(shard.clips) > 1 else ''}"
+    name = f"shard {lease.shard_id}: {clips} {shape} of {lease.request_id}"
 
     # A closure, since Prefect would walk through whatever a task is given.
     @task(name="shard", task_run_name=name, cache_policy=NO_CACHE, persist_result=False)

@@ -118,7 +118,7 @@ class GenerationRequest(BaseModel):
     prompts_uri: str | None = Field(
         default=None,
         title="Prompt file",
-        description="store:<key> for an object of the store, or the path of a file below the worker's prompts folder",
+        description="store:KEY for an object of the store, or the path of a file below the worker's prompts folder",
     )
     prompts_format: PromptsFormat = Field(
         default=PromptsFormat.AUTO,
