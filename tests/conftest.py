@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,22 +41,34 @@ def migrated_template(postgres: Postgres) -> str:
     return name
 
 
+@pytest.fixture(scope="session")
+def clone(postgres: Postgres) -> Callable[[str], AbstractContextManager[str]]:
+    """`with clone(template) as url:` is a database like `template`, for as long as the block."""
+
+    @contextmanager
+    def cloned(template: str) -> Generator[str]:
+        name = f"{template}_{next(_numbers)}"
+        _run(postgres, f"create database {name} template {template}")
+        try:
+            yield _url(postgres, name)
+        finally:
+            _run(postgres, f"drop database {name} with (force)")
+
+    return cloned
+
+
 @pytest.fixture
-def empty_database_url(postgres: Postgres) -> Iterator[str]:
+def empty_database_url(clone: Callable[[str], AbstractContextManager[str]]) -> Iterator[str]:
     """A database without any schema."""
-    name = f"empty_{next(_numbers)}"
-    _run(postgres, f"create database {name}")
-    yield _url(postgres, name)
-    _run(postgres, f"drop database {name} with (force)")
+    with clone("template1") as url:
+        yield url
 
 
 @pytest.fixture
-def database_url(postgres: Postgres, migrated_template: str) -> Iterator[str]:
+def database_url(clone: Callable[[str], AbstractContextManager[str]], migrated_template: str) -> Iterator[str]:
     """A ledger of the newest schema, empty."""
-    name = f"ledger_{next(_numbers)}"
-    _run(postgres, f"create database {name} template {migrated_template}")
-    yield _url(postgres, name)
-    _run(postgres, f"drop database {name} with (force)")
+    with clone(migrated_template) as url:
+        yield url
 
 
 @pytest.fixture

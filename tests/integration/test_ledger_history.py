@@ -1,0 +1,189 @@
+"""Asking the ledger: the view, its filters, the queries README prints, and what a typed query may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from db.history import COLUMNS, QUERIES, SqlFailed, find_clips, run_sql, show_clip
+from db.leases import STAGES, claim_shard, complete_shard, fail_clip, record_clip, start_clip
+from db.ledger import add_edges, adopt_takes, request_id
+from db.session import connect, sessions
+from db.tables import AttemptStatus, ClipStatus, EdgeKind
+from tests.ledger import ENGINE, MODEL, artifact_of, new_clip, opened, planned
+
+Ledger = sessionmaker[Session]
+
+
+@pytest.fixture(scope="module")
+def dailies(clone: Callable[[str], AbstractContextManager[str]], migrated_template: str) -> Iterator[Engine]:
+    """A ledger with one request in it, which the tests of this file only read: see `rendered`."""
+    with clone(migrated_template) as url:
+        engine = connect(url)
+        rendered(sessions(engine))
+        yield engine
+        engine.dispose()
+
+
+REQUEST = request_id("dailies")
+
+
+def rendered(ledger: Ledger) -> None:
+    """Two done (one at its second attempt), one twin found, one failed, one rejected."""
+    clips = [
+        new_clip(0, prompt="a red ball rolls left", custom_id="opening"),
+        new_clip(1, prompt="100% of a blue_box", rewritten_prompt="A Red box, on a table", recipe="box"),
+        new_clip(2, prompt="100 of a blue box", recipe="box"),
+        new_clip(3, prompt="too much"),
+        new_clip(4, prompt="", rejected="prompts.jsonl:5: prompt is blank"),
+    ]
+    with ledger.begin() as session:
+        request = opened(session, clips, key="dailies", trace_id="request-trace")
+    seconds = {stage: 0.5 + position for position, stage in enumerate(STAGES)}
+    for turn in range(2):
+        with ledger.begin() as session:
+            planned(session, request)
+            lease, todo = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
+            for clip in todo:
+                index = int(clip.clip_id.split("-")[1])
+                start_clip(session, lease, clip.clip_id, **ENGINE)
+                if index == 3:
+                    fail_clip(session, lease, clip.clip_id, "out of memory\nat step 3", permanent=True)
+                elif index == 1 and turn == 0:
+                    fail_clip(session, lease, clip.clip_id, "a rank hung")
+                else:
+                    stored = artifact_of(clip.clip_id)
+                    trace = {"trace_id": "clip-trace"} if index == 1 else {}
+                    assert record_clip(
+                        session, lease, clip.clip_id, artifact=stored, seconds=seconds, drift=1e-6, **trace
+                    )
+            complete_shard(session, lease)
+            adopt_takes(session, request)
+    with ledger.begin() as session:
+        edges = [(f"{request}-000001-0", f"{request}-000000-0", EdgeKind.EXTEND)]
+        add_edges(session, edges)
+        add_edges(session, edges)
+        add_edges(session, [])
+
+
+def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -> None:
+    assert run_sql(dailies, "select count(*), count(distinct clip_id) from history").rows == [(5, 5)]
+    with Session(dailies) as session:
+        story = show_clip(session, f"{REQUEST}-000001-0")
+        assert show_clip(session, "nobody") is None
+        parent = show_clip(session, f"{REQUEST}-000000-0")
+    assert story is not None and parent is not None
+    clip = story.clip
+    assert (clip.request_name, clip.tenant, clip.model, clip.model_digest) == ("dailies", "studio", "mini", MODEL)
+    assert (clip.status, clip.error, clip.attempts, clip.found) == (ClipStatus.DONE, None, 2, False)
+    assert (clip.engine, clip.partition, clip.code_version) == ("engine-1", "cfg1xsp1xtp2", "1.0")
+    stages = [getattr(clip, f"{stage}_seconds") for stage in STAGES]
+    assert (stages, clip.seconds) == ([0.5, 1.5, 2.5, 3.5, 4.5], 12.5)
+    stored = artifact_of(clip.clip_id)
+    assert (clip.sha256, clip.object_key, clip.bytes) == (stored.sha256, stored.key, stored.bytes)
+    assert (clip.trace_id, parent.clip.trace_id) == ("clip-trace", "request-trace")
+    assert clip.started_at is not None and clip.finished_at is not None
+    assert clip.queued_at < clip.started_at <= clip.finished_at
+    assert clip.parent_clip_id == parent.clip.clip_id
+    assert story.parents == ((parent.clip.clip_id, EdgeKind.EXTEND),)
+    assert parent.children == ((clip.clip_id, EdgeKind.EXTEND),)
+    assert [(row.number, row.status, row.error) for row in story.attempts] == [
+        (1, AttemptStatus.FAILED, "a rank hung"),
+        (2, AttemptStatus.DONE, None),
+    ]
+    assert story.attempts[1].drift == 1e-6
+
+
+def test_clips_are_found_by_what_people_remember(dailies: Engine) -> None:
+    with Session(dailies) as session:
+
+        def found(**filters: object) -> list[int]:
+            return [clip.index for clip in find_clips(session, **filters)]  # pyright: ignore
+
+        assert found() == [0, 1, 2, 3, 4]
+        assert found(limit=2) == [0, 1]
+        assert found(request=REQUEST) == found(request="dailies") == [0, 1, 2, 3, 4]
+        assert found(request="weeklies") == []
+        assert found(status=ClipStatus.DONE) == [0, 1, 2]
+        assert found(prompt="RED") == [0, 1]  # in the words, or in the rewritten ones
+        assert found(prompt="100%") == found(prompt="blue_box") == [1]  # a percent sign is a percent sign
+        assert found(since=timedelta(hours=1)) == [0, 1, 2, 3, 4]
+        session.execute(text("update clips set queued_at = queued_at - interval '2 hours' where index > 1"))
+        assert found(since=timedelta(hours=1)) == [0, 1]
+        assert found(status=ClipStatus.DONE, prompt="box", since=timedelta(hours=3)) == [1, 2]
+
+
+# What each query must say of the request above: a part of one of its rows. Nothing, where nothing is the good answer.
+ANSWERS: dict[str, tuple[object, ...] | None] = {
+    "Which model and partition succeed, and how fast?": ("mini", 3),
+    "Which clips were slowest, and why?": (12.5, 1.5),
+    "What did each tenant use?": ("studio", 3, 1, 3000),
+    "What goes wrong most?": ("out of memory", 1),
+    "How many clips and how much engine time an hour?": (2, 25),
+    "Was anything rendered twice? (no rows: nothing was)": None,
+    "Where does the time go?": (64, 48, 5, 2, 4, 12, 20, 28, 36),
+    "Which clips needed more than one attempt?": ("done", 2),
+    "How busy was each engine?": ("engine-1", 2),
+    "Where are the clips about a word?": ("done", "a red ball rolls left"),
+}
+
+
+@pytest.mark.parametrize("question", QUERIES)
+def test_every_query_of_the_readme_answers_its_question(dailies: Engine, question: str) -> None:
+    answer = run_sql(dailies, QUERIES[question])
+    assert answer.columns
+    expected = ANSWERS[question]
+    if expected is None:
+        assert answer.rows == []
+        return
+    assert any(all(value in row for value in expected) for row in answer.rows), answer.rows
+
+
+def test_there_are_ten_queries_and_each_has_its_answer() -> None:
+    assert len(QUERIES) == 10
+    assert set(QUERIES) == set(ANSWERS)
+
+
+def test_a_rendering_done_twice_would_show(database: Engine, ledger: Ledger) -> None:
+    rendered(ledger)
+    with ledger.begin() as session:
+        session.execute(text("update clips set found = false where found"))
+    question = next(question for question in QUERIES if "twice" in question)
+    ((_, renderings, clips),) = run_sql(database, QUERIES[question]).rows
+    assert (renderings, clips) == (2, [f"{REQUEST}-000001-0", f"{REQUEST}-000002-0"])
+
+
+REFUSED = {
+    "commit; drop table clips": "multiple commands",
+    "select 1; select 2": "multiple commands",
+    "drop table clips": "read-only transaction",
+    "delete from clips": "read-only transaction",
+    "with gone as (delete from clips returning 1) select * from gone": "read-only transaction",
+    "select nextval('shards_id_seq')": "read-only transaction|permission denied",
+    "select pg_read_file('/etc/passwd')": "permission denied",
+    "copy clips to program 'cat'": "permission denied",
+    "select * from nowhere": "does not exist",
+    "selekt": "syntax error",
+    "select pg_sleep(30)": "statement timeout",
+    "": "EMPTY_QUERY",
+}
+
+
+@pytest.mark.parametrize("sql", REFUSED)
+def test_a_typed_query_changes_nothing_and_takes_no_longer_than_it_may(dailies: Engine, sql: str) -> None:
+    with pytest.raises(SqlFailed, match=REFUSED[sql]):
+        run_sql(dailies, sql, timeout=1.0)
+    assert run_sql(dailies, "select count(*) from history").rows == [(5,)]
+
+
+def test_a_typed_query_gives_columns_rows_and_no_more_than_asked_for(database: Engine) -> None:
+    empty = run_sql(database, "select * from history")
+    assert (empty.columns, empty.rows, empty.truncated) == (tuple(COLUMNS), [], False)
+    some = run_sql(database, "select n, '50%' as share from generate_series(1, 100000) n", limit=2)
+    assert (some.columns, some.rows, some.truncated) == (("n", "share"), [(1, "50%"), (2, "50%")], True)
+    assert run_sql(database, "select 1", limit=1).truncated is False
