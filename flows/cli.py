@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from flows.settings import Settings
+    from infra.local import Stack
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 CONTROL_RUNS = 100  # requests that the control pool watches at once
@@ -182,18 +183,23 @@ def _settings(**given: Any) -> Settings:
 @app.command(rich_help_panel=STACK)
 def up() -> None:
     """Start the local stack, or mend it: Postgres, the Prefect server and its page, the workers."""
-    _up()
-    _where_to_look(_settings())
+    stack = _up(_settings())
+    typer.echo(f"Prefect  {stack.prefect_ui_url}")
+    typer.echo(f"State    {stack.home}")
 
 
-def _up() -> None:
+def _up(settings: Settings) -> Stack:
+    from db.session import upgrade
     from infra import local
 
-    local.up(_settings().home, REPOSITORY)
+    return local.up(
+        settings.home, repo=_working_folder(settings), migrate=upgrade, engines=settings.engines, say=typer.echo
+    )
 
 
-def _where_to_look(settings: Settings) -> None:
-    typer.echo(f"The stack is up. Prefect: {settings.ui_url}   State: {settings.home}")
+def _working_folder(settings: Settings) -> Path:
+    """Where flow runs work: the checkout, or the home folder where Rushes is installed as a package."""
+    return REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else settings.home
 
 
 @app.command(rich_help_panel=STACK)
@@ -201,8 +207,9 @@ def down() -> None:
     """Stop the local stack. Nothing is left running; what was rendered stays."""
     from infra import local
 
-    local.down(_settings().home)
-    typer.echo("The stack is down.")
+    settings = _settings()
+    stopped = local.down(settings.home, say=typer.echo)
+    typer.echo(f"Stopped: {', '.join(stopped)}" if stopped else f"No stack was running under {settings.home}")
 
 
 @app.command(rich_help_panel=STACK)
@@ -211,20 +218,27 @@ def status(format: Format = "table") -> None:
     from flows.show import show_rows
     from infra import local
 
-    parts = [asdict(part) for part in local.status(_settings().home)]
-    show_rows(parts, list(parts[0]) if parts else ["name"], format)
-    if not parts or not all(part.get("running", part.get("ok")) for part in parts):
-        raise typer.Exit(FAILED)
+    now = local.status(_settings().home)
+    rows = [{"part": p.name, "state": "running" if p.running else "stopped", "detail": p.detail} for p in now.parts]
+    rows.append({"part": "flow runs", "state": str(now.flow_runs), "detail": "processes that execute one now"})
+    show_rows(rows, ["part", "state", "detail"], format)
+    raise typer.Exit(DONE if now.running else FAILED)
 
 
 @app.command(rich_help_panel=STACK)
 def doctor(format: Format = "table") -> None:
     """Check every part (settings, ledger, store, Prefect, workers, model) and say how to mend what is wrong."""
+    from flows import checks as look
     from flows.show import show_rows
     from infra import local
 
     settings = _settings()
-    checks = local.doctor(settings.home, settings)
+    checks = local.doctor(
+        settings.home,
+        schema=look.schema,
+        store=lambda: look.store(settings),
+        weights=lambda: look.weights(settings),
+    )
     rows = [
         {"check": "ok" if check.ok else "wrong", "part": check.name, "detail": check.detail, "mend": check.mend}
         for check in checks
@@ -242,8 +256,8 @@ def demo() -> None:
     from flows.show import show_rows
 
     began = time.monotonic()
-    _up()
-    settings = _settings()
+    _up(_settings())
+    settings = _settings()  # again: they now know where the stack is
     example = REPOSITORY / "examples" / "prompts.jsonl"
     submitted = _submit(settings, str(example), {"name": "demo"}, skip_invalid=False)
     request_id, code = submitted[0], DONE
@@ -553,6 +567,7 @@ def history(
     format: Format = "table",
 ) -> None:
     """List clips, newest first. JSON and CSV hold every column unless --columns says otherwise."""
+    within = _duration(since) if since else None
     from db.history import COLUMNS, find_clips
     from db.tables import ClipStatus
     from flows.ledgers import reading
@@ -574,7 +589,7 @@ def history(
             request=request,
             status=ClipStatus(status) if status else None,
             prompt=prompt,
-            since=_duration(since) if since else None,
+            since=within,
             limit=limit,
         )
     show_rows((asdict(row) for row in found), wanted, format)
@@ -631,13 +646,13 @@ def sql(
     format: Format = "table",
 ) -> None:
     """Ask the ledger in SQL, read only. The view `history` has one row per clip: `select * from history limit 1`."""
+    text = sys.stdin.read() if query == "-" else query
+    if not text.strip():
+        fail("the query is empty", BAD_INPUT)
     from db.history import run_sql
     from flows.ledgers import database
     from flows.show import show_rows
 
-    text = sys.stdin.read() if query == "-" else query
-    if not text.strip():
-        fail("the query is empty", BAD_INPUT)
     with database(_settings()) as engine:
         answer = run_sql(engine, text, timeout=timeout, limit=limit or (1000 if format == "table" else None))
     columns = _distinct(answer.columns)
@@ -743,9 +758,8 @@ def deploy(
     import subprocess
 
     settings = _settings()
-    folder = REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else settings.home
     command = [sys.executable, "-m", "infra.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
-    command += ["--folder", str(folder), "--pool", f"control={CONTROL_RUNS}"]
+    command += ["--folder", str(_working_folder(settings)), "--pool", f"control={CONTROL_RUNS}"]
     command += ["--pool", f"gpu={engines or settings.engines}"]
     done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
     raise typer.Exit(FAILED if done.returncode else DONE)

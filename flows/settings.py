@@ -256,7 +256,7 @@ def _refuse_misspelt_names() -> None:
     """A misspelt setting would silently do nothing. Names that resemble none of ours may be somebody else's."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in os.environ:
-        if name.startswith(PREFIX) and name not in known and not name.startswith(f"{PREFIX}TEST_"):
+        if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             if near:
                 raise WrongSetting(f"{name} is not a setting: did you mean {near[0]}?")

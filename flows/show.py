@@ -63,7 +63,18 @@ def show_one(values: Row, format: Format, *, title: str | None = None) -> None:
         for key, value in values.items():
             if value is not None:
                 table.add_row(key, _cell(key, value))
-        console().print(table)
+        _print(table)
+
+
+def _print(table: Any) -> None:
+    """Prints a table; into a pipe without the spaces that pad it to a screen's width."""
+    screen = console()
+    if screen.is_terminal:
+        screen.print(table)
+        return
+    with screen.capture() as captured:
+        screen.print(table)
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().strip("\n").splitlines()))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -142,7 +153,7 @@ def _table(rows: Iterable[Row], columns: Sequence[str], title: str | None) -> in
         table.add_column(Text(column), overflow="fold", justify="right" if numeric and rows else "left")
     for row in rows:
         table.add_row(*(_cell(column, row.get(column)) for column in columns))
-    console().print(table)
+    _print(table)
     return len(rows)
 
 
