@@ -42,9 +42,6 @@ from model.text import TextEncoder, small_encoder, word_tokenizer
 from model.vae import VAE
 from model.weights import save_model
 
-CHUNK = 250  # clips a file
-HELD_BACK = 128  # the first clips of every shape are for validation, never trained on
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
@@ -69,9 +66,10 @@ BUCKETS = (
     Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.07, batch=48),
     Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.05, batch=32),
 )
+PROMPT_TOKENS = 40
 DEFAULTS = {
     "name": "mini",
-    "max_prompt_tokens": 40,
+    "max_prompt_tokens": PROMPT_TOKENS,
     "width": 64,
     "height": 64,
     "frames": 17,
@@ -98,7 +96,11 @@ class Recipe:
     vae_rate: float = 2e-3
     dit_rate: float = 1e-3
     average: float = 0.998  # of the exponential moving average that is published
-    scale: float = 1.0  # of the number of clips rendered
+    buckets: tuple[Bucket, ...] = BUCKETS  # the autoencoder learns from the first
+    dit: DiTConfig = MINI
+    chunk: int = 250  # clips a file
+    held_back: int = 128  # the first clips of every shape are for validation, never trained on
+    every: int = 250  # steps between two checkpoints
 
 
 # --- the world, rendered ----------------------------------------------------------------------------------------------
@@ -113,9 +115,9 @@ def render(recipe: Recipe, processes: int = 2, only: str | None = None) -> None:
     """Renders what is missing. Several processes, or several calls, share the work by files."""
     jobs = [
         (recipe, bucket, first)
-        for bucket in BUCKETS
+        for bucket in recipe.buckets
         if only in (None, bucket.name)
-        for first in range(0, round(bucket.clips * recipe.scale), CHUNK)
+        for first in range(0, bucket.clips, recipe.chunk)
         if not _chunk(recipe, bucket, first).exists()
     ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -130,7 +132,7 @@ def _chunk(recipe: Recipe, bucket: Bucket, first: int) -> Path:
 def _render_chunk(job: tuple[Recipe, Bucket, int]) -> str:
     recipe, bucket, first = job
     shape = bucket.shape
-    scenes = (scene_of(recipe.seed, bucket, first + k) for k in range(CHUNK))
+    scenes = (scene_of(recipe.seed, bucket, first + k) for k in range(recipe.chunk))
     clips = np.stack([world.render(s, width=shape.width, height=shape.height, frames=shape.frames) for s in scenes])
     path = _chunk(recipe, bucket, first)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ def _render_chunk(job: tuple[Recipe, Bucket, int]) -> str:
 
 def clips_of(recipe: Recipe, bucket: Bucket) -> list[NDArray[np.uint8]]:
     """The rendered chunks of a shape, mapped, in order. Raises FileNotFoundError when some are missing."""
-    firsts = range(0, round(bucket.clips * recipe.scale), CHUNK)
+    firsts = range(0, bucket.clips, recipe.chunk)
     missing = [f for f in firsts if not _chunk(recipe, bucket, f).exists()]
     if missing:
         raise FileNotFoundError(
@@ -162,7 +164,7 @@ def to_video(clips: NDArray[np.uint8], device: str) -> Tensor:
 
 def train_vae(recipe: Recipe) -> None:
     """L1 + MSE + a little KL on 1-, 9- and 17-frame crops; the peak rate decays along a cosine."""
-    chunks = clips_of(recipe, BUCKETS[0])
+    chunks, longest = clips_of(recipe, recipe.buckets[0]), recipe.buckets[0].shape.frames
     torch.manual_seed(recipe.seed)
     vae = in_memory_order(VAE(VAEConfig())).to(recipe.device)
     optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -171,11 +173,13 @@ def train_vae(recipe: Recipe) -> None:
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((recipe.seed, 1, step))
-        size, frames = (24, 1) if step % 12 == 11 else (8, 9) if step < 0.6 * recipe.vae_steps else (4, 17)
+        size, frames = (
+            (24, 1) if step % 12 == 11 else (8, longest // 2 + 1) if step < 0.6 * recipe.vae_steps else (4, longest)
+        )
         crops = []
-        for clip in rng.integers(HELD_BACK, count, size):
-            start = rng.integers(0, 17 - frames + 1)
-            crops.append(chunks[clip // CHUNK][clip % CHUNK, start : start + frames])
+        for clip in rng.integers(recipe.held_back, count, size):
+            start = rng.integers(0, longest - frames + 1)
+            crops.append(chunks[clip // recipe.chunk][clip % recipe.chunk, start : start + frames])
         return to_video(np.stack(crops), recipe.device)
 
     def learn(step: int) -> dict[str, float]:
@@ -196,13 +200,13 @@ def train_vae(recipe: Recipe) -> None:
         optimizer.step()
         return {"psnr": psnr(error.detach()), "kl": kl.item(), "loss": loss.item()}
 
-    def validate(step: int) -> dict[str, float]:
+    def validate() -> dict[str, float]:
         with torch.no_grad(), torch.autocast(recipe.device, torch.bfloat16):
-            video = to_video(np.asarray(chunks[0][:32]), recipe.device)
+            video = to_video(np.array(chunks[0][: min(32, recipe.held_back)]), recipe.device)
             restored = torch.cat([vae.reconstruct(vae.posterior(v)[0]) for v in video.split(8)])
         return {"held_out_psnr": psnr(restored.clamp(-1, 1) - video)}
 
-    run(recipe, "vae", recipe.vae_steps, checkpoint, learn, validate, every=300)
+    run(recipe, "vae", recipe.vae_steps, checkpoint, learn, validate)
 
 
 def in_memory_order(vae: VAE) -> VAE:
@@ -238,17 +242,16 @@ def encode_latents(recipe: Recipe) -> None:
     @torch.no_grad()
     def encode(clips: NDArray[np.uint8]) -> Tensor:
         with torch.autocast(recipe.device, torch.bfloat16):
-            return torch.cat(
-                [vae.posterior(to_video(np.asarray(c), recipe.device))[0].cpu() for c in np.split(clips, 10)]
-            )
+            some = (clips[k : k + 25] for k in range(0, len(clips), 25))
+            return torch.cat([vae.posterior(to_video(np.array(c), recipe.device))[0].cpu() for c in some])
 
     if not (folder / "spread.json").exists():
-        sample = torch.cat([encode(chunk) for chunk in clips_of(recipe, BUCKETS[0])[1:9]])
+        sample = torch.cat([encode(chunk) for chunk in clips_of(recipe, recipe.buckets[0])[:8]])
         mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
         (folder / "spread.json").write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
     spread = json.loads((folder / "spread.json").read_text())
     mean, std = (torch.tensor(spread[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
-    for bucket in BUCKETS:
+    for bucket in recipe.buckets:
         path = folder / f"{bucket.name}.safetensors"
         if path.exists():
             continue
@@ -263,12 +266,12 @@ def encode_latents(recipe: Recipe) -> None:
 class Writer(nn.Module):
     """Transformer and text encoder: what flow matching trains together."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        tokenizer = word_tokenizer(world.vocabulary(), int(str(DEFAULTS["max_prompt_tokens"])))
-        encoder = small_encoder(len(tokenizer), MINI.text_dim, TEXT_LAYERS, TEXT_HEADS)
-        self.text = TextEncoder(encoder, tokenizer, int(str(DEFAULTS["max_prompt_tokens"])))
-        self.dit = DiT(MINI)
+        tokenizer = word_tokenizer(world.vocabulary(), PROMPT_TOKENS)
+        encoder = small_encoder(len(tokenizer), config.text_dim, TEXT_LAYERS, TEXT_HEADS)
+        self.text = TextEncoder(encoder, tokenizer, PROMPT_TOKENS)
+        self.dit = DiT(config)
 
     def attend_with(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         for module in self.dit.modules():
@@ -307,9 +310,9 @@ def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
 
 def train_dit(recipe: Recipe) -> None:
     """Flow matching over all shapes; rate warms up, stays, and falls to 0 over the last third."""
-    latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in BUCKETS}
+    latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in recipe.buckets}
     torch.manual_seed(recipe.seed)
-    writer = Writer()
+    writer = Writer(recipe.dit)
     writer.dit.init_weights()
     writer.to(recipe.device)
     if recipe.device == "cpu":
@@ -319,7 +322,7 @@ def train_dit(recipe: Recipe) -> None:
         writer.parameters(), recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     checkpoint = Checkpoint(recipe.work / "dit.safetensors", {"writer": writer, "average": average}, optimizer)
-    shares = [b.share for b in BUCKETS]
+    shares = [b.share for b in recipe.buckets]
 
     def learn(step: int) -> dict[str, float]:
         share = step / recipe.dit_steps
@@ -327,9 +330,9 @@ def train_dit(recipe: Recipe) -> None:
         _set_rate(optimizer, rate + 1e-6)
         rng = random.Random(f"{recipe.seed}/dit/{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        bucket = rng.choices(BUCKETS, shares)[0]
+        bucket = rng.choices(recipe.buckets, shares)[0]
         stock = latents[bucket.name]
-        chosen = [rng.randrange(HELD_BACK, len(stock)) for _ in range(bucket.batch)]
+        chosen = [rng.randrange(recipe.held_back, len(stock)) for _ in range(bucket.batch)]
         prompts = [caption(recipe, bucket, k, rng) for k in chosen]
         prompts = ["" if rng.random() < 0.1 else p for p in prompts]
         clean = stock[chosen].float()
@@ -349,20 +352,21 @@ def train_dit(recipe: Recipe) -> None:
         return {"loss": loss.item()}
 
     @torch.no_grad()
-    def validate(step: int) -> dict[str, float]:
-        stock = latents[BUCKETS[0].name][:HELD_BACK].float()
+    def validate() -> dict[str, float]:
+        bucket = recipe.buckets[0]
+        stock = latents[bucket.name][: recipe.held_back].float()
         generator = torch.Generator().manual_seed(1)
         rng = random.Random(1)
         losses: list[float] = []
-        for first in range(0, HELD_BACK, 32):
+        for first in range(0, len(stock), 32):
             clean = stock[first : first + 32]
-            times = ((torch.arange(32) % 16 + 0.5) / 16)[:, None].expand(-1, clean.shape[2])
-            prompts = [caption(recipe, BUCKETS[0], first + k, rng) for k in range(32)]
+            times = ((torch.arange(len(clean)) % 16 + 0.5) / 16)[:, None].expand(-1, clean.shape[2])
+            prompts = [caption(recipe, bucket, first + k, rng) for k in range(len(clean))]
             target, predicted = step_of(average, clean, times, prompts, generator, recipe.device)
             losses.append((predicted - target).square().mean().item())
         return {"held_out_loss": sum(losses) / len(losses)}
 
-    run(recipe, "dit", recipe.dit_steps, checkpoint, learn, validate, every=250)
+    run(recipe, "dit", recipe.dit_steps, checkpoint, learn, validate)
 
 
 def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> str:
@@ -404,7 +408,7 @@ def sample(
 
 def trained_writer(recipe: Recipe) -> Writer:
     """The averaged weights of the last checkpoint."""
-    writer = Writer()
+    writer = Writer(recipe.dit)
     state = load_file(recipe.work / "dit.safetensors")
     writer.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
     writer.attend_with(attention)
@@ -417,7 +421,7 @@ def publish(recipe: Recipe, out: Path) -> None:
     writer.cpu()
     save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=DEFAULTS, dtype=torch.bfloat16)
     record = {stage: _last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "dit")}
-    record["data"] = {"world_seed": recipe.seed, "clips": {b.name: round(b.clips * recipe.scale) for b in BUCKETS}}
+    record["data"] = {"world_seed": recipe.seed, "clips": {b.name: b.clips for b in recipe.buckets}}
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -470,8 +474,7 @@ def run(
     steps: int,
     checkpoint: Checkpoint,
     learn: Callable[[int], dict[str, float]],
-    validate: Callable[[int], dict[str, float]],
-    every: int,
+    validate: Callable[[], dict[str, float]],
 ) -> None:
     """Steps from the last checkpoint to `steps`; every so many it validates, logs a line to STAGE.jsonl and saves."""
     first = checkpoint.load()
@@ -481,9 +484,9 @@ def run(
         for key, value in learn(step).items():
             total[key] = total.get(key, 0.0) + value
         done = step + 1
-        if done % every and done != steps:
+        if done % recipe.every and done != steps:
             continue
-        lines = (done - first) % every or every
+        lines = (done - first) % recipe.every or recipe.every
         row: dict[str, Any] = {
             "stage": stage,
             "step": done,
@@ -491,7 +494,7 @@ def run(
             "seconds": round(time.monotonic() - started, 1),
         }
         row |= {key: round(value / lines, 4) for key, value in (total | {}).items()}
-        row |= {key: round(value, 4) for key, value in validate(step).items()}
+        row |= {key: round(value, 4) for key, value in validate().items()}
         total = {}
         checkpoint.save(done)
         with (recipe.work / f"{stage}.jsonl").open("a") as log:
@@ -506,7 +509,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     part = path.with_suffix(".part")
-    save_file(tensors, part)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     part.rename(path)
 
 
@@ -527,7 +530,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vae-steps", type=int, default=Recipe.__dataclass_fields__["vae_steps"].default)
     parser.add_argument("--dit-steps", type=int, default=Recipe.__dataclass_fields__["dit_steps"].default)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of clips rendered")
     parser.add_argument("--only", help="render: one shape, such as 64x64x17")
     given = parser.parse_args()
     recipe = Recipe(
@@ -537,7 +539,6 @@ def main() -> None:
         device=given.device,
         vae_steps=given.vae_steps,
         dit_steps=given.dit_steps,
-        scale=given.scale,
     )
     recipe.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.threads)

@@ -1,0 +1,124 @@
+"""Training can be killed at any moment and goes on as if nothing had happened."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.config import DiTConfig, Shape
+from model.diffusion import noise
+from model.train import Bucket, Recipe, draw_known, draw_times, encode_latents, publish, render, train_dit, train_vae
+from model.weights import find_model, load_dit, load_text, load_vae
+
+SMALL = """
+import sys
+from pathlib import Path
+from tests.integration.test_train import small, train_all
+train_all(small(Path(sys.argv[1])))
+"""
+
+
+def small(work: Path) -> Recipe:
+    return Recipe(
+        work=work,
+        threads=1,
+        buckets=(
+            Bucket(shape=Shape(32, 32, 9), clips=16, share=0.7, batch=4),
+            Bucket(shape=Shape(48, 32, 1), clips=16, share=0.3, batch=4),
+        ),
+        dit=DiTConfig(layers=1, heads=2, head_dim=12, ffn_dim=32, text_dim=16),
+        chunk=8,
+        held_back=4,
+        vae_steps=6,
+        dit_steps=9,
+        every=2,
+    )
+
+
+def train_all(recipe: Recipe) -> None:
+    torch.set_num_threads(1)
+    recipe.work.mkdir(exist_ok=True)
+    render(recipe, processes=1)
+    train_vae(recipe)
+    encode_latents(recipe)
+    train_dit(recipe)
+
+
+def start(work: Path) -> subprocess.Popen[bytes]:
+    root = Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-c", SMALL, str(work)], cwd=root, start_new_session=True)
+
+
+def lines(log: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def kill_after_first_line(work: Path, log: str) -> None:
+    child = start(work)
+    try:
+        deadline = time.monotonic() + 300
+        while not lines(work / log):
+            assert child.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("training") / "whole"
+    train_all(small(work))
+    return work
+
+
+def test_a_killed_training_ends_with_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    work = tmp_path / "killed"
+    kill_after_first_line(work, "vae.jsonl")
+    kill_after_first_line(work, "dit.jsonl")
+    assert start(work).wait(300) == 0
+    for stage in ("vae", "dit"):
+        whole, resumed = (load_file(folder / f"{stage}.safetensors") for folder in (trained, work))
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), stage
+        assert lines(trained / f"{stage}.jsonl")[-1]["step"] == lines(work / f"{stage}.jsonl")[-1]["step"]
+        curve = {row["step"]: row for row in lines(work / f"{stage}.jsonl")}
+        for row in lines(trained / f"{stage}.jsonl"):
+            again = curve[row["step"]]
+            held_out = [key for key in row if key.startswith("held_out")]
+            assert [again[key] for key in held_out] == [row[key] for key in held_out]
+
+
+def test_publish_writes_a_model_that_loads(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mini"
+    publish(small(trained), out)
+    card = find_model(out)
+    assert (card.multiple, card.frame_step, card.heads) == (16, 4, 2)
+    assert all(file.suffix in (".json", ".safetensors") for file in out.rglob("*") if file.is_file())
+    dit, vae, text = (load(out, torch.float32) for load in (load_dit, load_vae, load_text))
+    latents = noise(1, vae.latent_shape(Shape(32, 32, 9)))[None]
+    velocity = dit(latents, torch.tensor([1.0]), text.encode(["a red ball"]))
+    assert velocity.shape == latents.shape
+    assert velocity.isfinite().all()
+    assert text.unknown_words("a red quokka bounces") == ["quokka"]
+
+
+def test_enough_training_lies_near_pure_noise() -> None:
+    times = draw_times(20_000, torch.Generator().manual_seed(0))
+    assert 0 <= times.min() and times.max() <= 1
+    assert (times > 0.95).float().mean() > 0.15  # where left and right are settled
+    assert (times < 0.3).float().mean() > 0.05
+
+
+def test_known_frames_never_leave_nothing_to_learn() -> None:
+    known = draw_known(5000, 5, torch.Generator().manual_seed(0))
+    assert not known.all(1).any()
+    assert 0.05 < known[:, 0].float().mean() < 0.25
+    assert not draw_known(100, 1, torch.Generator().manual_seed(0)).any()
