@@ -628,7 +628,7 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
 
     _stack_file(home).unlink(missing_ok=True)
     _end_flow_runs(home, say)
-    _end_processes([m.process for m in _family(home) if m.is_part and m.part != SERVER], grace=5.0)
+    _end_processes([m.process for m in _family(home) if m.is_part and m.part != SERVER], grace=2.0)
     _end_processes([m.process for m in _family(home) if m.part != SERVER or m.run], grace=0.0)
     if api is not None:
         for pool, runs in under_way.items():
