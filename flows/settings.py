@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     )
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of each rank")
-    micro_batch: int = Field(default=4, ge=1, le=256, description="Clips that an engine denoises together")
+    micro_batch: int = Field(
+        default=1, ge=1, le=256, description="Clips denoised together; only 1 keeps a clip's bytes apart from its neighbours"
+    )
     engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
     linger: float = Field(
         default=60, ge=0, le=7 * 86400, description="Seconds that an engine waits for work before it leaves"

@@ -58,11 +58,11 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(shape=Shape(64, 64, 17), clips=14_000, share=0.50, batch=16),
-    Bucket(shape=Shape(96, 64, 17), clips=4_000, share=0.14, batch=10),
-    Bucket(shape=Shape(64, 96, 17), clips=2_000, share=0.08, batch=10),
-    Bucket(shape=Shape(64, 64, 9), clips=3_000, share=0.10, batch=24),
-    Bucket(shape=Shape(96, 64, 9), clips=1_500, share=0.06, batch=16),
+    Bucket(shape=Shape(64, 64, 17), clips=10_000, share=0.50, batch=16),
+    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.14, batch=10),
+    Bucket(shape=Shape(64, 96, 17), clips=1_500, share=0.08, batch=10),
+    Bucket(shape=Shape(64, 64, 9), clips=2_000, share=0.10, batch=24),
+    Bucket(shape=Shape(96, 64, 9), clips=1_000, share=0.06, batch=16),
     Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.07, batch=48),
     Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.05, batch=32),
 )
