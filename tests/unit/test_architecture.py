@@ -1,0 +1,67 @@
+"""The house rules that no other test would notice. Who may import whom is import-linter's (pyproject.toml)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from infra.deploy import read_deployments
+from infra.local import DEPLOYMENTS, POOLS
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = ("flows", "model", "db", "infra")
+# alembic's own command line has no other way to be told where the ledger is
+READERS = {"flows/settings.py", "db/migrations/env.py"}
+
+
+def modules() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from (REPOSITORY / package).rglob("*.py")
+
+
+def names_read(tree: ast.AST) -> Iterator[str]:
+    """Every name that code reads from the environment, as far as it is written out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            where, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            where, key = node.func if node.func.attr == "getenv" else node.func.value, node.args[0]
+        else:
+            continue
+        if ast.unparse(where) in ("os.environ", "os.getenv") and isinstance(key, ast.Constant):
+            yield str(key.value)
+
+
+def test_settings_are_read_in_one_place() -> None:
+    readers = {
+        f"{path.relative_to(REPOSITORY)} reads {name}"
+        for path in modules()
+        if str(path.relative_to(REPOSITORY)) not in READERS
+        for name in names_read(ast.parse(path.read_text()))
+        if name.startswith("RUSHES_")
+    }
+    assert readers == set()
+
+
+def test_the_search_for_readers_finds_them() -> None:
+    tree = ast.parse("import os\nos.environ['A']\nos.environ.get('B', 1)\nos.getenv('C')\nos.environ['D'] = ''")
+    assert sorted(names_read(tree)) == ["A", "B", "C"]
+
+
+def test_only_engines_and_training_load_torch() -> None:
+    program = "import json, sys, flows.cli, flows.generate, flows.tidy, infra.local; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert {"torch", "deepspeed", "diffusers", "transformers"} & set(json.loads(done.stdout.splitlines()[-1])) == set()
+
+
+def test_deployments_name_flows_that_exist() -> None:
+    for deployment in read_deployments(DEPLOYMENTS):
+        module, _, function = deployment.entrypoint.rpartition(".")
+        tree = ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert function in functions, f"{deployment.full_name}: no {function} in {module}"
+        assert deployment.pool in POOLS
