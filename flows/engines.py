@@ -10,6 +10,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Iterable
+from pathlib import Path
 from typing import cast
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -62,8 +63,10 @@ def dead_owners(owners: Iterable[str]) -> list[str]:
     return dead
 
 
-def ensure(settings: Settings, ledgers: sessionmaker[Session], request_id: str) -> int:
-    """Starts as many engines as the work wants and the pool allows; returns how many it started.
+def ensure(
+    settings: Settings, ledgers: sessionmaker[Session], request_id: str, *, model: str, model_digest: str
+) -> int:
+    """Starts as many engines of `model` as the work wants and the pool allows; returns how many it started.
 
     Several requests may call this at the same moment: each new run's idempotency key follows from the newest run there
     is, so that they create the same runs, not twice as many.
@@ -71,14 +74,15 @@ def ensure(settings: Settings, ledgers: sessionmaker[Session], request_id: str) 
     with ledgers() as session:
         work = ledger.progress(session, request_id)
         shards = watching.open_shards(session, request_id)
-        living = ledger.live_engines(session, SILENT)
+        living = ledger.live_engines(session, SILENT, model_digest=model_digest)
     alive = {engine.flow_run_id for engine in living}
     free = sum(engine.flow_run_id is None for engine in living)  # started by hand, outside Prefect
     each = work.mean_seconds or plan.CostModel().per_clip
     wanted = plan.engines_wanted(work.waiting * each, shards, settings.engines)
     with get_client(sync_client=True) as client:
         runs = engine_runs(client)
-    active = [run for run in runs if run.state_type in ACTIVE and not gone(run, alive)]
+    ours = [run for run in runs if (run.parameters.get("model") or settings.model) == model]
+    active = [run for run in ours if run.state_type in ACTIVE and not gone(run, alive)]
     missing = wanted - len(active) - free
     newest = str(runs[0].id) if runs else "none"
     for k in range(missing):
@@ -86,11 +90,11 @@ def ensure(settings: Settings, ledgers: sessionmaker[Session], request_id: str) 
             FlowRun,
             run_deployment(
                 DEPLOYMENT,
-                parameters={"model": settings.model},
+                parameters={"model": model},
                 timeout=0,
                 as_subflow=False,
-                flow_run_name=f"engine {settings.model} {settings.partition}",
-                idempotency_key=f"engine-{k}-after-{newest}",
+                flow_run_name=f"engine {Path(model).name} {settings.partition}",
+                idempotency_key=f"engine-{model_digest[:12]}-{k}-after-{newest}",
             ),
         )
         log.info("started engine run %s", run.id)

@@ -9,13 +9,14 @@ simply run again, since the ledger says what is done.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -52,12 +53,13 @@ from flows.prompts import (
     check_prompts,
     digest_stream,
     open_uri,
+    prompts_key,
     read_prompts,
     recipe,
 )
 from flows.request import Defaults, GenerationRequest, request_key
 from flows.settings import Settings, load_settings
-from infra.store import Store
+from infra.store import NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
 from model.weights import ModelCard, ModelNotFound, find_model
 
@@ -105,10 +107,12 @@ def make_clips(
     log = get_run_logger()
     try:
         source = find_source(settings, store, request)
-    except (BadUri, BadFile, ModelNotFound) as error:
-        return Failed(message=str(error), name="BadInput")
-    if source.checked.bad and not request.skip_invalid:
-        return refuse(source)
+    except (BadUri, BadFile, ModelNotFound, NoSuchKey) as error:
+        return refuse([str(error)])
+    checked = source.checked
+    if checked.bad and not request.skip_invalid:
+        more = checked.faults - len(checked.messages)
+        return refuse([*checked.messages, *([f"… and {more} more"] if more else [])], count=checked.faults)
 
     opened = record(settings, ledgers, store, source, request)
     request_id = opened.id
@@ -119,8 +123,9 @@ def make_clips(
             request_id,
         )
 
-    found = adopt(ledgers, request_id)
+    before = adopt(ledgers, request_id)
     progress = watch(settings, ledgers, request_id, source)
+    found = before.counts[ClipStatus.DONE] + progress.found - before.found
     return publish(settings, ledgers, store, request_id, progress, found)
 
 
@@ -134,6 +139,7 @@ class Source:
     name: str  # for messages: prompts.jsonl
     uri: str  # where it can be read again
     sha256: str
+    model: str  # as the request names it
     card: ModelCard
     defaults: Defaults
     checked: Checked
@@ -142,13 +148,16 @@ class Source:
 def find_source(settings: Settings, store: Store, request: GenerationRequest) -> Source:
     """Finds the prompts, puts inline ones into the store (so that every request can be read again), checks all of them.
 
-    Raises BadUri, BadFile and ModelNotFound.
+    Raises BadUri, BadFile, NoSuchKey and ModelNotFound.
     """
     card = find_model(request.model)
     defaults = request.resolve(card)
     if request.prompts:
-        stored = store.put(request.inline_bytes(), "application/x-ndjson")
-        uri, name = f"store:{stored.key}", "prompts"
+        data = request.inline_bytes()
+        key = prompts_key(hashlib.sha256(data).hexdigest())
+        if not store.exists(key):
+            store.put_at(key, data, "application/x-ndjson")
+        uri, name = f"store:{key}", "prompts"
     else:
         assert request.prompts_uri is not None
         uri, name = request.prompts_uri, request.prompts_uri.rpartition("/")[2]
@@ -157,7 +166,7 @@ def find_source(settings: Settings, store: Store, request: GenerationRequest) ->
         sha256, _ = digest_stream(stream)
     with open_source(settings, store, uri) as stream:
         checked = check_prompts(stream, source=name, format=request.format, defaults=defaults)
-    return Source(name=name, uri=uri, sha256=sha256, card=card, defaults=defaults, checked=checked)
+    return Source(name=name, uri=uri, sha256=sha256, model=request.model, card=card, defaults=defaults, checked=checked)
 
 
 @contextmanager
@@ -166,16 +175,12 @@ def open_source(settings: Settings, store: Store, uri: str) -> Generator[BinaryI
         yield stream
 
 
-def refuse(source: Source) -> State[Any]:
+def refuse(messages: Sequence[str], *, count: int = 1) -> State[Any]:
     """All errors at once, in the UI and in the state's message; nothing was recorded or planned."""
-    checked = source.checked
-    more = checked.faults - len(checked.messages)
-    text = "\n".join((*checked.messages, *([f"… and {more} more"] if more else [])))
+    text = "\n".join(messages)
     create_markdown_artifact(f"# Bad input: nothing was submitted\n```\n{text}\n```", key="bad-input")
-    return Failed(
-        message=f"{checked.faults} errors in {checked.bad} lines; nothing was submitted.\n{text}"[:4000],
-        name="BadInput",
-    )
+    errors = f"{count} error{'s' * (count != 1)}: nothing was submitted"
+    return Failed(message=f"{errors}\n{text}"[:4000], name="BadInput")
 
 
 def record(
@@ -250,11 +255,11 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
         )
 
 
-def adopt(ledgers: sessionmaker[Session], request_id: str) -> int:
-    """How many clips are done before anything is rendered: by this request earlier, or by others with their recipe."""
+def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
+    """Where the request stands before this run renders anything: what it made earlier is done, and what others made."""
     with ledgers.begin() as session:
         ledger.adopt_takes(session, request_id)
-        return ledger.progress(session, request_id).counts[ClipStatus.DONE]
+        return ledger.progress(session, request_id)
 
 
 # --- until every clip has come to an end ------------------------------------------------------------------------------
@@ -278,7 +283,7 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
             with ledgers.begin() as session:
                 for owner in engines.dead_owners(watching.lease_owners(session)):
                     leases.expire_owner(session, owner)
-            engines.ensure(settings, ledgers, request_id)
+            engines.ensure(settings, ledgers, request_id, model=source.model, model_digest=source.card.digest)
         time.sleep(POLL)
 
 

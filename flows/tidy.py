@@ -78,7 +78,9 @@ def tidy() -> State[Any]:
                 done.leases += leases.expire_leases(session)
             done.engines = close_silent_engines(client, ledgers)
             done.requests = take_up_forsaken(client, ledgers)
-            done.objects, done.bytes = sweep_orphans(ledgers, settings.open_store())
+            store = settings.open_store()
+            done.objects, done.bytes = sweep_orphans(ledgers, store)
+            store.sweep_unfinished(ORPHAN_AGE.total_seconds())
     finally:
         flush()
     log.info("%s", done)
