@@ -89,6 +89,24 @@ def test_no_write_of_a_lost_lease_goes_through(ledger: Ledger, taken_by: str) ->
         assert statuses(session, request).count("done") == 0
 
 
+def test_an_engine_that_missed_a_cancel_and_a_retry_cannot_write_into_the_new_attempt(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        request = one_shard(session, clips=1)
+        old, (clip,) = claim(session, "a")
+        start_clip(session, old, clip.clip_id, **ENGINE)
+        cancel_request(session, request)
+        retry_request(session, request)
+        planned(session, request)
+        new, _ = claim(session, "b")
+        start_clip(session, new, clip.clip_id, **ENGINE)
+        before = everything(session)
+        said = {name: write(session, old, clip.clip_id) for name, write in WRITES.items()}
+        assert everything(session) == before
+        nothing = {"renew": set(), "start": 0, "complete": None, "release": None}
+        assert said == {**nothing, "record": False, "fail": ClipStatus.CANCELLED}
+        assert record_clip(session, new, clip.clip_id, artifact=artifact_of("new"), seconds={})
+
+
 def everything(session: Session) -> list[str]:
     tables = ("requests", "shards", "clips", "attempts", "artifacts", "takes")
     return [str(row) for table in tables for row in session.execute(text(f"select * from {table} order by 1, 2"))]
