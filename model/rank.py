@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,8 @@ def main() -> None:
         traceback.print_exc()
         reason = f"{type(problem).__name__}: {problem}"
         clips = [problem.clip_id] if isinstance(problem, Unrenderable) else current
-        wire.send({"type": "error", "reason": reason, "clips": clips, "time": time.time()})
+        with suppress(OSError):
+            wire.send({"type": "error", "reason": reason, "clips": clips, "time": time.time()})
         sys.stderr.flush()
         os._exit(1)  # no destructors: in a broken process group they abort
     os._exit(0)
