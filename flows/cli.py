@@ -287,7 +287,7 @@ def _clip_files(settings: Settings, request_id: str, folder: Path) -> Iterator[d
         for line in manifest:
             clip = json.loads(line)
             yield {
-                "clip": clip["custom_id"] or clip["clip_id"],
+                "clip": Path(clip["file"]).stem if clip["file"] else clip["custom_id"] or clip["clip_id"],
                 "prompt": clip["prompt"],
                 "status": clip["status"],
                 "found": bool(clip["found"]),
@@ -399,7 +399,8 @@ def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_inva
             fail(f"{error}", BAD_INPUT)
         checked = good.checked
         if checked.bad and not (skip_invalid and checked.prompts):
-            errors = f"{checked.faults} error{'s' * (checked.faults != 1)} in {checked.bad} of {_lines(checked)}"
+            lines = _count(checked.prompts + checked.bad, "line")
+            errors = f"{_count(checked.faults, 'error')} in {checked.bad} of {lines}"
             hint = "" if skip_invalid or not checked.prompts else "; --skip-invalid goes on without these lines"
             fail(f"{errors}: nothing was submitted{hint}", BAD_INPUT)
         finished = _finished(settings, good.request_id)
@@ -407,16 +408,15 @@ def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_inva
             typer.echo(f"{good.request_id} is complete: all {finished} clips were found, nothing is to be rendered")
             return good.request_id, None
         sent = send(settings, good)
-    skipped = f" ({checked.bad} bad lines are recorded as rejected)" if checked.bad else ""
-    clips = f"{checked.clips} clip{'s' * (checked.clips != 1)} of {checked.prompts} prompts"
+    clips = f"{_count(checked.clips, 'clip')} of {_count(checked.prompts, 'prompt')}"
+    skipped = f"; {_count(checked.bad, 'bad line')} recorded as rejected" if checked.bad else ""
     typer.echo(f"{sent.request_id}  {'is under way already' if sent.already else clips}{skipped}")
     typer.echo(f"{sent.url}")
     return sent.request_id, sent.flow_run_id
 
 
-def _lines(checked: Any) -> str:
-    total = checked.prompts + checked.bad
-    return f"{total} line{'s' * (total != 1)}"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _finished(settings: Settings, request_id: str) -> int | None:
@@ -464,7 +464,7 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
     if row.flow_run_id and settings.prefect_api_url:
         with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
             api.cancel(row.flow_run_id)
-    typer.echo(f"{row.id}: {count} clip{'s' * (count != 1)} cancelled")
+    typer.echo(f"{row.id}: {_count(count, 'clip')} cancelled")
 
 
 @app.command(rich_help_panel=REQUESTS)
@@ -494,7 +494,7 @@ def retry(
             typer.echo(f"{row.id}: nothing to retry")
             return
         run = api.submit(DEPLOYMENT, old.parameters, name=row.name, tags=("rushes", row.tenant)) if old.final else old
-    typer.echo(f"{row.id}: {count} clip{'s' * (count != 1)} queued again")
+    typer.echo(f"{row.id}: {_count(count, 'clip')} queued again")
     typer.echo(run_url(settings.ui_url, run.id))
     if watch:
         raise typer.Exit(_watch(settings, row.id, run.id))
