@@ -223,16 +223,16 @@ class Engine:
     ) -> Generator[RenderedClip]:
         """Yields the clips one by one, in order; the ranks work on while the caller looks at one.
 
-        `on_step(clip_id, step, steps)` is called after each denoising step, between two yields. `cancelled()` is asked
-        many times a second for the ids that nobody wants any more: a running one stops at its next step, and none of
-        them is yielded.
+        `on_step(clip_id, step, steps)` is called with step 0 when a clip's turn has come, and after each denoising
+        step. `cancelled()` is asked many times a second for the ids that nobody wants any more: a running one stops at
+        its next step, and none of them is yielded.
         Raises RenderFailed, RankDied or RankHung; the ranks are gone then.
         """
         if not self._ranks:
             raise EngineError("the engine has not been started")
         waiting = deque(self._batches(specs))
         jobs: deque[_Job] = deque()
-        heard = time.monotonic()
+        heard, begun = time.monotonic(), -1
         try:
             while waiting or jobs:
                 dropped = cancelled()
@@ -242,6 +242,10 @@ class Engine:
                         jobs.append(self._submit(wanted))
                 for job in jobs:
                     self._cancel(job, dropped)
+                if jobs and jobs[0].number != begun:
+                    begun = jobs[0].number
+                    for spec in jobs[0].specs:
+                        on_step(spec.clip_id, 0, spec.steps)
                 message = self._next_message(jobs)
                 if message is None:
                     if jobs and time.monotonic() - heard > self.step_timeout:
