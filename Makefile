@@ -40,12 +40,12 @@ clean: down             ## stop the stack and remove what set-up and the tools m
 # A stamp is written only when its install has finished, so an interrupted one is taken up again.
 $(VENV)/.set-up: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing Rushes into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.set-up-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing Rushes and its test tools into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.set-up
 
 $(BIN)/pip:
