@@ -315,7 +315,7 @@ def test_every_clip_ends_accounted_for_and_no_recipe_is_rendered_twice(ledger: s
     run_state_machine_as_test(
         lambda: Studio(ledger),
         settings=settings(
-            max_examples=20,
+            max_examples=15,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
