@@ -498,7 +498,7 @@ class _Cells(_Given):
         return number if math.isfinite(number := float(value)) else None
 
     def show(self, value: Any) -> str:
-        return _cut(value.strip())
+        return _cut(value.strip()) if value.strip().isprintable() else _show(value)
 
 
 _JSON, _CELLS = _Given(), _Cells()
@@ -627,7 +627,9 @@ def _split_size(values: dict[str, Any], written: dict[str, str], faults: list[Fa
     if sides is None:
         faults.append(Fault("size", f"size={_show(size)} must be WIDTHxHEIGHT, like 96x64"))
     elif "width" in values or "height" in values:
-        faults.append(Fault("size", f"size={_cut(str(size))} and width or height are both given: give one of them"))
+        faults.append(
+            Fault("size", f"size={_cut(str(size).strip())} and width or height are both given: give one of them")
+        )
     else:
         for key, side in zip(("width", "height"), sides, strict=True):
             values[key] = side

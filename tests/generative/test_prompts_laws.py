@@ -69,7 +69,7 @@ def as_csv(lines: list[dict[str, Any]]) -> bytes:
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    return out.getvalue().encode()
+    return out.getvalue().encode(errors="replace")
 
 
 @law
@@ -103,6 +103,23 @@ def test_any_values_become_prompts_within_bounds_or_errors_on_one_line(values: l
         assert line.prompt.strip() == line.prompt != ""
         assert line.width % 16 == line.height % 16 == 0 and line.frames % 4 == 1
         assert 0 <= line.seed <= MAX_SEED and 1 <= line.samples <= 64 and 1 <= line.guidance <= 30
+
+
+@law
+@given(st.lists(st.dictionaries(keys, st.text(max_size=6).map(lambda text: text.replace("\r", " ")), max_size=6)))
+@example(
+    [{"prompt": "a", "frames": "1\n7"}, {"prompt": "a", "seed": "\0"}, {"prompt": "a", "size": "\n64x64", "width": "1"}]
+)
+def test_any_cells_become_prompts_or_errors_on_one_line(values: list[dict[str, str]]) -> None:
+    try:
+        lines = read(as_csv([{"prompt": "", **value} for value in values]), CSV)
+    except BadFile:
+        return
+    for line in lines:
+        if isinstance(line, BadLine):
+            assert line.faults and all("\n" not in message for message in line.messages("p"))
+            assert "\0" not in line.reason + line.prompt
+            line.reason.encode()
 
 
 @law
