@@ -333,7 +333,6 @@ def submit(
     prompts_format: Annotated[
         Literal["auto", "jsonl", "csv", "text"], typer.Option("--prompts-format", help="Format of the file.")
     ] = "auto",
-    rewrite: Annotated[bool, typer.Option("--rewrite", help="Put prompts into the model's words first.")] = False,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
     ] = False,
@@ -366,8 +365,6 @@ def submit(
         "prompts_format": prompts_format,
     }
     options = {option: value for option, value in given.items() if value is not None}
-    if rewrite:
-        options["rewrite"] = True
     if size is not None:
         from flows.prompts import parse_size
 

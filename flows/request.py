@@ -113,7 +113,8 @@ class GenerationRequest(BaseModel):
     prompts: list[str | PromptLine] = Field(
         default_factory=list[str | PromptLine],
         title="Prompts",
-        description="Write the prompts here, each a text or an object with settings of its own, or name a file below",
+        description='Each a text in quotes, like "a red ball spins", or an object with settings of its own, like '
+        '{"prompt": "a blue cone", "frames": 1}; or name a file below',
     )
     prompts_uri: str | None = Field(
         default=None,
@@ -162,9 +163,6 @@ class GenerationRequest(BaseModel):
     )
     skip_invalid: bool = Field(
         default=False, title="Skip bad lines", description="Record them as rejected, make the others"
-    )
-    rewrite: bool = Field(
-        default=False, title="Rewrite prompts", description="Put them into words the model was trained on"
     )
 
     @field_validator("name", "prompts_uri", "key", "negative_prompt", mode="before")
@@ -246,7 +244,6 @@ def request_key(request: GenerationRequest, defaults: Defaults, *, source_sha256
             "settings": asdict(defaults),
             "tenant": request.tenant,
             "model": model_digest,
-            "rewrite": request.rewrite,
         }
     )
 

@@ -71,7 +71,6 @@ class Settings(BaseSettings):
     )
     lease_seconds: float = Field(default=60, ge=1, le=3600, description="A silent engine loses its shard after so long")
     shard_seconds: float = Field(default=20, ge=1, le=3600, description="Engine seconds that one shard should take")
-    rewriter_url: str | None = Field(default=None, description="OpenAI-compatible endpoint that rewrites prompts")
     ports: dict[str, int] = Field(default_factory=dict, description="Ports of the embedded stack's parts")
 
     @field_validator("home")
@@ -96,7 +95,7 @@ class Settings(BaseSettings):
             raise ValueError("must begin with file:/// or s3://")
         return value
 
-    @field_validator("prefect_api_url", "prefect_ui_url", "rewriter_url")
+    @field_validator("prefect_api_url", "prefect_ui_url")
     @classmethod
     def _url_is_http(cls, value: str | None) -> str | None:
         if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):

@@ -191,7 +191,6 @@ def test_the_same_file_and_settings_are_the_same_request() -> None:
         key_of(samples=2),
         key_of(negative_prompt="x"),
         key_of(tenant="t"),
-        key_of(rewrite=True),
         key_of(prompts_format="csv"),
     }
     assert len(different | {key}) == 9
