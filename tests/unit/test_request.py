@@ -193,7 +193,7 @@ def test_the_same_file_and_settings_are_the_same_request() -> None:
         key_of(tenant="t"),
         key_of(prompts_format="csv"),
     }
-    assert len(different | {key}) == 9
+    assert len(different | {key}) == 8
     request = GenerationRequest(prompts_uri="x.jsonl")
     assert request_key(request, request.resolve(CARD), source_sha256="s", model_digest="e") != key
 
