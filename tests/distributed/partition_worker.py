@@ -62,7 +62,7 @@ def check(path: Path, short: Path, partition: str) -> dict[str, Any]:
 def main() -> None:
     rank, world, port, listen_fd = (int(a) for a in sys.argv[1:5])
     torch.set_num_threads(1)
-    connect(rank, world, port, "cpu", listen_fd if rank == 0 else None, timeout=60)
+    connect(rank, world, port, "cpu", listen_fd if rank == 0 else None, timeout=240)
     results = {partition: check(Path(sys.argv[5]), Path(sys.argv[6]), partition) for partition in PARTITIONS[world]}
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, results)

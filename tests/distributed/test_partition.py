@@ -43,11 +43,11 @@ def run_ranks(world: int, *arguments: object) -> list[dict[str, dict[str, Any]]]
     ]
     listener.close()
     try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        outputs = [rank.communicate(timeout=240) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
+            rank.communicate()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors for _, errors in outputs)
     return json.loads(outputs[0][0].splitlines()[-1])
 
