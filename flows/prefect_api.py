@@ -5,6 +5,7 @@ Importing Prefect's own client takes two seconds, which is fine for a flow and n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,6 +13,9 @@ from typing import Any, cast
 import httpx
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+# The server did nothing and asks to be asked again: on SQLite it says 503 whenever two of its transactions meet.
+NOT_NOW = (429, 503)
+PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds
 TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
 
 
@@ -96,6 +100,11 @@ class PrefectApi:
     def _call(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> dict[str, Any]:
         try:
             answer = self._http.request(method, path, json=body)
+            for pause in PAUSES:
+                if answer.status_code not in NOT_NOW:
+                    break
+                time.sleep(pause)
+                answer = self._http.request(method, path, json=body)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise PrefectUnavailable(

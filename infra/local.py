@@ -820,8 +820,13 @@ class _Api:
         )
 
     def _call(self, method: str, path: str, body: Any = None, *, timeout: float = 10.0) -> httpx.Response:
-        # No proxy from the environment: it would swallow calls to loopback.
-        return httpx.request(method, self.url + path, json=body, timeout=timeout, trust_env=False, verify=False)
+        for pause in (0.1, 0.3, 1.0, 2.0, 0.0):
+            # No proxy from the environment: it would swallow calls to loopback.
+            answer = httpx.request(method, self.url + path, json=body, timeout=timeout, trust_env=False, verify=False)
+            if answer.status_code != 503:
+                break  # else two transactions of its SQLite have met, and this one did nothing
+            time.sleep(pause)
+        return answer
 
     def _content(self, answer: httpx.Response) -> Any:
         if answer.is_error:

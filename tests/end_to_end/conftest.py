@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.collector import Collector
-from tests.end_to_end.house import House
+from tests.end_to_end.house import PREFECT, House
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,39 @@ def house(tmp_path_factory: pytest.TempPathFactory, spans: Collector) -> Iterato
     finally:
         house.rushes("down")
     assert house.processes() == []
+
+
+def prompts(seed: int) -> list[str | dict[str, object]]:
+    """Four clips: one line asks for two samples, one brings its size and a negative prompt, one is a picture."""
+    return [
+        {"prompt": "a red ball moves left", "custom_id": "two", "samples": 2, "seed": seed},
+        {"prompt": "a blue cube", "negative_prompt": "green", "width": 64, "height": 48, "frames": 5, "seed": seed},
+        {"prompt": "a green ball", "custom_id": "still", "frames": 1, "seed": seed, "steps": 2},
+    ]
+
+
+@pytest.fixture(scope="session")
+def runs(house: House, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A batch submitted in each of the three ways: their flow runs, all ended. One engine serves them."""
+    form = {"name": "from the form", "model": str(house.model), "prompts": prompts(house.seed())}
+    form_run = house.submit(request=form)
+
+    asked = json.dumps({"name": "from prefect", "model": str(house.model), "prompts": prompts(house.seed())})
+    api = json.loads((house.home / "stack.json").read_text())["prefect_api_url"]
+    said = house.rushes(
+        *("deployment", "run", "generate/default", "-p", f"request={asked}"), program=PREFECT, PREFECT_API_URL=api
+    )
+    (prefect_run,) = set(re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", said)) & {
+        row["id"] for row in house.api("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC"})
+    }
+
+    file: Path = tmp_path_factory.mktemp("prompts") / "mine.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in prompts(house.seed())))
+    said = house.rushes("submit", str(file), "--watch")
+    (command_run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
+    (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
+    assert f"{request} completed: 4 done" in said
+    house.ended(command_run)
+    assert house.request_of(command_run) == request
+
+    return {"form": form_run, "prefect": str(prefect_run), "command": command_run}

@@ -90,14 +90,25 @@ class House:
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         url = json.loads((self.home / "stack.json").read_text())["prefect_api_url"]
-        answer = httpx.request(method, url + path, json=body, timeout=60, trust_env=False)
+        answer = wait_for(
+            lambda: answer if (answer := self._ask(method, url + path, body)).status_code != 503 else None,
+            "the server, which on SQLite says 503 whenever two transactions meet",
+            seconds=60,
+        )
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text[:1000]}"
         return answer.json() if answer.content else None
+
+    def _ask(self, method: str, url: str, body: Any) -> httpx.Response:
+        return httpx.request(method, url, json=body, timeout=60, trust_env=False)
 
     def submit(self, deployment: str = "generate/default", **parameters: Any) -> str:
         """What the button Run of the form does; the id of the flow run."""
         found = self.api("GET", f"/deployments/name/{deployment}")
         return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"])
+
+    def request(self, prompts: Sequence[str | dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        """A request as the form gives it."""
+        return {"model": str(self.model), "prompts": list(prompts), **settings}
 
     def run(self, run_id: str) -> dict[str, Any]:
         return dict(self.api("GET", f"/flow_runs/{run_id}"))
@@ -146,10 +157,19 @@ class House:
         query = "select a.* from attempts a join clips c on c.id = a.clip_id where c.request_id = %s order by 1, 2"
         return self.sql(query, request_id)
 
+    def engines(self, request_id: str) -> set[str]:
+        """The flow runs of the engines that worked on a request."""
+        return {attempt["owner"].rpartition("/")[2] for attempt in self.attempts(request_id)}
+
     def status_of(self, request_id: str) -> str:
         return str(self.sql("select status::text from requests where id = %s", request_id)[0]["status"])
 
     # The store
+
+    def prompts(self, request_id: str) -> str:
+        """The prompt file of a request, as it was kept."""
+        source = self.sql("select source from requests where id = %s", request_id)[0]["source"]
+        return self.blob(source.removeprefix("store:")).read_text()
 
     def blob(self, key: str) -> Path:
         return self.home / "store" / key

@@ -12,49 +12,11 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.end_to_end.house import PREFECT, House, decode
+from tests.end_to_end.house import House, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
-SHAPES = [(9, 32, 48), (9, 32, 48), (5, 48, 64), (1, 32, 48)]  # frames, height, width of the clips of `prompts`
-
-
-def prompts(seed: int) -> list[str | dict[str, object]]:
-    """Four clips: one line asks for two samples, one brings its size and a negative prompt, one is a picture."""
-    return [
-        {"prompt": "a red ball moves left", "custom_id": "two", "samples": 2, "seed": seed},
-        {"prompt": "a blue cube", "negative_prompt": "green", "width": 64, "height": 48, "frames": 5, "seed": seed},
-        {"prompt": "a green ball", "custom_id": "still", "frames": 1, "seed": seed, "steps": 2},
-    ]
-
-
-@pytest.fixture(scope="module")
-def runs(house: House, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The flow run of each way, all three ended. They are submitted at once, and one engine serves them."""
-    form = {"name": "from the form", "model": str(house.model), "prompts": prompts(house.seed())}
-    form_run = house.submit(request=form)
-
-    asked = json.dumps({"name": "from prefect", "model": str(house.model), "prompts": prompts(house.seed())})
-    api = json.loads((house.home / "stack.json").read_text())["prefect_api_url"]
-    said = house.rushes(
-        *("deployment", "run", "generate/default", "-p", f"request={asked}"), program=PREFECT, PREFECT_API_URL=api
-    )
-    (prefect_run,) = set(re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", said)) & {
-        row["id"] for row in house.api("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC"})
-    }
-
-    file: Path = tmp_path_factory.mktemp("prompts") / "mine.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in prompts(house.seed())))
-    said = house.rushes("submit", str(file), "--watch")
-    (command_run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
-    (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
-    assert f"{request} completed: 4 done" in said
-    house.ended(command_run)
-    assert house.request_of(command_run) == request
-
-    return {"form": form_run, "prefect": str(prefect_run), "command": command_run}
-
-
+SHAPES = [(9, 32, 48), (9, 32, 48), (5, 48, 64), (1, 32, 48)]  # frames, height, width of the clips of each run
 WAYS = pytest.mark.parametrize("way", ["form", "prefect", "command"])
 
 
@@ -69,7 +31,8 @@ def test_every_clip_is_there_and_the_run_says_so(house: House, runs: dict[str, s
     assert [clip["status"] for clip in clips] == ["done"] * 4
     assert [clip["attempts"] for clip in clips] == [1] * 4
     assert [clip["custom_id"] for clip in clips] == ["two", "two", None, "still"]
-    assert [clip["clip_id"] for clip in clips] == [f"{request}-{k}" for k in ("000000-0", "000000-1", "000001-0", "000002-0")]  # fmt: skip
+    places = ("000000-0", "000000-1", "000001-0", "000002-0")  # line, sample
+    assert [clip["clip_id"] for clip in clips] == [f"{request}-{place}" for place in places]
     assert len({clip["recipe"] for clip in clips}) == 4
     for clip in clips:
         assert clip["partition"] == "cfg1xsp1xtp2"

@@ -1,0 +1,137 @@
+"""Bad input through the form: the run says everything that is wrong at once, and nothing of it reaches the ledger."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.house import House
+
+pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+
+BAD_FILE = b"""{"prompt": "a red ball", "frames": 50}
+{"prompt": "a red ball", "size": "65x64", "seed": -1}
+{"prompt": " "}
+{"prompt": "a red ball", "custom_id": "one"}
+{"prompt": "a blue ball", "custom_id": "one"}
+{"prompt": "a ball", "guidance": NaN}
+{"prompt": "a ball", "colour": "red"}
+{"prompt": "caf\xe9"}
+{"prompt": 7}
+"""
+# Place, and the value with its bound.
+SAID = [
+    ("prompts/bad.jsonl:1: ", "frames=50 must be 4n+1 (49 or 53)"),
+    ("prompts/bad.jsonl:2: ", "width=65 must be a multiple of 16 (64 or 80)"),
+    ("prompts/bad.jsonl:2: ", "seed=-1 must be"),
+    ("prompts/bad.jsonl:3: ", "prompt"),
+    ("prompts/bad.jsonl:5: ", "custom_id"),
+    ("prompts/bad.jsonl:6: ", "guidance=NaN must be"),
+    ("prompts/bad.jsonl:7: ", "colour"),
+    ("prompts/bad.jsonl:8: ", "UTF-8"),
+    ("prompts/bad.jsonl:9: ", "prompt=7"),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(house: House) -> dict[str, str]:
+    """Flow runs of requests that must fail, all submitted at once."""
+    folder = house.home / "prompts"
+    folder.mkdir(exist_ok=True)
+    (folder / "bad.jsonl").write_bytes(BAD_FILE)
+    (folder / "empty.txt").touch()
+    (folder / "link.txt").unlink(missing_ok=True)
+    (folder / "link.txt").symlink_to("/etc/passwd")
+
+    def of(uri: str) -> dict[str, Any]:
+        return {"model": str(house.model), "prompts_uri": uri}
+
+    inline = house.request(["a red ball", {"prompt": "a blue ball", "frames": 50}], width=72)
+    wanted = {
+        "inline": inline,
+        "file": of("bad.jsonl"),
+        "empty": of("empty.txt"),
+        "missing": of("nowhere.jsonl"),
+        "no such object": of("store:prompts/nothing"),
+        "model": {"model": "/etc", "prompts": ["a ball"]},
+        "outside": of("/etc/passwd"),
+        "above": of("../stack.json"),
+        "linked": of("link.txt"),
+    }
+    return {name: house.submit(request=request) for name, request in wanted.items()}
+
+
+def message(house: House, run: str) -> str:
+    """Why the run failed; asserts that it left nothing in the ledger."""
+    ended = house.ended(run, state="BadInput")
+    assert ended["state_type"] == "FAILED"
+    assert house.sql("select id from requests where flow_run_id = %s", run) == []
+    return str(ended["state"]["message"])
+
+
+def test_inline_prompts(house: House, refused: dict[str, str]) -> None:
+    said = message(house, refused["inline"])
+    assert "prompts:2: frames=50 must be 4n+1 (49 or 53)" in said
+    assert "prompts:1: width=72 must be a multiple of 16 (64 or 80)" in said
+    assert house.artifacts(refused["inline"])["bad-input"][1].count("frames=50") == 1
+
+
+def test_every_error_of_a_file(house: House, refused: dict[str, str]) -> None:
+    lines = message(house, refused["file"]).splitlines()
+    for place, bound in SAID:
+        place = place.removeprefix("prompts/")
+        assert any(line.startswith(place) and bound in line for line in lines), (place, bound, lines)
+
+
+@pytest.mark.parametrize(
+    ("which", "why"),
+    [
+        ("empty", "holds no prompts"),
+        ("missing", "no such file"),
+        ("no such object", "prompts/nothing"),
+        ("model", "neither shipped"),
+    ],
+)
+def test_what_is_not_there(house: House, refused: dict[str, str], which: str, why: str) -> None:
+    assert why in message(house, refused[which])
+
+
+@pytest.mark.parametrize("which", ["outside", "above", "linked"])
+def test_only_the_prompts_folder_can_be_read(house: House, refused: dict[str, str], which: str) -> None:
+    said = message(house, refused[which])
+    assert "prompts folder" in said
+    assert "root:" not in said and "database_url" not in said
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"prompts": ["a ball"], "steps": 0},
+        {"prompts": ["a ball"], "guidance": "much"},
+        {"prompts": ["a ball"], "solver": "magic"},
+        {"prompts": ["a ball"], "colour": "red"},
+    ],
+    ids=lambda request: list(request)[1],
+)
+def test_the_form_itself_refuses(house: House, request_: dict[str, Any]) -> None:
+    """What the schema can tell is refused before there is a run."""
+    with pytest.raises(AssertionError, match=r"create_flow_run: 4\d\d"):
+        house.submit(request={"model": str(house.model), **request_})
+
+
+def test_bad_lines_can_be_skipped(house: House) -> None:
+    (house.home / "prompts").mkdir(exist_ok=True)
+    seed = house.seed()
+    lines = [{"prompt": "a ball", "seed": seed}, {"prompt": "a ball", "frames": 50}, {"prompt": "a cube", "seed": seed}]
+    (house.home / "prompts" / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    request = {"model": str(house.model), "prompts_uri": "mixed.jsonl", "skip_invalid": True}
+    run = house.ended(house.submit(request=request), state="CompletedWithGaps")
+    assert run["state_type"] == "COMPLETED"
+    request_id = house.request_of(run["id"])
+    assert house.status_of(request_id) == "completed_with_gaps"
+    clips = house.clips(request_id)
+    assert [clip["status"] for clip in clips] == ["done", "rejected", "done"]
+    assert clips[1]["error"] == "frames=50 must be 4n+1 (49 or 53)"
+    assert (clips[1]["line"], clips[1]["attempts"], clips[1]["object_key"]) == (2, 0, None)

@@ -1,0 +1,94 @@
+"""Cancelling ends the ranks' work within a few steps, keeps what was done, and leaves the engine to other requests."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.house import House, wait_for
+
+pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+
+LARGE = {
+    "width": 192,
+    "height": 192,
+    "frames": 33,
+    "guidance": 4.0,
+}  # a step takes a tenth of a second, not a hundredth
+STEPS = 200
+
+
+def seconds_of(ranks: list[psutil.Process]) -> float:
+    """CPU seconds that these processes have spent."""
+    return sum(sum(rank.cpu_times()[:2]) for rank in ranks)
+
+
+def test_cancelled_in_the_ui(house: House) -> None:
+    lines = [f"a blue ball moves right {k}" for k in range(3)]
+    run = house.submit(request=house.request(lines, **LARGE, steps=STEPS, seed=house.seed()))
+    request = house.request_of(run)
+    wait_for(lambda: "running" in house.statuses(request), "the first clip to begin")
+    engine, ranks = house.engine_run(), house.ranks()
+
+    house.cancel(run)
+    wait_for(lambda: house.status_of(request) == "cancelled", "the ledger to learn of it", every=0.02)
+    before = seconds_of(ranks)
+    statuses = house.statuses(request)
+    assert "cancelled" in statuses and set(statuses) <= {"done", "cancelled"}
+
+    def idle() -> bool:
+        spent = seconds_of(ranks)
+        time.sleep(1.5)
+        return seconds_of(ranks) - spent < 0.1
+
+    wait_for(idle, "the ranks to rest")
+    after = seconds_of(ranks)
+    house.ended(run, state="Cancelled")
+    assert house.statuses(request) == statuses, "nothing came of it later"
+    assert {attempt["status"] for attempt in house.attempts(request)} <= {"done", "cancelled"}
+
+    # The same engine takes what comes next. By the way it shows what a step costs.
+    few = 10
+    ask = house.request(["a green cube"], **LARGE, steps=few, seed=house.seed())
+    spent = seconds_of(ranks)
+    later = house.submit(request=ask)
+    house.ended(later)
+    per_step = (seconds_of(ranks) - spent) / few
+    assert house.engines(house.request_of(later)) == {engine} == {house_engine(house, request)}
+    assert (after - before) / per_step < STEPS / 4, "a lease's beat of one second, and a step"
+
+
+def house_engine(house: House, request: str) -> str:
+    (engine,) = house.engines(request)
+    return engine
+
+
+def test_cancelled_by_command_and_submitted_again(house: House, tmp_path: Path) -> None:
+    file = tmp_path / "again.jsonl"
+    seed = house.seed()
+    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": STEPS} for k in range(4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = house.rushes("submit", str(file))
+    (request,) = re.findall(r"req_[0-9a-f]{12}", said)
+    (run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
+    wait_for(lambda: house.request_of(run) and "done" in house.statuses(request), "the first clip")
+
+    said = house.rushes("cancel", request)
+    assert re.fullmatch(rf"{request}: [1-4] clips? cancelled\n", said)
+    statuses = house.statuses(request)
+    assert set(statuses) == {"done", "cancelled"}
+    assert said.split()[1] == str(statuses.count("cancelled"))
+    made = {a["clip_id"]: a for a in house.attempts(request) if a["status"] == "done"}
+    house.ended(run, state="Cancelled")
+    assert "nothing was left to cancel" in house.rushes("cancel", request)
+
+    said = house.rushes("submit", str(file), "--watch")
+    assert f"{request} completed: 4 done" in said
+    again = {a["clip_id"]: a for a in house.attempts(request) if a["status"] == "done"}
+    assert len(again) == 4
+    assert made.items() <= again.items(), "what was done before was not made again"

@@ -1,0 +1,100 @@
+"""kill -9 in the middle of a batch: nothing is lost, nothing is rendered twice, and nobody has to do anything."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.house import House, wait_for
+
+pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+
+CLIPS = 5
+
+
+def submit_batch(house: House) -> tuple[str, str]:
+    """(flow run, request) of a batch that takes long enough to be killed in; one of its clips is done by now."""
+    lines = [f"a red ball moves left slow {k}" for k in range(CLIPS)]
+    run = house.submit(request=house.request(lines, steps=200, seed=house.seed()))
+    request = house.request_of(run)
+    wait_for(lambda: "done" in house.statuses(request), "the first clip")
+    assert {"queued", "running"} & set(house.statuses(request)), "the batch is too small to be killed in"
+    return run, request
+
+
+def done_attempts(house: House, request: str) -> dict[str, dict[str, Any]]:
+    """The attempt that made each clip that is done."""
+    done = [attempt for attempt in house.attempts(request) if attempt["status"] == "done"]
+    assert len({attempt["clip_id"] for attempt in done}) == len(done), "a clip was made twice"
+    return {attempt["clip_id"]: attempt for attempt in done}
+
+
+def unfinished(house: House, request: str) -> list[dict[str, Any]]:
+    return [attempt for attempt in house.attempts(request) if attempt["status"] != "done"]
+
+
+def assert_complete(house: House, request: str, before: dict[str, dict[str, Any]]) -> None:
+    """Every clip is there once. `before` are the attempts of the clips that were done before the kill."""
+    assert house.status_of(request) == "completed"
+    clips = house.clips(request)
+    assert [clip["status"] for clip in clips] == ["done"] * CLIPS
+    after = done_attempts(house, request)
+    assert set(after) == {clip["clip_id"] for clip in clips}
+    assert {clip_id: after[clip_id] for clip_id in before} == before
+    tried = [attempt["clip_id"] for attempt in house.attempts(request)]
+    assert all(tried.count(clip_id) == 1 for clip_id in before), "a clip that was done was tried again"
+    assert len(tried) <= CLIPS + 2, "only what was under way was begun again: one clip on the ranks, one being stored"
+    takes = house.sql("select * from takes where recipe = any(%s)", [clip["recipe"] for clip in clips])
+    assert {take["recipe"]: take["sha256"] for take in takes} == {clip["recipe"]: clip["sha256"] for clip in clips}
+    for clip in clips:
+        assert hashlib.sha256(house.blob(clip["object_key"]).read_bytes()).hexdigest() == clip["sha256"]
+
+
+def test_a_rank_is_killed(house: House) -> None:
+    """Its engine ends the other rank and starts both again."""
+    run, request = submit_batch(house)
+    engine, old = house.engine_run(), house.ranks()
+    assert len(old) == 2
+    before = done_attempts(house, request)
+    house.kill(old[1:])
+    house.ended(run)
+    assert_complete(house, request, before)
+    for attempt in unfinished(house, request):
+        assert attempt["status"] == "failed"
+        assert "rank 1 of 2 died (killed by SIGKILL)" in attempt["error"]
+    assert house.run(engine)["state_type"] == "RUNNING"
+    assert not any(rank.is_running() for rank in old)
+    assert house.engines(request) == {engine}
+
+
+def test_an_engine_is_killed(house: House) -> None:
+    """Its ranks end themselves, its lease is given back, and the request starts another engine."""
+    run, request = submit_batch(house)
+    engine, ranks = house.engine_run(), house.ranks()
+    before = done_attempts(house, request)
+    house.kill(house.processes_of(engine))
+    wait_for(lambda: not any(rank.is_running() for rank in ranks), "the ranks to follow their engine")
+    house.ended(run)
+    house.ended(engine, state="Crashed")
+    assert_complete(house, request, before)
+    assert {attempt["status"] for attempt in unfinished(house, request)} == {"lost"}
+    assert house.engines(request) - {engine}, "another engine went on"
+
+
+def test_the_flow_that_watches_is_killed(house: House) -> None:
+    """The engine goes on; `tidy` sees that the request's run has ended without it, and starts another."""
+    run, request = submit_batch(house)
+    before = done_attempts(house, request)
+    house.kill(house.processes_of(run))
+    house.ended(run, state="Crashed")
+    assert house.status_of(request) == "open"
+    house.ended(house.submit("tidy/scheduled"))
+    wait_for(lambda: house.status_of(request) == "completed", "another run to take the request up")
+    (row,) = house.sql("select flow_run_id from requests where id = %s", request)
+    assert row["flow_run_id"] != run
+    house.ended(row["flow_run_id"])
+    attempts = house.attempts(request)
+    assert len(attempts) == CLIPS, "the engine did not notice"
+    assert before.items() <= done_attempts(house, request).items()

@@ -1,0 +1,71 @@
+"""The pages of the Prefect UI, in a real browser: the form submits, and the run's page shows what came of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Locator, Page, sync_playwright
+
+from tests.end_to_end.house import House, wait_for
+
+CHROMIUM = shutil.which("chromium")
+# Without these a browser on a closed network keeps asking for its maker's servers.
+QUIET = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
+]
+
+pytestmark = [
+    pytest.mark.xdist_group("stack"),
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(CHROMIUM is None, reason="missing server: chromium is not installed"),
+]
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1400, "height": 1300})
+        page.set_default_timeout(180_000)
+        yield page
+        browser.close()
+
+
+def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, page: Page) -> None:
+    ui = str(house.stack()["prefect_ui_url"])
+    deployment = house.api("GET", "/deployments/name/generate/default")["id"]
+    before = {run["id"] for run in house.api("POST", "/flow_runs/filter", {})}
+
+    page.goto(f"{ui}/deployments/deployment/{deployment}/run")
+    field(page, "Name (Optional)").fill("from a browser")
+    page.get_by_role("button", name="Add item").first.click()
+    page.locator(".p-code-input__textarea").first.fill('"a red ball moves left"')
+    field(page, "Model (Optional)").fill(str(house.model))
+    field(page, "Seed (Optional)").fill(str(house.seed()))
+    page.get_by_role("button", name="Submit").click()
+
+    def submitted() -> str | None:
+        runs = house.api("POST", "/flow_runs/filter", {"flows": {"name": {"any_": ["generate"]}}})
+        return next((run["id"] for run in runs if run["id"] not in before), None)
+
+    run_id = wait_for(submitted, "the form's flow run")
+    house.ended(run_id)
+    assert house.statuses(house.request_of(run_id)) == ["done"]
+
+    page.goto(f"{ui}/runs/flow-run/{run_id}")
+    page.get_by_text("Artifacts", exact=True).first.click()
+    for kind in ("progress", "shards", "summary", "outputs", "contact-sheet"):
+        page.get_by_text(kind).first.wait_for()
+    page.goto(f"{ui}/artifacts/artifact/{house.artifacts(run_id)['image']['id']}")
+    picture = page.locator("img[src^='data:image/png']").first
+    picture.wait_for()
+    wait_for(lambda: picture.evaluate("image => image.complete && image.naturalWidth > 300"), "the picture to load")
+
+
+def field(page: Page, label: str) -> Locator:
+    """The input below a label of the form."""
+    named = page.locator(".schema-form-property__label", has_text=label)
+    return page.locator(".p-label", has=named).locator("textarea, input").last
