@@ -136,9 +136,12 @@ def up(
         start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), say)
         try:
             return start.run()
-        except BaseException:
+        except BaseException as error:
             with _signals_wait():
                 start.undo()
+            if isinstance(error, httpx.HTTPError):
+                what = f"the Prefect server stopped answering ({error or type(error).__name__})"
+                raise StackFailed(f"{what}: see {home}/logs/prefect.log") from error
             raise
 
 
@@ -624,15 +627,19 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     api = _Api(_api_url(server.port)) if server is not None else None
     if api is not None and not api.healthy():
         api = None
-    under_way = {pool: api.active_runs(pool) for pool in POOLS} if api else {}
+    under_way: dict[str, list[dict[str, Any]]] = {}
+    if api is not None:
+        with _prefect_may_fail(say):
+            under_way = {pool: api.active_runs(pool) for pool in POOLS}
 
     _stack_file(home).unlink(missing_ok=True)
     _end_flow_runs(home, say)
     _end_processes([m.process for m in _family(home) if m.is_part and m.part != SERVER], grace=2.0)
     _end_processes([m.process for m in _family(home) if m.part != SERVER or m.run], grace=0.0)
     if api is not None:
-        for pool, runs in under_way.items():
-            _settle_runs(api, pool, runs)
+        with _prefect_may_fail(say):
+            for pool, runs in under_way.items():
+                _settle_runs(api, pool, runs)
     _end_processes([m.process for m in _family(home)], grace=5.0)
     try:
         stop_postgres(home / POSTGRES)
@@ -642,6 +649,15 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     if left:
         raise StackFailed(f"processes {[member.pid for member in left]} of {home} do not end, not even by SIGKILL")
     return ran
+
+
+@contextlib.contextmanager
+def _prefect_may_fail(say: Say) -> Generator[None]:
+    """A Prefect server in trouble must not keep the stack from ending; the next `up` settles what is open."""
+    try:
+        yield
+    except (httpx.HTTPError, StackFailed) as error:
+        say(f"Prefect does not answer as it should ({error or type(error).__name__}); ending the stack all the same")
 
 
 def _end_flow_runs(home: Path, say: Say) -> None:
@@ -784,7 +800,7 @@ class _Api:
 
     def healthy(self, *, patience: float = 2.0) -> bool:
         try:
-            return self._call("GET", "/health", timeout=patience).is_success
+            return self._send("GET", "/health", None, patience).is_success
         except httpx.HTTPError:
             return False
 
@@ -806,7 +822,7 @@ class _Api:
 
     def set_state(self, run: str, kind: str, name: str, message: str) -> None:
         state = {"type": kind, "name": name, "message": message}
-        self._call("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True})
+        self._content(self._call("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True}))
 
     def workers(self, pool: str) -> list[dict[str, Any]]:
         answer = self._call("POST", f"/work_pools/{pool}/workers/filter", {})
@@ -819,14 +835,17 @@ class _Api:
             for worker in self.workers(pool)
         )
 
-    def _call(self, method: str, path: str, body: Any = None, *, timeout: float = 10.0) -> httpx.Response:
-        for pause in (0.1, 0.3, 1.0, 2.0, 0.0):
-            # No proxy from the environment: it would swallow calls to loopback.
-            answer = httpx.request(method, self.url + path, json=body, timeout=timeout, trust_env=False, verify=False)
+    def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        for pause in (0.1, 0.3, 1.0, 2.0):
+            answer = self._send(method, path, body, 30.0)
             if answer.status_code != 503:
-                break  # else two transactions of its SQLite have met, and this one did nothing
-            time.sleep(pause)
-        return answer
+                return answer
+            time.sleep(pause)  # two transactions of its SQLite have met, and this one did nothing
+        return self._send(method, path, body, 30.0)
+
+    def _send(self, method: str, path: str, body: Any, timeout: float) -> httpx.Response:
+        # No proxy from the environment: it would swallow calls to loopback.
+        return httpx.request(method, self.url + path, json=body, timeout=timeout, trust_env=False, verify=False)
 
     def _content(self, answer: httpx.Response) -> Any:
         if answer.is_error:
