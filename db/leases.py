@@ -301,7 +301,7 @@ def _take_next(session: Session, owner: str, seconds: float, model_digest: str) 
     return None
 
 
-def _requests_in_turn(model_digest: str) -> Select[str]:
+def _requests_in_turn(model_digest: str) -> Select[tuple[str]]:
     """The requests that have work, the one whose turn it is first."""
     live = select(Shard.request_id, Request.tenant).join(Request, Request.id == Shard.request_id)
     live = live.where(Shard.status == ShardStatus.LEASED, Shard.leased_until >= _now()).cte("live")

@@ -36,7 +36,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB, distinct_on
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session, aliased
 
@@ -366,7 +366,7 @@ def create_shard(
     if request.status != RequestStatus.OPEN or request.total is None:
         return None
     session.execute(select(func.pg_advisory_xact_lock(_PLANNING)))
-    takable = select(Clip.id, Clip.width, Clip.height, Clip.frames, Clip.recipe).ext(distinct_on(Clip.recipe))
+    takable = select(Clip.id, Clip.width, Clip.height, Clip.frames, Clip.recipe).distinct(Clip.recipe)
     takable = takable.where(Clip.id.in_(clip_ids), Clip.request_id == request_id, _unplanned(Clip), *_nobody_renders())
     rows = session.execute(takable.order_by(Clip.recipe, Clip.index, Clip.sample)).all()
     if not rows:
@@ -711,7 +711,7 @@ def known_keys(session: Session, keys: Sequence[str]) -> set[str]:
     return found
 
 
-def _lock_request(session: Session, request_id: str) -> Row[str, RequestStatus, int | None, int, str | None]:
+def _lock_request(session: Session, request_id: str) -> Row[tuple[str, RequestStatus, int | None, int, str | None]]:
     """The request's row, ours until the transaction ends: what concerns all clips of a request happens in turn."""
     row = session.execute(
         select(Request.id, Request.status, Request.total, Request.priority, Request.flow_run_id)
