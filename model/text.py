@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def clean(prompt: str) -> str:
-    """What Wan's pipeline does to a prompt before it is tokenised: entities resolved, spaces made single."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """What Wan's pipeline does to a prompt before it is tokenised: text mended, entities resolved, spaces single."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 class TextEncoder(nn.Module):
