@@ -640,9 +640,11 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
         with _prefect_may_fail(say):
             for pool, runs in under_way.items():
                 _settle_runs(api, pool, runs)
-    _end_processes([m.process for m in _family(home)], grace=5.0)
+    with ThreadPoolExecutor(1) as beside:
+        stopping = beside.submit(stop_postgres, home / POSTGRES)
+        _end_processes([m.process for m in _family(home)], grace=5.0)
     try:
-        stop_postgres(home / POSTGRES)
+        stopping.result()
     except PostgresFailed as error:
         raise StackFailed(str(error)) from error
     left = _family(home)
@@ -696,15 +698,21 @@ def _settle_runs(api: _Api, pool: str, runs: Iterable[Mapping[str, Any]]) -> Non
 
 
 def _end_processes(processes: Iterable[psutil.Process], *, grace: float) -> None:
-    """SIGTERM, and after `grace` seconds SIGKILL; with no grace SIGKILL at once."""
+    """SIGTERM, and after `grace` seconds SIGKILL; with no grace SIGKILL at once. Our own children are reaped."""
+    processes = list(processes)
     living = [process for process in processes if _lives(process)]
     for how, patience in ((psutil.Process.terminate, grace), (psutil.Process.kill, 5.0)):
         if patience and living:
             for process in living:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     how(process)
-            living = psutil.wait_procs(living, timeout=patience)[1]
-            living = [process for process in living if _lives(process)]
+            # Not psutil's wait: where the init process is slow to reap, it would sit through that too.
+            deadline = time.monotonic() + patience
+            while (living := [process for process in living if _lives(process)]) and time.monotonic() < deadline:
+                time.sleep(0.02)
+    for process in processes:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, os.WNOHANG)
 
 
 # Looking
