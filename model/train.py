@@ -578,7 +578,7 @@ def look(recipe: Recipe, out: Path) -> None:
         video = sample(writer, vae, some, Shape(64, 64, 17), range(first, first + len(some)))
         frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
         rows += [
-            SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=clip[::4])
+            SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=list(clip[::4]))
             for k, (prompt, clip) in enumerate(zip(some, frames, strict=True))
         ]
     out.write_bytes(contact_sheet(rows))
