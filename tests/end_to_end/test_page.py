@@ -59,7 +59,7 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, pag
     page.get_by_text("Artifacts", exact=True).first.click()
     for kind in ("progress", "shards", "summary", "outputs", "contact-sheet"):
         page.get_by_text(kind).first.wait_for()
-    page.goto(f"{ui}/artifacts/artifact/{house.artifacts(run_id)['image']['id']}")
+    page.goto(f"{ui}/artifacts/artifact/{house.artifacts(run_id)['contact-sheet']['id']}")
     picture = page.locator("img[src^='data:image/png']").first
     picture.wait_for()
     wait_for(lambda: picture.evaluate("image => image.complete && image.naturalWidth > 300"), "the picture to load")
@@ -67,5 +67,5 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, pag
 
 def field(page: Page, label: str) -> Locator:
     """The input below a label of the form."""
-    named = page.locator(".schema-form-property__label", has_text=label)
-    return page.locator(".p-label", has=named).locator("textarea, input").last
+    named = f".p-label:has(> .p-label__header .schema-form-property__label:text-is('{label}'))"
+    return page.locator(named).locator("textarea, input:visible").first

@@ -1,0 +1,18 @@
+"""Prefect's scheduler really makes runs: a database library it does not get along with stops it without a word."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.end_to_end.house import House, wait_for
+
+pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+
+
+def test_tidy_runs_by_its_schedule(house: House) -> None:
+    of_tidy = {"flows": {"name": {"any_": ["tidy"]}}}
+
+    def scheduled() -> bool:
+        return any(run["auto_scheduled"] for run in house.api("POST", "/flow_runs/filter", of_tidy))
+
+    wait_for(scheduled, "a scheduled run of tidy", every=1)
