@@ -50,6 +50,7 @@ from flows.prompts import (
     BadLine,
     BadUri,
     Checked,
+    check_defaults,
     check_prompts,
     digest_stream,
     open_uri,
@@ -109,10 +110,11 @@ def make_clips(
         source = find_source(settings, store, request)
     except (BadUri, BadFile, ModelNotFound, NoSuchKey) as error:
         return refuse([str(error)])
-    checked = source.checked
-    if checked.bad and not request.skip_invalid:
+    checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
+    if wrong or (checked.bad and not request.skip_invalid):
         more = checked.faults - len(checked.messages)
-        return refuse([*checked.messages, *([f"… and {more} more"] if more else [])], count=checked.faults)
+        messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
+        return refuse(messages, count=len(wrong) + checked.faults)
 
     opened = record(settings, ledgers, store, source, request)
     request_id = opened.id

@@ -62,7 +62,7 @@ def runs(house: House, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     form_run = house.submit(request=form)
 
     asked = json.dumps({"name": "from prefect", "model": str(house.model), "prompts": prompts(house.seed())})
-    api = json.loads((house.home / "stack.json").read_text())["prefect_api_url"]
+    api = house.stack()["prefect_api_url"]
     said = house.rushes(
         *("deployment", "run", "generate/default", "-p", f"request={asked}"), program=PREFECT, PREFECT_API_URL=api
     )

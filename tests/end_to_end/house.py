@@ -58,6 +58,10 @@ class House:
         own = {"RUSHES_HOME": str(self.home), "RUSHES_MODEL": str(self.model), "OMP_NUM_THREADS": "1"}
         return {**kept, **own, **self.settings}
 
+    def stack(self) -> dict[str, Any]:
+        """Where the parts are."""
+        return dict(json.loads((self.home / "stack.json").read_text()))
+
     # The command line
 
     def start(self, *arguments: str, program: Path = RUSHES, **settings: str) -> subprocess.Popen[str]:
@@ -82,24 +86,28 @@ class House:
         return out if code == 0 else out + err
 
     def sql(self, query: str, *values: Any) -> list[dict[str, Any]]:
-        url = json.loads((self.home / "stack.json").read_text())["database_url"].replace("+psycopg", "")
+        url = self.stack()["database_url"].replace("+psycopg", "")
         with psycopg.connect(url, row_factory=dict_row, autocommit=True) as connection:
             return connection.execute(query.encode(), values).fetchall()
 
     # Prefect, as its page in the browser talks to it
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
-        url = json.loads((self.home / "stack.json").read_text())["prefect_api_url"]
+        url = self.stack()["prefect_api_url"]
         answer = wait_for(
-            lambda: answer if (answer := self._ask(method, url + path, body)).status_code != 503 else None,
-            "the server, which on SQLite says 503 whenever two transactions meet",
-            seconds=60,
+            lambda: self._ask(method, url + path, body),
+            "the server, which on SQLite says 503 whenever two of its transactions meet",
         )
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text[:1000]}"
         return answer.json() if answer.content else None
 
-    def _ask(self, method: str, url: str, body: Any) -> httpx.Response:
-        return httpx.request(method, url, json=body, timeout=60, trust_env=False)
+    def _ask(self, method: str, url: str, body: Any) -> httpx.Response | None:
+        try:
+            answer = httpx.request(method, url, json=body, timeout=120, trust_env=False)
+        except httpx.ReadTimeout:
+            assert method == "GET", f"no answer to {method} {url}"
+            return None
+        return None if answer.status_code == 503 else answer
 
     def submit(self, deployment: str = "generate/default", **parameters: Any) -> str:
         """What the button Run of the form does; the id of the flow run."""
@@ -115,7 +123,12 @@ class House:
 
     def ended(self, run_id: str, *, state: str = "Completed") -> dict[str, Any]:
         """The flow run once it has ended; asserts how."""
-        ended = wait_for(lambda: found if (found := self.run(run_id))["state_type"] in FINAL else None, "a flow run")
+
+        def look() -> dict[str, Any] | None:
+            found = self.run(run_id)
+            return found if found["state_type"] in FINAL else None
+
+        ended = wait_for(look, "a flow run to end", every=0.5)
         assert ended["state_name"] == state, (ended["state_name"], ended["state"]["message"])
         return ended
 
@@ -123,13 +136,13 @@ class House:
         """What the button Cancel does."""
         self.api("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
 
-    def artifacts(self, run_id: str) -> dict[str, tuple[str, Any]]:
-        """(type, data) of what the run's page shows, by the last words of its key."""
+    def artifacts(self, run_id: str) -> dict[str, dict[str, Any]]:
+        """What the page of a run shows, by the last words of its key (progress, shards, summary, …)."""
         filters = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "sort": "UPDATED_DESC"}
-        found: dict[str, tuple[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for artifact in self.api("POST", "/artifacts/filter", filters):
             name = re.sub(r"^req-[0-9a-f]{12}-", "", artifact["key"])
-            found.setdefault(name, (artifact["type"], artifact["data"]))
+            found.setdefault(name, artifact)
         return found
 
     # The ledger
@@ -145,7 +158,7 @@ class House:
             assert state["state_type"] not in FINAL, state["state"]["message"]
             return None
 
-        return wait_for(look, "the request to be opened")
+        return wait_for(look, "the request to be opened", every=0.3)
 
     def clips(self, request_id: str) -> list[dict[str, Any]]:
         return self.sql('select * from history where request_id = %s order by "index", sample', request_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 
 import psutil
@@ -26,7 +25,7 @@ def test_down_leaves_nothing_and_up_goes_on(house: House) -> None:
         for connection in process.net_connections(kind="tcp")
         if connection.status == psutil.CONN_LISTEN
     }
-    ports |= set(json.loads((house.home / "stack.json").read_text())["ports"].values())
+    ports |= set(house.stack()["ports"].values())
     assert len(house.ranks()) == 2 and len(ports) >= 2
 
     house.rushes("down")

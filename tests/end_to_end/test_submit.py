@@ -78,15 +78,14 @@ def test_manifest_and_contact_sheet_are_in_the_store(house: House, runs: dict[st
 def test_the_page_of_the_run_shows_it(house: House, runs: dict[str, str], way: str) -> None:
     request = house.request_of(runs[way])
     artifacts = house.artifacts(runs[way])
-    types = {name: kind for name, (kind, _) in artifacts.items()}
-    assert types == {
+    assert {name: artifact["type"] for name, artifact in artifacts.items()} == {
         "progress": "progress",
         "shards": "table",
         "summary": "markdown",
         "outputs": "markdown",  # which is what Prefect makes of a link
         "contact-sheet": "image",
     }
-    data: dict[str, Any] = {name: data for name, (_, data) in artifacts.items()}
+    data: dict[str, Any] = {name: artifact["data"] for name, artifact in artifacts.items()}
     assert data["progress"] == 100
     shards = json.loads(data["shards"])
     assert sum(int(shard["done"]) for shard in shards) == 4 and {shard["status"] for shard in shards} == {"done"}
