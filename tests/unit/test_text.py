@@ -18,7 +18,8 @@ def text() -> TextEncoder:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a red ball", "  a\n red\t ball ", "a &amp;amp; b", "the ball&#39;s", "schÃ¶n", "l’avion…", "“quoted”", ""]
+    "prompt",
+    ["a red ball", "  a\n red\t ball ", "a &amp;amp; b", "the ball&#39;s", "schÃ¶n", "l’avion…", "“quoted”", ""],
 )
 def test_prompts_are_cleaned_as_wan_cleans_them(prompt: str) -> None:
     assert clean(prompt) == prompt_clean(prompt)
