@@ -6,6 +6,7 @@ Importing Prefect's own client takes two seconds, which is fine for a flow and n
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -52,7 +53,7 @@ class PrefectApi:
         self._url = url
         # No proxy: a proxy meant for the internet would swallow calls to loopback.
         self._http = httpx.Client(
-            base_url=url, timeout=30, auth=(user, password) if auth else None, trust_env="://127." not in url
+            base_url=url, timeout=60, auth=(user, password) if auth else None, trust_env="://127." not in url
         )
 
     def __enter__(self) -> PrefectApi:
@@ -71,7 +72,8 @@ class PrefectApi:
         traceparent: str | None = None,
     ) -> Run:
         """Creates a flow run of `flow/deployment`; the server checks the parameters against the form's schema."""
-        body: dict[str, Any] = {"parameters": parameters, "tags": list(tags)}
+        once = str(uuid.uuid4())  # a submission whose answer was lost may be repeated, and stays one
+        body: dict[str, Any] = {"parameters": parameters, "tags": list(tags), "idempotency_key": once}
         if name:
             body["name"] = name
         if traceparent:
@@ -97,14 +99,21 @@ class PrefectApi:
         self._call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": kind}})
         return True
 
+    def _ask(self, method: str, path: str, body: Any) -> httpx.Response:
+        """One request; a server that is only slow is asked once more (every request here may be made twice)."""
+        try:
+            return self._http.request(method, path, json=body)
+        except httpx.TimeoutException:
+            return self._http.request(method, path, json=body)
+
     def _call(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> dict[str, Any]:
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = self._ask(method, path, body)
             for pause in PAUSES:
                 if answer.status_code not in NOT_NOW:
                     break
                 time.sleep(pause)
-                answer = self._http.request(method, path, json=body)
+                answer = self._ask(method, path, body)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise PrefectUnavailable(
