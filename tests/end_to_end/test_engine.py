@@ -19,7 +19,7 @@ def test_an_engine_without_a_worker(house: House) -> None:
     run = house.submit(request=house.request(lines, seed=house.seed()))
     request = house.request_of(run)
     said = house.rushes("engine", "--linger", "5")
-    assert "2 clips in" in said
+    assert " clips in " in said
     house.ended(run)
     assert house.statuses(request) == ["done", "done"]
     (engine,) = {attempt["engine"] for attempt in house.attempts(request)}
