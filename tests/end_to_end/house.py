@@ -24,12 +24,13 @@ ROOT = Path(__file__).parents[2]
 RUSHES = Path(sys.executable).with_name("rushes")
 PREFECT = Path(sys.executable).with_name("prefect")
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+SLOW = 60  # denoising steps: with them a clip takes a second or two, so that there is a middle to kill and cancel in
 PATIENCE = 400.0  # seconds: a fifth of that is plenty where nothing else runs
 
 T = TypeVar("T")
 
 
-def wait_for(look: Callable[[], T], what: str, *, seconds: float = PATIENCE, every: float = 0.1) -> T:
+def wait_for(look: Callable[[], T | None], what: str, *, seconds: float = PATIENCE, every: float = 0.1) -> T:
     """What `look` gives as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (seen := look()):
@@ -77,17 +78,11 @@ class House:
 
     def rushes(self, *arguments: str, code: int = 0, program: Path = RUSHES, **settings: str) -> str:
         """Runs a command to its end, asserts its exit code, and returns what it printed."""
-        with self.start(*arguments, program=program, **settings) as process:
-            try:
-                out, err = process.communicate(timeout=PATIENCE)
-            finally:
-                process.kill()
-        assert process.returncode == code, f"rushes {' '.join(arguments)}: {process.returncode}\n{out}\n{err}"
-        return out if code == 0 else out + err
+        return finished(self.start(*arguments, program=program, **settings), code)
 
     def sql(self, query: str, *values: Any) -> list[dict[str, Any]]:
         url = self.stack()["database_url"].replace("+psycopg", "")
-        with psycopg.connect(url, row_factory=dict_row, autocommit=True) as connection:
+        with psycopg.Connection[dict[str, Any]].connect(url, row_factory=dict_row, autocommit=True) as connection:
             return connection.execute(query.encode(), values).fetchall()
 
     # Prefect, as its page in the browser talks to it
@@ -226,6 +221,17 @@ class House:
             process.send_signal(signal.SIGKILL)
 
 
+def finished(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What a command printed (with code 0: to standard output alone), once it has ended with this exit code."""
+    with process:
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == code, f"{process.args} ended with {process.returncode}\n{out}\n{err}"
+    return out if code == 0 else out + err
+
+
 def command(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -250,7 +256,7 @@ def decode(data: bytes) -> tuple[tuple[int, int, int], dict[str, str]]:
             return (1, image.height, image.width), {str(k): str(v) for k, v in image.info.items()}
     import av
 
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         metadata = dict(container.metadata)
         frames = list(container.decode(video=0))
         assert container.streams.video[0].codec_context.name == "h264"

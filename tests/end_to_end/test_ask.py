@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House, decode
+from tests.end_to_end.house import House, decode, finished
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -21,7 +21,8 @@ FORMATS = ("table", "json", "csv")
 
 def listed(house: House, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
     """The rows of a listing, after a look at all three formats: they say the same."""
-    said = {kind: house.rushes(*arguments, "--format", kind, code=code) for kind in FORMATS}
+    started = {kind: house.start(*arguments, "--format", kind) for kind in FORMATS}
+    said = {kind: finished(process, code) for kind, process in started.items()}
     rows = json.loads(said["json"])
     rows = rows if isinstance(rows, list) else [rows]
     cells = list(csv.DictReader(io.StringIO(said["csv"])))

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.house import SLOW, House, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -71,7 +71,7 @@ def house_engine(house: House, request: str) -> str:
 def test_cancelled_by_command_and_submitted_again(house: House, tmp_path: Path) -> None:
     file = tmp_path / "again.jsonl"
     seed = house.seed()
-    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": STEPS} for k in range(4)]
+    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(4)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = house.rushes("submit", str(file))
     (request,) = re.findall(r"req_[0-9a-f]{12}", said)

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.house import SLOW, House, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
-CLIPS = 5
+CLIPS = 4
 
 
 def submit_batch(house: House) -> tuple[str, str]:
     """(flow run, request) of a batch that takes long enough to be killed in; one of its clips is done by now."""
     lines = [f"a red ball moves left slow {k}" for k in range(CLIPS)]
-    run = house.submit(request=house.request(lines, steps=200, seed=house.seed()))
+    run = house.submit(request=house.request(lines, steps=SLOW, seed=house.seed()))
     request = house.request_of(run)
     wait_for(lambda: "done" in house.statuses(request), "the first clip")
     assert {"queued", "running"} & set(house.statuses(request)), "the batch is too small to be killed in"

@@ -7,14 +7,14 @@ import socket
 import psutil
 import pytest
 
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.house import SLOW, House, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def test_down_leaves_nothing_and_up_goes_on(house: House) -> None:
     lines = [f"a green cube moves {k}" for k in range(4)]
-    run = house.submit(request=house.request(lines, steps=200, seed=house.seed()))
+    run = house.submit(request=house.request(lines, steps=SLOW, seed=house.seed()))
     request = house.request_of(run)
     wait_for(lambda: "done" in house.statuses(request), "the first clip")
     made = [attempt for attempt in house.attempts(request) if attempt["status"] == "done"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.house import SLOW, House, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest
 def test_a_poison_clip_is_quarantined_and_can_be_tried_again(house: House, tmp_path: Path) -> None:
     seed = house.seed()
     lines = [
-        {"prompt": "a red ball", "custom_id": "poison", "steps": 200, "seed": seed},
+        {"prompt": "a red ball", "custom_id": "poison", "steps": SLOW, "seed": seed},
         {"prompt": "a green ball", "seed": seed},
         {"prompt": "a blue ball", "seed": seed},
     ]
