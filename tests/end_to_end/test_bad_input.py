@@ -37,15 +37,19 @@ SAID = [
 
 @pytest.fixture(scope="module")
 def refused(house: House) -> dict[str, str]:
-    """Flow runs of requests that must fail, all submitted at once."""
+    """Flow runs of requests with something bad in them, all submitted at once."""
     folder = house.home / "prompts"
     folder.mkdir(exist_ok=True)
     (folder / "bad.jsonl").write_bytes(BAD_FILE)
+    seed = house.seed()
+    mixed = [{"prompt": "a ball", "seed": seed}, {"prompt": "a ball", "frames": 50}, {"prompt": "a cube", "seed": seed}]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mixed))
     wanted = {
         "inline": house.request(["a red ball", {"prompt": "a blue ball", "frames": 50}], width=72),
         "file": {"model": str(house.model), "prompts_uri": "bad.jsonl"},
         "outside": {"model": str(house.model), "prompts_uri": "../stack.json"},
         "gone": {"model": str(house.model), "prompts_uri": "store:prompts/nothing"},
+        "skipped": {"model": str(house.model), "prompts_uri": "mixed.jsonl", "skip_invalid": True},
     }
     return {name: house.submit(request=request) for name, request in wanted.items()}
 
@@ -98,13 +102,8 @@ def test_the_form_itself_refuses(house: House, request_: dict[str, Any]) -> None
         house.submit(request={"model": str(house.model), **request_})
 
 
-def test_bad_lines_can_be_skipped(house: House) -> None:
-    (house.home / "prompts").mkdir(exist_ok=True)
-    seed = house.seed()
-    lines = [{"prompt": "a ball", "seed": seed}, {"prompt": "a ball", "frames": 50}, {"prompt": "a cube", "seed": seed}]
-    (house.home / "prompts" / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    request = {"model": str(house.model), "prompts_uri": "mixed.jsonl", "skip_invalid": True}
-    run = house.ended(house.submit(request=request), state="CompletedWithGaps")
+def test_bad_lines_can_be_skipped(house: House, refused: dict[str, str]) -> None:
+    run = house.ended(refused["skipped"], state="CompletedWithGaps")
     assert run["state_type"] == "COMPLETED"
     request_id = house.request_of(run["id"])
     assert house.status_of(request_id) == "completed_with_gaps"

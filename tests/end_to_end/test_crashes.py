@@ -52,23 +52,6 @@ def assert_complete(house: House, request: str, before: dict[str, dict[str, Any]
         assert hashlib.sha256(house.blob(clip["object_key"]).read_bytes()).hexdigest() == clip["sha256"]
 
 
-def test_a_rank_is_killed(house: House) -> None:
-    """Its engine ends the other rank and starts both again."""
-    run, request = submit_batch(house)
-    engine, old = house.engine_run(), house.ranks()
-    assert len(old) == 2
-    before = done_attempts(house, request)
-    house.kill(old[1:])
-    house.ended(run)
-    assert_complete(house, request, before)
-    for attempt in unfinished(house, request):
-        assert attempt["status"] == "failed"
-        assert "rank 1 of 2 died (killed by SIGKILL)" in attempt["error"]
-    assert house.run(engine)["state_type"] == "RUNNING"
-    assert not any(rank.is_running() for rank in old)
-    assert house.engines(request) == {engine}
-
-
 def test_an_engine_is_killed(house: House) -> None:
     """Its ranks end themselves, its lease is given back, and the request starts another engine."""
     run, request = submit_batch(house)

@@ -18,7 +18,7 @@ def test_an_engine_without_a_worker(house: House) -> None:
     lines = ["a red ball slowly", "a blue cube"]
     run = house.submit(request=house.request(lines, seed=house.seed()))
     request = house.request_of(run)
-    said = house.rushes("engine", "--linger", "5")
+    said = house.rushes("engine", "--linger", "3")
     assert " clips in " in said
     house.ended(run)
     assert house.statuses(request) == ["done", "done"]

@@ -5,54 +5,69 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House
+from tests.end_to_end.house import SLOW, House
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
-def test_the_same_again_and_almost_the_same(house: House, runs: dict[str, str], tmp_path: Path) -> None:
-    """Submitted again, a file renders nothing; with one line changed, it renders that line."""
-    form = house.run(runs["form"])["parameters"]["request"]
-    request = house.request_of(runs["form"])
-    before = house.attempts(request)
-    command = house.request_of(runs["command"])
-    lines = [json.loads(line) for line in house.prompts(command).splitlines()]
-    changed = house.request([*lines[:2], {**lines[2], "prompt": "a green cube"}])
+@pytest.fixture(scope="module")
+def again(house: House, runs: dict[str, str]) -> dict[str, str]:
+    """Flow runs that ask for what is there already, or is being made; all submitted at once."""
+    known = [json.loads(line) for line in house.prompts(house.request_of(runs["command"])).splitlines()]
+    seed = house.seed()
+    one, two = ({"prompt": prompt, "seed": seed, "steps": SLOW} for prompt in ("a ball slowly", "a cube moves"))
+    double_click = house.request(["a red ball slowly"], steps=SLOW, seed=house.seed())
+    wanted: dict[str, dict[str, Any]] = {
+        "the same": house.run(runs["form"])["parameters"]["request"],
+        "one line changed": house.request([*known[:2], {**known[2], "prompt": "a green cube"}]),
+        "first": house.request([one, two, one], key=f"{seed}-first"),
+        "second": house.request([one, two, one], key=f"{seed}-second"),
+        "click": double_click,
+        "click again": double_click,
+    }
+    return {name: house.submit(request=request) for name, request in wanted.items()}
 
-    again, almost = house.submit(request=form), house.submit(request=changed)
+
+def request_in(message: str) -> str:
+    (request,) = re.findall(r"req_[0-9a-f]{12}", message)
+    return str(request)
+
+
+def test_the_same_file_renders_nothing(
+    house: House, runs: dict[str, str], again: dict[str, str], tmp_path: Path
+) -> None:
+    form, command = house.request_of(runs["form"]), house.request_of(runs["command"])
     (tmp_path / "mine.jsonl").write_text(house.prompts(command))
     said = house.rushes("submit", str(tmp_path / "mine.jsonl"), "--watch")
     assert said == f"{command} is complete: all 4 clips were found, nothing is to be rendered\n"
+    assert house.ended(again["the same"])["state"]["message"] == f"{form}: 4 done (4 found, not rendered again)"
+    assert house.request_of(runs["form"]) == form, "the request is still known by the run that made it"
+    for request in (form, command):
+        assert [attempt["number"] for attempt in house.attempts(request)] == [1] * 4
 
-    assert house.ended(again)["state"]["message"] == f"{request}: 4 done (4 found, not rendered again)"
-    assert house.request_of(runs["form"]) == request, "the request is still known by the run that made it"
-    assert house.attempts(request) == before
 
-    state = house.ended(almost)["state"]
-    other = house.request_of(almost)
-    assert other not in (request, command)
-    assert state["message"] == f"{other}: 4 done (3 found, not rendered again)"
-    clips, known = house.clips(other), house.clips(command)
+def test_a_changed_line_is_rendered(house: House, runs: dict[str, str], again: dict[str, str]) -> None:
+    message = house.ended(again["one line changed"])["state"]["message"]
+    request, before = request_in(message), house.request_of(runs["command"])
+    assert message == f"{request}: 4 done (3 found, not rendered again)"
+    assert request != before
+    clips, known = house.clips(request), house.clips(before)
     assert [clip["attempts"] for clip in clips] == [0, 0, 0, 1]
     assert [clip["found"] for clip in clips] == [True, True, True, False]
     assert [clip["sha256"] for clip in clips[:3]] == [clip["sha256"] for clip in known[:3]]
     assert clips[3]["sha256"] != known[3]["sha256"]
 
 
-def test_one_recipe_is_rendered_once(house: House) -> None:
-    """Two requests at the same time with the same clips, one of them twice in each: every recipe has one attempt."""
-    seed = house.seed()
-    one, two = ({"prompt": prompt, "seed": seed, "steps": 100} for prompt in ("a ball slowly", "a cube moves"))
-    both = [house.submit(request=house.request([one, two, one], key=f"{seed}-{key}")) for key in ("a", "b")]
-    for run in both:
-        house.ended(run)
-    requests = [house.request_of(run) for run in both]
+def test_one_recipe_is_rendered_once(house: House, again: dict[str, str]) -> None:
+    """Two requests at the same time with the same two clips, one of them twice in each."""
+    requests = [request_in(house.ended(again[name])["state"]["message"]) for name in ("first", "second")]
     assert len(set(requests)) == 2
     clips = [clip for request in requests for clip in house.clips(request)]
-    assert {clip["status"] for clip in clips} == {"done"}
+    assert [clip["status"] for clip in clips] == ["done"] * 6
     recipes = {clip["recipe"] for clip in clips}
     assert len(recipes) == 2
     assert sum(clip["attempts"] for clip in clips) == 2
@@ -61,10 +76,7 @@ def test_one_recipe_is_rendered_once(house: House) -> None:
         assert len({clip["sha256"] for clip in clips if clip["recipe"] == recipe}) == 1
 
 
-def test_the_same_run_twice_at_once(house: House) -> None:
-    """A double click on Run: two flow runs, one request."""
-    form = house.request(["a red ball slowly"], steps=50, seed=house.seed())
-    both = [house.submit(request=form), house.submit(request=form)]
-    said = {re.findall(r"req_[0-9a-f]{12}", house.ended(run)["state"]["message"])[0] for run in both}
-    (request,) = said
+def test_a_double_click_is_one_request(house: House, again: dict[str, str]) -> None:
+    requests = {request_in(house.ended(again[name])["state"]["message"]) for name in ("click", "click again")}
+    (request,) = requests
     assert [clip["attempts"] for clip in house.clips(request)] == [1]
