@@ -115,9 +115,12 @@ class DiT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """
         | linear layers                | xavier uniform, bias 0                        |
-        | text and time embedders      | normal 0.02, bias 0                           |
+        | time embedder                | normal 0.02, bias 0                           |
         | modulation tables            | normal 1/sqrt(D)                              |
         | cross-attention output, head | zero: a block starts deaf, the velocity at 0  |
+
+        Text keeps its scale, unlike in Wan's own table (normal 0.02 there): values that start at a quarter of it leave
+        the text unheard through thousands of steps.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -127,10 +130,9 @@ class DiT(nn.Module):
         assert self.patch_embedding.bias is not None
         nn.init.zeros_(self.patch_embedding.bias)
         conditioning = self.condition_embedder
-        for embedder in (conditioning.text_embedder, conditioning.time_embedder):
-            for linear in (embedder.linear_1, embedder.linear_2):
-                nn.init.normal_(linear.weight, std=0.02, generator=generator)
-        nn.init.normal_(conditioning.time_proj.weight, std=0.02, generator=generator)
+        times = conditioning.time_embedder
+        for linear in (times.linear_1, times.linear_2, conditioning.time_proj):
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
         for block in (self, *self.blocks):
             nn.init.normal_(block.get_parameter("scale_shift_table"), std=self.config.width**-0.5, generator=generator)
         for block in self.blocks:

@@ -1,6 +1,7 @@
 """Trains mini from nothing on the procedural world, in five stages that may each be stopped and taken up again.
 
     python -m model.train all --work DIR --out model/weights/mini
+    torchrun --standalone --nproc-per-node 2 -m model.train dit --work DIR --threads 1
 
 render   clips of the world, by shape, in chunk files (a file that exists is whole)
 vae      the autoencoder, on crops of the square clips
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from model import world
 from model.config import DiTConfig, Shape, VAEConfig
@@ -58,13 +59,13 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(shape=Shape(64, 64, 17), clips=10_000, share=0.50, batch=16),
-    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.14, batch=10),
-    Bucket(shape=Shape(64, 96, 17), clips=1_500, share=0.08, batch=10),
-    Bucket(shape=Shape(64, 64, 9), clips=2_000, share=0.10, batch=24),
-    Bucket(shape=Shape(96, 64, 9), clips=1_000, share=0.06, batch=16),
-    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.07, batch=48),
-    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.05, batch=32),
+    Bucket(shape=Shape(64, 64, 17), clips=24_000, share=0.60, batch=20),
+    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.12, batch=12),
+    Bucket(shape=Shape(64, 96, 17), clips=1_500, share=0.06, batch=12),
+    Bucket(shape=Shape(64, 64, 9), clips=2_000, share=0.08, batch=32),
+    Bucket(shape=Shape(96, 64, 9), clips=1_000, share=0.04, batch=20),
+    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.06, batch=48),
+    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.04, batch=32),
 )
 PROMPT_TOKENS = 40
 DEFAULTS = {
@@ -98,6 +99,8 @@ class Recipe:
     average: float = 0.998  # of the exponential moving average that is published
     buckets: tuple[Bucket, ...] = BUCKETS  # the autoencoder learns from the first
     dit: DiTConfig = MINI
+    rank: int = 0  # this process, of `ranks` that divide every batch of the transformer's
+    ranks: int = 1
     chunk: int = 250  # clips a file
     held_back: int = 128  # the first clips of every shape are for validation, never trained on
     every: int = 250  # steps between two checkpoints
@@ -278,7 +281,8 @@ class Writer(nn.Module):
             if isinstance(module, Attention):
                 module.attend = function
 
-    def velocity(self, latents: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
+    def forward(self, latents: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
+        """latents [B, C, T, H, W], times [B, T] -> velocity like latents."""
         ids, mask = self.text.tokens(prompts)
         return self.dit(latents, times, self.text(ids.to(latents.device), mask.to(latents.device)))
 
@@ -308,6 +312,12 @@ def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
     return known
 
 
+def join(recipe: Recipe) -> Recipe:
+    """The recipe of one of the processes that torchrun started."""
+    distributed.init_process_group("gloo" if recipe.device == "cpu" else "nccl")
+    return replace(recipe, rank=distributed.get_rank(), ranks=distributed.get_world_size())
+
+
 def train_dit(recipe: Recipe) -> None:
     """Flow matching over all shapes; rate warms up, stays, and falls to 0 over the last third."""
     latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in recipe.buckets}
@@ -318,6 +328,7 @@ def train_dit(recipe: Recipe) -> None:
     if recipe.device == "cpu":
         writer.attend_with(short_attention)
     average = copy.deepcopy(writer).requires_grad_(False)
+    parallel = nn.parallel.DistributedDataParallel(writer) if recipe.ranks > 1 else writer
     optimizer = torch.optim.AdamW(
         writer.parameters(), recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -338,9 +349,13 @@ def train_dit(recipe: Recipe) -> None:
         clean = stock[chosen].float()
         known = draw_known(len(clean), clean.shape[2], generator)
         times = draw_times(len(clean), generator)[:, None].expand_as(known).masked_fill(known, 0.0)
-        target, predicted = step_of(writer, clean, times, prompts, generator, recipe.device)
-        weight = (~known)[:, None, :, None, None].to(predicted)
-        loss = ((predicted - target).square() * weight).mean() / weight.mean()
+        disturbance = torch.randn(clean.shape, generator=generator)
+        # Every rank draws the whole batch and computes its part: however many they are, the step is the same.
+        mine = slice(recipe.rank, None, recipe.ranks)
+        weight = (~known)[:, None, :, None, None].float() / (~known).float().mean()
+        target, predicted = step_of(parallel, clean[mine], times[mine], prompts[mine], disturbance[mine], recipe.device)
+        error = (predicted - target).square() * weight[mine].to(predicted)
+        loss = error.mean() * (len(error) * recipe.ranks / len(clean))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
@@ -362,7 +377,8 @@ def train_dit(recipe: Recipe) -> None:
             clean = stock[first : first + 32]
             times = ((torch.arange(len(clean)) % 16 + 0.5) / 16)[:, None].expand(-1, clean.shape[2])
             prompts = [caption(recipe, bucket, first + k, rng) for k in range(len(clean))]
-            target, predicted = step_of(average, clean, times, prompts, generator, recipe.device)
+            disturbance = torch.randn(clean.shape, generator=generator)
+            target, predicted = step_of(average, clean, times, prompts, disturbance, recipe.device)
             losses.append((predicted - target).square().mean().item())
         return {"held_out_loss": sum(losses) / len(losses)}
 
@@ -374,14 +390,13 @@ def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> s
 
 
 def step_of(
-    writer: Writer, clean: Tensor, times: Tensor, prompts: list[str], generator: torch.Generator, device: str
+    writer: nn.Module, clean: Tensor, times: Tensor, prompts: list[str], disturbance: Tensor, device: str
 ) -> tuple[Tensor, Tensor]:
     """(target, predicted) velocities of clips [B, C, T, H, W] at times [B, T]."""
-    disturbance = torch.randn(clean.shape, generator=generator)
     clean, disturbance, times = clean.to(device), disturbance.to(device), times.to(device)
     mixed = blend(clean, disturbance, times[:, None, :, None, None])
     with torch.autocast(device, torch.bfloat16):
-        predicted = writer.velocity(mixed, times, prompts)
+        predicted = writer(mixed, times, prompts)
     return disturbance - clean, predicted.float()
 
 
@@ -493,9 +508,11 @@ def run(
             "of": steps,
             "seconds": round(time.monotonic() - started, 1),
         }
-        row |= {key: round(value / lines, 4) for key, value in (total | {}).items()}
+        total, sums = {}, total
+        if recipe.rank:
+            continue
+        row |= {key: round(value / lines, 4) for key, value in sums.items()}
         row |= {key: round(value, 4) for key, value in validate().items()}
-        total = {}
         checkpoint.save(done)
         with (recipe.work / f"{stage}.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
@@ -543,6 +560,10 @@ def main() -> None:
     recipe.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.threads)
     stage = given.stage
+    if "WORLD_SIZE" in os.environ:
+        if stage != "dit":
+            parser.error(f"{stage} runs in one process; torchrun divides only dit")
+        recipe = join(recipe)
     if stage in ("all", "render"):
         render(recipe, recipe.threads, given.only)
     if stage in ("all", "vae"):

@@ -1,6 +1,7 @@
 """Training can be killed at any moment and goes on as if nothing had happened."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,3 +123,25 @@ def test_known_frames_never_leave_nothing_to_learn() -> None:
     assert not known.all(1).any()
     assert 0.05 < known[:, 0].float().mean() < 0.25
     assert not draw_known(100, 1, torch.Generator().manual_seed(0)).any()
+
+
+RANK = """
+import sys
+from pathlib import Path
+from model.train import join, train_dit
+from tests.integration.test_train import small
+train_dit(join(small(Path(sys.argv[1]))))
+"""
+
+
+def test_two_ranks_learn_what_one_learns(trained: Path, tmp_path: Path) -> None:
+    work = tmp_path / "divided"
+    shutil.copytree(trained, work, ignore=shutil.ignore_patterns("dit.*"))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    subprocess.run([*command, sys.executable, "-c", RANK, str(work)], cwd=root, check=True, timeout=300)
+    whole, divided = (load_file(folder / "dit.safetensors") for folder in (trained, work))
+    assert whole.keys() == divided.keys()
+    for name in whole:
+        if not name.startswith("optimizer."):
+            assert torch.allclose(whole[name], divided[name], atol=2e-4), name
