@@ -126,11 +126,6 @@ def _up(frames: int, step: int) -> int:
     return -(-(frames - 1) // step) * step + 1
 
 
-def frames_made(given: Given, step: int) -> int:
-    """Frames that go through the model, those included that overlap: what a clip costs."""
-    return sum(window.frames for window in windows(given, step))
-
-
 def times_from(times: Sequence[float], strength: float) -> list[float]:
     """The part of a schedule below `strength`, which is where an edit begins; 1 is all of it."""
     return [strength, *(time for time in times if time < strength)]

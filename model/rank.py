@@ -298,7 +298,7 @@ class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:
-        self.laps = dict.fromkeys(("text", "denoise", "decode"), 0.0)
+        self.laps: dict[str, float] = dict.fromkeys(("text", "denoise", "decode"), 0.0)
         self.last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
