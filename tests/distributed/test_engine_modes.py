@@ -1,4 +1,4 @@
-"""Clips that keep frames they are given, through real ranks: what is kept, what is made, the same on every partition."""
+"""Clips that keep frames they are given, through real ranks: what is kept, what is made, and on every partition."""
 
 from __future__ import annotations
 
