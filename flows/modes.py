@@ -282,7 +282,7 @@ def _plan(conditions: Conditions, values: dict[str, Any], size: Size, defaults: 
 def _length(mode: Mode, before: int, after: int, span: int, overlap: int, defaults: Defaults) -> int:
     """Frames of a clip when nobody says: with one more window where something is added to a source."""
     step = defaults.frame_step
-    bridge = max(step, span - overlap - step * max(1, overlap // step))
+    bridge = max(step, span - min(overlap, before) - step * max(1, overlap // step))
     if mode is Mode.EDIT:
         return (before - 1) // step * step + 1
     if mode is Mode.EXTEND:

@@ -1,4 +1,4 @@
-"""What modes are worth, in figures: are given frames kept, does the join show, does a loop close, what does an edit keep.
+"""What modes are worth, in figures: are given frames kept, do joins show, do loops close, what does an edit keep.
 
     python -m model.score_modes mini --clips 4 --json modes.json
 
@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,7 +43,7 @@ def psnr(one: Frames, other: Frames) -> float:
 def steps_between(frames: Frames) -> list[float]:
     """How far each frame is from the one before it: mean absolute difference."""
     moving = frames.astype(np.float64)
-    return [float(np.abs(after - before).mean()) for before, after in zip(moving, moving[1:], strict=False)]
+    return [float(np.abs(after - before).mean()) for before, after in pairwise(moving)]
 
 
 def seam(frames: Frames, join: int) -> float:

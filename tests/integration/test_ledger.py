@@ -140,7 +140,7 @@ def test_a_clip_without_what_its_mode_is_made_from_is_refused(ledger: Ledger, va
     values = {**values, **({"source": artifact_of(values["source"]).sha256} if "source" in values else {})}
     with ledger.begin() as session:
         add_artifacts(session, [artifact_of("a")])
-        with pytest.raises(IntegrityError, match="ck_clips_mode|ck_clips_windows|fk_clips_source"):
+        with pytest.raises(IntegrityError, match=r"ck_clips_mode|ck_clips_windows|fk_clips_source"):
             opened(session, [new_clip(0, **values)])
         session.rollback()
 
