@@ -73,7 +73,7 @@ def cut_off(data: bytes) -> bytes:
 def sound_only() -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream("flac", rate=8000)
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
         frame.sample_rate, frame.time_base = 8000, Fraction(1, 8000)
         container.mux(stream.encode(frame))
