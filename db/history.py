@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from db.tables import Attempt, AttemptStatus, ClipStatus, Edge, EdgeKind
+from db.tables import Attempt, AttemptStatus, ClipDirection, ClipMode, ClipStatus, Edge, EdgeKind
 
 COLUMNS: dict[str, tuple[Any, str]] = {
     "request_id": (Text, "the request it belongs to"),
@@ -82,6 +82,14 @@ COLUMNS: dict[str, tuple[Any, str]] = {
     "line": (Integer, "of the prompt file, from 1"),
     "flow_run_id": (Text, "the Prefect flow run of its request"),
     "shard_id": (BigInteger, "the shard it was last part of"),
+    "mode": (Text, "text-to-video image image-to-video extend connect loop edit"),
+    "source_sha256": (Text, "of what it was made from"),
+    "end_source_sha256": (Text, "of what it leads to"),
+    "direction": (Text, "of an extension: forward backward"),
+    "strength": (Double, "of an edit: 1 keeps nothing of the source"),
+    "window": (Integer, "most frames made at once, where it is made in several windows"),
+    "overlap": (Integer, "frames that a window takes over from what is known"),
+    "made_frames": (Integer, "frames that went through the model, where that is not all of them once"),
 }
 
 # In a MetaData of its own: a view is no table that migrations would create.
@@ -139,6 +147,14 @@ class HistoryRow:
     line: int | None
     flow_run_id: str | None
     shard_id: int | None
+    mode: ClipMode
+    source_sha256: str | None
+    end_source_sha256: str | None
+    direction: ClipDirection | None
+    strength: float | None
+    window: int | None
+    overlap: int | None
+    made_frames: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +248,8 @@ def rows_of(session: Session, wanted: Select[Any]) -> Iterator[HistoryRow]:
     with contextlib.closing(session.execute(wanted, execution_options={"yield_per": 500})) as rows:
         for row in rows:
             values = dict(zip(COLUMNS, row, strict=True))
-            values["status"] = ClipStatus(values["status"])
+            values["status"], values["mode"] = ClipStatus(values["status"]), ClipMode(values["mode"])
+            values["direction"] = values["direction"] and ClipDirection(values["direction"])
             yield HistoryRow(**values)
 
 

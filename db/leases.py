@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Select, case, func, insert, select, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from db.session import UNSYNCED, change
 from db.tables import (
@@ -27,6 +27,8 @@ from db.tables import (
     Attempt,
     AttemptStatus,
     Clip,
+    ClipDirection,
+    ClipMode,
     ClipStatus,
     Request,
     RequestStatus,
@@ -40,6 +42,7 @@ STAGES = ("text", "denoise", "decode", "encode", "put")
 _AS_STORED = (
     *("negative_prompt", "seed", "width", "height", "frames", "fps"),
     *("steps", "guidance", "solver", "shift", "recipe"),
+    *("mode", "direction", "strength", "window", "overlap"),
 )
 
 _ERROR_CHARACTERS = 10_000  # a traceback's end is of use, a log is not
@@ -61,6 +64,16 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewArtifact:
+    """Bytes that lie in the store already."""
+
+    sha256: str
+    key: str
+    bytes: int
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedClip:
     """All an engine needs to render one clip."""
 
@@ -78,16 +91,13 @@ class LeasedClip:
     solver: str
     shift: float
     recipe: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewArtifact:
-    """Bytes that lie in the store already."""
-
-    sha256: str
-    key: str
-    bytes: int
-    media_type: str
+    mode: ClipMode
+    direction: ClipDirection | None
+    strength: float | None
+    window: int | None
+    overlap: int | None
+    source: NewArtifact | None  # what it is made from
+    end_source: NewArtifact | None
 
 
 def held(lease: Lease) -> ColumnElement[bool]:
@@ -341,17 +351,32 @@ def adopted() -> dict[str, Any]:
 
 
 def _clips_to_render(session: Session, shard_id: int) -> list[LeasedClip]:
+    sources = aliased(Artifact), aliased(Artifact)
     queued = (
         select(
             Clip.id.label("clip_id"),
             (Clip.attempts + 1).label("attempt_no"),
             func.coalesce(Clip.rewritten_prompt, Clip.prompt).label("prompt"),
             *(getattr(Clip, name) for name in _AS_STORED),
+            *sources,
         )
+        .outerjoin(sources[0], sources[0].sha256 == Clip.source)
+        .outerjoin(sources[1], sources[1].sha256 == Clip.end_source)
         .where(Clip.shard_id == shard_id, Clip.status == ClipStatus.QUEUED)
         .order_by(Clip.index, Clip.sample)
     )
-    return [LeasedClip(**row) for row in session.execute(queued).mappings()]
+    clips: list[LeasedClip] = []
+    for *values, source, end_source in session.execute(queued):
+        names = ("clip_id", "attempt_no", "prompt", *_AS_STORED)
+        row = dict(zip(names, values, strict=True))
+        clips.append(LeasedClip(**row, source=_as_value(source), end_source=_as_value(end_source)))
+    return clips
+
+
+def _as_value(stored: Artifact | None) -> NewArtifact | None:
+    if stored is None:
+        return None
+    return NewArtifact(sha256=stored.sha256, key=stored.key, bytes=stored.bytes, media_type=stored.media_type)
 
 
 # The fence and what it guards

@@ -42,7 +42,7 @@ from sqlalchemy.orm import Session, aliased
 
 from db.history import HistoryRow as ClipRow
 from db.history import history, rows_of
-from db.leases import adopted
+from db.leases import NewArtifact, adopted
 from db.session import change
 from db.tables import (
     ACTIVE,
@@ -51,6 +51,8 @@ from db.tables import (
     Attempt,
     AttemptStatus,
     Clip,
+    ClipDirection,
+    ClipMode,
     ClipStatus,
     Edge,
     EdgeKind,
@@ -120,6 +122,15 @@ class NewClip:
     seed: int | None = None
     recipe: str | None = None
     line: int | None = None
+    mode: ClipMode = ClipMode.TEXT_TO_VIDEO
+    source: str | None = None  # sha256 of an artifact that the ledger knows: see add_artifacts
+    end_source: str | None = None
+    direction: ClipDirection | None = None
+    strength: float | None = None
+    window: int | None = None
+    overlap: int | None = None
+    made_frames: int | None = None
+    parents: tuple[tuple[str, EdgeKind], ...] = ()  # clips it is made from, and how
     rejected: str | None = None
 
 
@@ -137,6 +148,9 @@ class Unplanned:
     guidance: float
     solver: str
     recipe: str
+    mode: ClipMode
+    strength: float | None
+    made_frames: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,26 +287,30 @@ def add_clips(session: Session, request_id: str, clips: Iterable[NewClip]) -> in
         source = select(*given.c, status.cast(Clip.status.type), finished)
         names = [*(col.name for col in _CLIP_COLUMNS), "status", "finished_at"]
         added += change(session, upsert(Clip).from_select(names, source).on_conflict_do_nothing())
+        add_edges(session, ((_clip_id(request_id, clip), *parent) for clip in chunk for parent in clip.parents))
     return added
 
 
 _CLIP_COLUMNS = (
     *(column(name, Text) for name in ("id", "request_id", "custom_id", "prompt", "rewritten_prompt")),
     *(column(name, Text) for name in ("negative_prompt", "solver", "recipe", "error")),
+    *(column(name, Text) for name in ("source", "end_source")),
     *(column(name, Integer) for name in ("index", "sample", "line", "width", "height", "frames", "fps", "steps")),
-    *(column(name, Double) for name in ("guidance", "shift")),
+    *(column(name, Integer) for name in ("window", "overlap", "made_frames")),
+    *(column(name, Double) for name in ("guidance", "shift", "strength")),
     column("seed", BigInteger),
+    column("mode", Clip.mode.type),
+    column("direction", Clip.direction.type),
 )
 
 
 def _as_row(request_id: str, clip: NewClip) -> dict[str, Any]:
-    row = {name: getattr(clip, name) for name in NewClip.__slots__ if name != "rejected"}
-    return {
-        **row,
-        "id": f"{request_id}-{clip.index:06d}-{clip.sample}",
-        "request_id": request_id,
-        "error": clip.rejected,
-    }
+    row = {name: getattr(clip, name) for name in NewClip.__slots__ if name not in ("rejected", "parents")}
+    return {**row, "id": _clip_id(request_id, clip), "request_id": request_id, "error": clip.rejected}
+
+
+def _clip_id(request_id: str, clip: NewClip) -> str:
+    return f"{request_id}-{clip.index:06d}-{clip.sample}"
 
 
 def seal_request(session: Session, request_id: str, total: int) -> None:
@@ -682,6 +700,50 @@ def add_edges(session: Session, edges: Iterable[tuple[str, str, EdgeKind]]) -> N
     rows = [{"child": child, "parent": parent, "kind": kind} for child, parent, kind in edges]
     if rows:
         change(session, upsert(Edge).values(rows).on_conflict_do_nothing())
+
+
+def add_artifacts(session: Session, stored: Iterable[NewArtifact]) -> None:
+    """Note objects that lie in the store already and that clips are made from."""
+    if rows := [asdict(artifact) for artifact in stored]:
+        change(session, upsert(Artifact).values(rows).on_conflict_do_nothing(index_elements=[Artifact.sha256]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedClip:
+    """A clip of history that others may be made from."""
+
+    clip_id: str
+    status: ClipStatus
+    width: int
+    height: int
+    frames: int
+    fps: int
+    artifact: NewArtifact | None  # None: it is not done
+
+
+def clip_by(session: Session, clip_id: str) -> FinishedClip | None:
+    """What is known of a clip as a source; None when there is no such clip, or none that was accepted."""
+    row = session.execute(
+        select(Clip.status, Clip.width, Clip.height, Clip.frames, Clip.fps, *_ARTIFACT)
+        .outerjoin(Artifact, Artifact.sha256 == Clip.artifact)
+        .where(Clip.id == clip_id, Clip.recipe.is_not(None))
+    ).one_or_none()
+    if row is None:
+        return None
+    status, width, height, frames, fps, *stored = row
+    names = (each.key for each in _ARTIFACT)
+    return FinishedClip(
+        clip_id=clip_id,
+        status=status,
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
+        artifact=NewArtifact(**dict(zip(names, stored, strict=True))) if stored[0] else None,
+    )
+
+
+_ARTIFACT = (Artifact.sha256, Artifact.key, Artifact.bytes, Artifact.media_type)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,23 @@ class AttemptStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
+class ClipMode(StrEnum):
+    """What a clip is made from, beside its words."""
+
+    TEXT_TO_VIDEO = "text-to-video"
+    IMAGE = "image"  # a single frame, from words alone
+    IMAGE_TO_VIDEO = "image-to-video"
+    EXTEND = "extend"
+    CONNECT = "connect"
+    LOOP = "loop"
+    EDIT = "edit"
+
+
+class ClipDirection(StrEnum):
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
 class EdgeKind(StrEnum):
     IMAGE = "image"  # the child starts from a frame of the parent
     EXTEND = "extend"
@@ -104,6 +121,8 @@ class Base(DeclarativeBase):
         ShardStatus: _by_value(ShardStatus, "shard_status"),
         AttemptStatus: _by_value(AttemptStatus, "attempt_status"),
         EdgeKind: _by_value(EdgeKind, "edge_kind"),
+        ClipMode: _by_value(ClipMode, "clip_mode"),
+        ClipDirection: _by_value(ClipDirection, "clip_direction"),
     }
 
 
@@ -251,6 +270,14 @@ class Clip(Base):
     shift: Mapped[float | None]
     seed: Mapped[int | None] = mapped_column(BigInteger)
     recipe: Mapped[str | None]
+    mode: Mapped[ClipMode] = mapped_column(server_default=ClipMode.TEXT_TO_VIDEO.value)
+    source: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))  # prevents a source that is not stored
+    end_source: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))
+    direction: Mapped[ClipDirection | None]
+    strength: Mapped[float | None]
+    window: Mapped[int | None]  # most frames made at once, where the clip is made in several
+    overlap: Mapped[int | None]
+    made_frames: Mapped[int | None]  # that go through the model, where that is not all of them once
     status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
     error: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
@@ -276,6 +303,17 @@ class Clip(Base):
             name="renderable",
         ),
         CheckConstraint(_HEX64.format("recipe"), name="recipe"),
+        # prevents a mode without what it is made from, and sources that nobody would look at
+        CheckConstraint(
+            "status = 'rejected' or ("
+            "(mode not in ('image-to-video', 'extend', 'connect', 'edit') or source is not null)"
+            " and (mode not in ('text-to-video', 'image') or source is null)"
+            " and (mode = 'connect') = (end_source is not null) and (mode = 'extend') = (direction is not null)"
+            " and (mode = 'edit') = (strength is not null) and (strength is null or strength > 0 and strength <= 1))",
+            name="mode",
+        ),
+        # prevents windows that take over more than they hold
+        CheckConstraint('overlap >= 1 and "window" > overlap and made_frames >= 1', name="windows"),
         # prevents "done" without a video, and a video on a clip that is said to have none
         CheckConstraint("(status = 'done') = (artifact is not null)", name="done"),
         # prevents a rendering outside any lease
@@ -327,6 +365,8 @@ class Clip(Base):
         Index("ix_clips_progress", "request_id", "status", postgresql_include=["found", "seconds", "started_at"]),
         Index("ix_clips_newest", text("queued_at desc"), "index", "sample"),
         Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
+        # prevents the search for what was made from an artifact from reading all clips
+        Index("ix_clips_source", "source", postgresql_where=text("source is not null")),
     )
 
 

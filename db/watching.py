@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db.tables import Clip, ClipStatus, Request, RequestStatus, Shard, ShardStatus
+from db.tables import Clip, ClipMode, ClipStatus, Request, RequestStatus, Shard, ShardStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,9 @@ class Cost:
     frames: int
     steps: int
     guidance: float
+    mode: ClipMode
+    strength: float | None
+    made_frames: int | None
     seconds: float
 
 
@@ -58,6 +61,7 @@ def measured_costs(session: Session, model_digest: str, *, newest: int = 2000) -
         .limit(newest)
         .subquery()
     )
-    shape = [rendered.c[name] for name in ("width", "height", "frames", "steps", "guidance")]
+    names = ("width", "height", "frames", "steps", "guidance", "mode", "strength", "made_frames")
+    shape = [rendered.c[name] for name in names]
     median = func.percentile_cont(0.5).within_group(rendered.c.seconds).label("seconds")
     return [Cost(**row) for row in session.execute(select(*shape, median).group_by(*shape)).mappings()]

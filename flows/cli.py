@@ -74,7 +74,9 @@ EPILOG = """
 [bold]Prompt files[/bold]
   .jsonl  an object a line: {"prompt": "a red ball spins"}, and if wanted
           custom_id negative_prompt width height size frames fps steps
-          guidance solver shift samples seed
+          guidance solver shift samples seed; and what to make it from:
+          mode image video clip end_image end_video end_clip direction
+          strength overlap
   .csv    the same names in a header row
   .txt    a prompt a line
 
@@ -300,6 +302,7 @@ def _clip_files(settings: Settings, request_id: str, folder: Path) -> Iterator[d
 
 
 SETTING = "Settings of prompts that bring none of their own (default: the model's)"
+MADE_FROM = "What prompts are made from that do not say so themselves"
 
 
 @app.command(rich_help_panel=REQUESTS)
@@ -329,6 +332,27 @@ def submit(
     tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency key (default: a digest of file, settings, tenant and model).")
+    ] = None,
+    mode: Annotated[
+        Literal["text-to-video", "image", "image-to-video", "extend", "connect", "loop", "edit"] | None,
+        typer.Option(help="What clips are made from (default: their words alone).", rich_help_panel=MADE_FROM),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="A picture: a file, or store:KEY.", rich_help_panel=MADE_FROM)
+    ] = None,
+    video: Annotated[str | None, typer.Option(help="A video: a file, or store:KEY.", rich_help_panel=MADE_FROM)] = None,
+    clip: Annotated[str | None, typer.Option(help="The id of a finished clip.", rich_help_panel=MADE_FROM)] = None,
+    end_image: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
+    end_video: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
+    end_clip: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
+    direction: Annotated[
+        Literal["forward", "backward"] | None, typer.Option(help="Where to extend.", rich_help_panel=MADE_FROM)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of an edit: 1 keeps nothing (default 0.6).", rich_help_panel=MADE_FROM)
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Known frames that new ones begin with, 4n+1.", rich_help_panel=MADE_FROM)
     ] = None,
     prompts_format: Annotated[
         Literal["auto", "jsonl", "csv", "text"], typer.Option("--prompts-format", help="Format of the file.")
@@ -363,6 +387,16 @@ def submit(
         "tenant": tenant,
         "key": key,
         "prompts_format": prompts_format,
+        "mode": mode,
+        "image": image,
+        "video": video,
+        "clip": clip,
+        "end_image": end_image,
+        "end_video": end_video,
+        "end_clip": end_clip,
+        "direction": direction,
+        "strength": strength,
+        "overlap": overlap,
     }
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
@@ -380,18 +414,17 @@ def submit(
 
 def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_invalid: bool) -> tuple[str, str | None]:
     """Checks and submits; (request id, flow run id or None if the ledger has all of it already)."""
-    from flows.prompts import BadFile
+    from flows.prompts import BadFile, strange_shapes
     from flows.submit import check_file, readable
     from flows.submit import submit as send
     from model.weights import find_model
 
     options = {"model": settings.model, **options, "skip_invalid": skip_invalid}
+    card = find_model(options["model"])
     with readable(file) as (source, path):
         options.setdefault("name", Path(source).name)
         try:
-            good = check_file(
-                source, path, options, find_model(options["model"]), lambda message: typer.echo(message, err=True)
-            )
+            good = check_file(source, path, options, card, lambda said: typer.echo(said, err=True), settings)
         except BadFile as error:
             fail(f"{error}", BAD_INPUT)
         checked = good.checked
@@ -400,6 +433,8 @@ def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_inva
             errors = f"{_count(checked.faults, 'error')} in {checked.bad} of {lines}"
             hint = "" if skip_invalid or not checked.prompts else "; --skip-invalid goes on without these lines"
             fail(f"{errors}: nothing was submitted{hint}", BAD_INPUT)
+        if warning := strange_shapes(card, checked.shapes):
+            typer.echo(f"rushes: warning: {warning}", err=True)
         finished = _finished(settings, good.request_id)
         if finished:
             typer.echo(f"{good.request_id} is complete: all {finished} clips were found, nothing is to be rendered")

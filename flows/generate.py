@@ -42,9 +42,10 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import leases, ledger, watching
 from db.ledger import NewClip, NewRequest, Progress
-from db.tables import ClipStatus, RequestStatus
+from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus
 from flows import engines, plan
 from flows.ledgers import ledger as ledger_of
+from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
     BadLine,
@@ -57,9 +58,11 @@ from flows.prompts import (
     prompts_key,
     read_prompts,
     recipe,
+    strange_shapes,
 )
-from flows.request import Defaults, GenerationRequest, request_key
+from flows.request import Defaults, GenerationRequest, Mode, request_key
 from flows.settings import Settings, load_settings
+from flows.sources import Sources, of_run
 from infra.store import NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
 from model.weights import ModelCard, ModelNotFound, find_model
@@ -107,7 +110,7 @@ def make_clips(
 ) -> State[Any]:
     log = get_run_logger()
     try:
-        source = find_source(settings, store, request)
+        source = find_source(settings, ledgers, store, request)
     except (BadUri, BadFile, ModelNotFound, NoSuchKey) as error:
         return refuse([str(error)])
     checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
@@ -119,6 +122,8 @@ def make_clips(
     opened = record(settings, ledgers, store, source, request)
     request_id = opened.id
     log.info("request %s: %s clips asked for by %s", request_id, source.checked.clips, source.name)
+    if warning := strange_shapes(source.card, source.checked.shapes):
+        log.warning("%s", warning)
     if opened.created:
         log.info(
             "ask about it with: rushes sql \"select status, count(*) from history where request_id = '%s' group by 1\"",
@@ -145,9 +150,10 @@ class Source:
     card: ModelCard
     defaults: Defaults
     checked: Checked
+    sources: Sources  # what lines are made from, found and stored
 
 
-def find_source(settings: Settings, store: Store, request: GenerationRequest) -> Source:
+def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest) -> Source:
     """Finds the prompts, puts inline ones into the store (so that every request can be read again), checks all of them.
 
     Raises BadUri, BadFile, NoSuchKey and ModelNotFound.
@@ -166,9 +172,19 @@ def find_source(settings: Settings, store: Store, request: GenerationRequest) ->
         name = request.name or "prompts" if uri.startswith("store:") else name
     with open_source(settings, store, uri) as stream:
         sha256, _ = digest_stream(stream)
+    sources = of_run(ledgers, store, settings.prompts, request.files)
     with open_source(settings, store, uri) as stream:
-        checked = check_prompts(stream, source=name, format=request.format, defaults=defaults)
-    return Source(name=name, uri=uri, sha256=sha256, model=request.model, card=card, defaults=defaults, checked=checked)
+        checked = check_prompts(stream, source=name, format=request.format, defaults=defaults, find=sources.find)
+    return Source(
+        name=name,
+        uri=uri,
+        sha256=sha256,
+        model=request.model,
+        card=card,
+        defaults=defaults,
+        checked=checked,
+        sources=sources,
+    )
 
 
 @contextmanager
@@ -193,8 +209,14 @@ def record(
     request: GenerationRequest,
 ) -> ledger.OpenedRequest:
     """Opens the request in the ledger and writes all its clips. Doing it again changes nothing."""
-    key = request_key(request, source.defaults, source_sha256=source.sha256, model_digest=source.card.digest)
-    card = source.card
+    card, checked = source.card, source.checked
+    key = request_key(
+        request,
+        source.defaults,
+        source_sha256=source.sha256,
+        model_digest=card.digest,
+        made_from=checked.made_from,
+    )
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
         opened = ledger.open_request(
@@ -217,10 +239,12 @@ def record(
         sealed = ledger.progress(session, opened.id).total is not None
     if not sealed:
         with ledgers.begin() as session, open_source(settings, store, source.uri) as stream:
-            read = read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults)
+            ledger.add_artifacts(session, source.sources.artifacts())
+            find = source.sources.find
+            read = read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults, find=find)
             ledger.add_clips(session, opened.id, (clip for line in read for clip in clips_of(line, source)))
         with ledgers.begin() as session:
-            ledger.seal_request(session, opened.id, source.checked.clips + source.checked.bad)
+            ledger.seal_request(session, opened.id, checked.clips + checked.bad)
     return opened
 
 
@@ -236,6 +260,7 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
             rejected=line.reason,
         )
         return
+    made: Conditions = line.conditions
     for sample in range(line.samples):
         yield NewClip(
             index=line.index,
@@ -254,7 +279,31 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
             shift=line.shift,
             seed=line.seed_of(sample),
             recipe=recipe(line, sample, model_digest=source.card.digest),
+            mode=ClipMode(made.mode),
+            source=made.source and made.source.sha256,
+            end_source=made.end_source and made.end_source.sha256,
+            direction=None if made.direction is None else ClipDirection(made.direction),
+            strength=made.strength,
+            window=made.window,
+            overlap=made.overlap,
+            made_frames=made.made_frames,
+            parents=parents_of(made),
         )
+
+
+KIND = {
+    Mode.IMAGE_TO_VIDEO: EdgeKind.IMAGE,
+    Mode.EXTEND: EdgeKind.EXTEND,
+    Mode.CONNECT: EdgeKind.CONNECT,
+    Mode.LOOP: EdgeKind.LOOP,
+    Mode.EDIT: EdgeKind.EDIT,
+}
+
+
+def parents_of(made: Conditions) -> tuple[tuple[str, EdgeKind], ...]:
+    """The clips of history that a clip is made from, and how."""
+    named = dict.fromkeys(each.clip_id for each in (made.source, made.end_source) if each and each.clip_id)
+    return tuple((parent, KIND[made.mode]) for parent in named)
 
 
 def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:

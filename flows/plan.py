@@ -38,6 +38,12 @@ class Sized(Protocol):
     def steps(self) -> int: ...
     @property
     def guidance(self) -> float: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def strength(self) -> float | None: ...
+    @property
+    def made_frames(self) -> int | None: ...
 
 
 class Waiting(Sized, Protocol):
@@ -62,10 +68,15 @@ class Shape(NamedTuple):
     frames: int
     steps: int
     guided: bool  # guidance runs the model twice a step
+    mode: str = "text-to-video"
+    strength: float = 1.0  # of an edit, which takes about this share of the steps
+    made: int = 0  # frames that go through the model, where that is not `frames`
 
     @classmethod
     def of(cls, clip: Sized) -> Shape:
-        return cls(clip.width, clip.height, clip.frames, clip.steps, clip.guidance != 1)
+        guided = clip.guidance != 1
+        mode, strength, made = str(clip.mode), clip.strength or 1.0, clip.made_frames or 0
+        return cls(clip.width, clip.height, clip.frames, clip.steps, guided, mode, strength, made)
 
     @property
     def token_passes(self) -> int:
@@ -73,8 +84,9 @@ class Shape(NamedTuple):
 
         A model with other patches differs by a constant factor, which the measured rate contains.
         """
-        frames = (self.frames - 1) // 4 + 1
-        return frames * math.ceil(self.width / 16) * math.ceil(self.height / 16) * self.steps * (1 + self.guided)
+        frames = ((self.made or self.frames) - 1) // 4 + 1
+        steps = math.ceil(self.steps * self.strength)
+        return frames * math.ceil(self.width / 16) * math.ceil(self.height / 16) * steps * (1 + self.guided)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,17 +26,20 @@ import re
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast
 
+from flows.modes import PLAIN, STITCHED, Conditions, Fault, Find, Size, check_sources, mode_of, nowhere, settle
 from flows.request import (
+    CONDITIONS,
     MAX_FPS,
     MAX_FRAMES,
     MAX_GUIDANCE,
     MAX_ID,
+    MAX_NAME,
     MAX_PIXELS,
     MAX_PROMPT,
     MAX_SAMPLES,
@@ -44,11 +47,17 @@ from flows.request import (
     MAX_SHIFT,
     MAX_SIDE,
     MAX_STEPS,
+    SOURCES,
     Defaults,
+    Direction,
+    Mode,
     PromptsFormat,
     Solver,
     digest_of,
 )
+
+if TYPE_CHECKING:
+    from model.weights import ModelCard
 
 # Goes up when the same settings begin to give other pixels (sampler, noise, decoder, precision), so that old takes are
 # never served for new recipes.
@@ -66,13 +75,6 @@ class BadFile(ValueError):
 
 class BadUri(ValueError):
     """`prompts_uri` names something that a request may not read."""
-
-
-class Fault(NamedTuple):
-    """One thing that is wrong with a line: which key, and a sentence with value, bound and what to do."""
-
-    field: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,8 @@ class Prompt:
     shift: float
     samples: int
     seed: int
+    conditions: Conditions = PLAIN
+    shapes: tuple[str, ...] = ()  # WIDTHxHEIGHTxFRAMES of what the model makes at once
 
     def seed_of(self, sample: int) -> int:
         """The seed of one sample: they count up from the prompt's seed and wrap below 2**63."""
@@ -140,6 +144,7 @@ def recipe(prompt: Prompt, sample: int, *, model_digest: str, rewritten: str | N
             "solver": prompt.solver,
             "shift": float(prompt.shift),
             "seed": prompt.seed_of(sample),
+            **prompt.conditions.recipe(),
         }
     )
 
@@ -153,9 +158,11 @@ def derived_seed(request_seed: int, prompt: str, custom_id: str | None) -> int:
 
 
 def read_prompts(
-    stream: BinaryIO, *, source: str, format: PromptsFormat, defaults: Defaults
+    stream: BinaryIO, *, source: str, format: PromptsFormat, defaults: Defaults, find: Find = nowhere
 ) -> Iterator[Prompt | BadLine]:
     """Every line of `stream` (open at its beginning), in order. `source` names the file in messages.
+
+    `find` looks up the pictures, videos and clips that lines are made from.
 
     Raises BadFile when the file as a whole cannot be used; an empty one is found at its end.
     """
@@ -166,7 +173,7 @@ def read_prompts(
     ids = _FirstSeen()
     index = -1
     for index, record in enumerate(read(lines, source)):
-        yield _settle(index, record, defaults, ids)
+        yield _settle(index, record, defaults, ids, find)
     if index < 0:
         raise BadFile(f"{source}: holds no prompts: {_HOW_TO_WRITE[format]}")
 
@@ -187,6 +194,8 @@ class Checked:
     bad: int  # lines
     faults: int  # things wrong with them
     messages: tuple[str, ...]  # the first of them, as `file:line: message`
+    made_from: str | None = None  # sha256 hex over all sources that lines name; None: no line names one
+    shapes: Mapping[str, int] = field(default_factory=dict[str, int])  # WxHxF that the model makes at once: clips
 
 
 def check_prompts(
@@ -197,6 +206,7 @@ def check_prompts(
     defaults: Defaults,
     keep: int = 100,
     report: Callable[[str], None] | None = None,
+    find: Find = nowhere,
 ) -> Checked:
     """Reads the whole file and counts. `report` gets every message as it is found; `keep` of them are kept.
 
@@ -204,10 +214,17 @@ def check_prompts(
     """
     prompts = clips = bad = faults = 0
     messages: list[str] = []
-    for line in read_prompts(stream, source=source, format=format, defaults=defaults):
+    identity, named = hashlib.sha256(), False
+    shapes: Counter[str] = Counter()
+    for line in read_prompts(stream, source=source, format=format, defaults=defaults, find=find):
         if isinstance(line, Prompt):
             prompts += 1
             clips += line.samples
+            for shape in line.shapes:
+                shapes[shape] += line.samples
+            for each in line.conditions.identity:
+                identity.update(f"{each}\n".encode())
+                named = True
             continue
         bad += 1
         faults += len(line.faults)
@@ -216,13 +233,32 @@ def check_prompts(
                 report(message)
             if len(messages) < keep:
                 messages.append(message)
-    return Checked(prompts=prompts, clips=clips, bad=bad, faults=faults, messages=tuple(messages))
+    return Checked(
+        prompts=prompts,
+        clips=clips,
+        bad=bad,
+        faults=faults,
+        messages=tuple(messages),
+        made_from=identity.hexdigest() if named else None,
+        shapes=shapes,
+    )
+
+
+def strange_shapes(card: ModelCard, shapes: Mapping[str, int]) -> str:
+    """A warning about clips of shapes that the model was not trained for; '' where there are none."""
+    strange = {shape: count for shape, count in shapes.items() if card.trained and shape not in card.trained}
+    if not strange:
+        return ""
+    clips = ", ".join(f"{shape} ({count} clip{'s' * (count != 1)})" for shape, count in sorted(strange.items()))
+    return f"{card.name} was not trained for {clips}: expect less of them; it knows {', '.join(card.trained)}"
 
 
 def check_defaults(defaults: Defaults) -> list[str]:
     """What is wrong with the settings of the request itself, in the same words as for a line."""
     given = {key: getattr(defaults, key) for key in _SETTINGS}
-    _, faults = _settings(given, defaults, _Given())
+    stitched = Mode(defaults.conditions.get("mode", Mode.TEXT_TO_VIDEO)) in STITCHED
+    _, faults = _settings(given, defaults, _Given(), any_length=stitched)
+    faults += check_sources(defaults.conditions)
     return [fault.message for fault in faults]
 
 
@@ -524,26 +560,40 @@ _WHOLE = {
 }
 _NUMBERS = {"guidance": _Bound(1, MAX_GUIDANCE), "shift": _Bound(0.1, MAX_SHIFT)}
 _SETTINGS = (*_WHOLE, *_NUMBERS, "solver", "negative_prompt")
-_KNOWN = frozenset((*_SETTINGS, "prompt", "custom_id", "size"))
+_KNOWN = frozenset((*_SETTINGS, *CONDITIONS, "prompt", "custom_id", "size"))
 _SOLVERS = tuple(solver.value for solver in Solver)
 
 
-def _settle(index: int, record: _Record, defaults: Defaults, ids: _FirstSeen) -> Prompt | BadLine:
+def _settle(index: int, record: _Record, defaults: Defaults, ids: _FirstSeen, find: Find) -> Prompt | BadLine:
     """One line's values with the defaults filled in, or all that is wrong with them."""
     given = record.given or _JSON
     values = {key: value for key, value in record.values.items() if value is not None}
     faults = list(record.faults)
-    prompt, custom_id, settings = "", None, {}
+    prompt, custom_id, settings, named = "", None, {}, {}
     if not faults or values:
         prompt = _text(values, "prompt", MAX_PROMPT, faults, needed=True) or ""
         custom_id = _text(values, "custom_id", MAX_ID, faults)
-        settings, more = _settings(values, defaults, given)
+        named, more = _conditions(values, defaults, given)
+        faults += more
+        settings, more = _settings(values, defaults, given, any_length=mode_of(named) in STITCHED)
         faults += more
         faults += _unknown_keys(values)
     if custom_id is not None:
         before = ids.first(custom_id, record.line)
         if before is not None:
             faults.append(Fault("custom_id", f"custom_id={_show(custom_id)} is already the id of line {before}"))
+    size = Size(
+        width=settings.get("width", defaults.width),
+        height=settings.get("height", defaults.height),
+        frames=settings.get("frames", defaults.asked_frames),
+        fps=settings.get("fps", defaults.fps),
+        asked=defaults.asked_size or "width" in settings or "height" in settings,
+    )
+    conditions, shapes = PLAIN, ()
+    if not faults:
+        conditions, shapes, faults = settle(named, size, defaults, find)
+    if not faults and (too_large := _too_large(size.width, size.height, size.frames or 1)):
+        faults.append(too_large)
     if faults:
         return BadLine(index=index, line=record.line, faults=tuple(faults), prompt=prompt, custom_id=custom_id)
     seed = settings.get("seed")
@@ -553,21 +603,67 @@ def _settle(index: int, record: _Record, defaults: Defaults, ids: _FirstSeen) ->
         prompt=prompt,
         custom_id=custom_id,
         negative_prompt=settings.get("negative_prompt", defaults.negative_prompt),
-        width=settings.get("width", defaults.width),
-        height=settings.get("height", defaults.height),
-        frames=settings.get("frames", defaults.frames),
-        fps=settings.get("fps", defaults.fps),
+        width=size.width,
+        height=size.height,
+        frames=size.frames or defaults.frames,
+        fps=size.fps,
         steps=settings.get("steps", defaults.steps),
         guidance=settings.get("guidance", defaults.guidance),
         solver=settings.get("solver", defaults.solver),
         shift=settings.get("shift", defaults.shift),
         samples=settings.get("samples", defaults.samples),
         seed=derived_seed(defaults.seed, prompt, custom_id) if seed is None else seed,
+        conditions=conditions,
+        shapes=shapes,
     )
 
 
-def _settings(values: dict[str, Any], defaults: Defaults, given: _Given) -> tuple[dict[str, Any], list[Fault]]:
-    """The settings among `values`, checked. Keys that are missing or wrong are missing in the result."""
+def _conditions(values: dict[str, Any], defaults: Defaults, given: _Given) -> tuple[dict[str, Any], list[Fault]]:
+    """Mode, sources and their options, each checked; the request's where the line names neither mode nor source."""
+    good: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for key, kind in (("mode", Mode), ("direction", Direction)):
+        if key in values:
+            said = values[key].strip() if isinstance(values[key], str) else None
+            if said in tuple(kind):
+                good[key] = kind(said)
+            else:
+                faults.append(Fault(key, f"{key}={given.show(values[key])} must be {' or '.join(kind)}"))
+    for key in SOURCES:
+        if key in values and (name := _text(values, key, MAX_NAME, faults)):
+            good[key] = name
+    if "strength" in values:
+        strength = given.number(values["strength"])
+        if strength is None or not 0 < strength <= 1:
+            shown = given.show(values["strength"])
+            faults.append(Fault("strength", f"strength={shown} must be a number above 0, at most 1"))
+        else:
+            good["strength"] = strength
+    if "overlap" in values:
+        overlap = given.whole(values["overlap"])
+        if overlap is None:
+            faults.append(Fault("overlap", f"overlap={given.show(values['overlap'])} must be a whole number"))
+        else:
+            good["overlap"] = overlap
+    if not faults and not {"mode", *SOURCES} & good.keys():
+        good = defaults.conditions | good
+    return good, faults or check_sources(good)
+
+
+def _too_large(width: int, height: int, frames: int) -> Fault | None:
+    if (pixels := width * height * frames) <= MAX_PIXELS:
+        return None
+    what = f"{width}x{height}x{frames}"
+    return Fault("frames", f"{what} has {pixels:,} pixels, the most is {MAX_PIXELS:,}: make it smaller or shorter")
+
+
+def _settings(
+    values: dict[str, Any], defaults: Defaults, given: _Given, *, any_length: bool = False
+) -> tuple[dict[str, Any], list[Fault]]:
+    """The settings among `values`, checked. Keys that are missing or wrong are missing in the result.
+
+    `any_length`: the clip is joined from pieces, so its length need not be one that the autoencoder gives.
+    """
     good: dict[str, Any] = {}
     faults: list[Fault] = []
     written: dict[str, str] = {}  # how a value reached us, where that is not key=value
@@ -576,7 +672,7 @@ def _settings(values: dict[str, Any], defaults: Defaults, given: _Given) -> tupl
     for key, value in values.items():
         if bound := _WHOLE.get(key):
             whole = value if type(value) is int else given.whole(value)
-            wrong = _wrong_whole(key, whole, bound, defaults)
+            wrong = _wrong_whole(key, whole, bound, defaults, any_length)
             if wrong:
                 faults.append(Fault(key, f"{written.get(key) or f'{key}={given.show(value)}'} must be {wrong}"))
             else:
@@ -598,15 +694,12 @@ def _settings(values: dict[str, Any], defaults: Defaults, given: _Given) -> tupl
     if not faults and ("width" in good or "height" in good or "frames" in good):
         get = good.get
         sides = get("width", defaults.width), get("height", defaults.height), get("frames", defaults.frames)
-        if (pixels := math.prod(sides)) > MAX_PIXELS:
-            what = "x".join(str(side) for side in sides)
-            faults.append(
-                Fault("frames", f"{what} has {pixels:,} pixels, the most is {MAX_PIXELS:,}: make it smaller or shorter")
-            )
+        if too_large := _too_large(*sides):
+            faults.append(too_large)
     return good, faults
 
 
-def _wrong_whole(key: str, whole: int | None, bound: _Bound, defaults: Defaults) -> str | None:
+def _wrong_whole(key: str, whole: int | None, bound: _Bound, defaults: Defaults, any_length: bool) -> str | None:
     """What the number under `key` must be, if it is not."""
     if whole is None:
         return f"a whole number {bound}"
@@ -614,7 +707,7 @@ def _wrong_whole(key: str, whole: int | None, bound: _Bound, defaults: Defaults)
         return str(bound)
     if key in ("width", "height") and whole % defaults.multiple:
         return f"a multiple of {defaults.multiple} ({_neighbours(whole, defaults.multiple, 0, bound)})"
-    if key == "frames" and (whole - 1) % defaults.frame_step:
+    if key == "frames" and (whole - 1) % defaults.frame_step and not any_length:
         return f"{defaults.frame_step}n+1 ({_neighbours(whole, defaults.frame_step, 1, bound)})"
     return None
 
@@ -782,13 +875,13 @@ class InFolder:
     path: Path
 
 
-def locate(uri: str, folder: Path) -> InStore | InFolder:
-    """What `prompts_uri` names: `store:<key>`, or a file below `folder` (`file:<path>` or just the path).
+def locate(uri: str, folder: Path, name: str = "prompts_uri") -> InStore | InFolder:
+    """What the key `name` names: `store:<key>`, or a file below `folder` (`file:<path>` or just the path).
 
     Nothing else can be named: no other file of this machine, whatever links or dots lead to it, and no address of the
     network. Raises BadUri, and BadFile if the file does not exist.
     """
-    shown = f"prompts_uri={_show(uri)}"
+    shown = f"{name}={_show(uri)}"
     scheme, colon, rest = uri.partition(":")
     if colon and scheme == "store":
         if not rest or rest.startswith("/") or ".." in rest.split("/") or not rest.isprintable():

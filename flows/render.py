@@ -9,6 +9,7 @@ while the ranks are already at the next clip. Bytes first, row second: what the 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -29,15 +30,18 @@ from prefect.states import Completed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import leases, ledger
-from db.leases import Lease, LeasedClip, LeaseLost
+from db.leases import Lease, LeasedClip, LeaseLost, NewArtifact
+from db.tables import ClipDirection, ClipMode
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
 from flows.settings import Settings, load_settings
-from infra.store import Store, StoreUnavailable
+from infra.store import NoSuchKey, Store, StoreUnavailable
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
+from model.conditioning import Frames
 from model.config import Partition
 from model.encode import encode_mp4, encode_png
 from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed
+from model.media import BadMedia, read_frames
 from model.weights import ModelCard, find_model
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
@@ -45,6 +49,7 @@ IDLE = 1.0  # seconds between two looks for work
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
 log = logging.getLogger("rushes.engine")
+T = TypeVar("T")
 
 
 def code_version() -> str:
@@ -283,13 +288,31 @@ class Shard:
         except Exception:
             log.warning("shard %s could not be given back; its lease will run out", self.lease.shard_id, exc_info=True)
 
+    def specs(self, clips: Sequence[LeasedClip]) -> list[ClipSpec]:
+        """What the ranks are to make. A clip whose sources cannot be had is failed here, and left out."""
+        specs: list[ClipSpec] = []
+        for clip in clips:
+            try:
+                specs.append(spec_of(clip, self.fetch))
+            except (BadMedia, NoSuchKey, WrongDigest) as error:
+                self.on_step(clip.clip_id, 0, clip.steps)
+                self.settle_failed(clip.clip_id, f"its source {error}")
+        return specs
+
+    def fetch(self, source: NewArtifact) -> bytes:
+        """The bytes of a source, proven by their digest. Waits for the store for as long as the lease is ours."""
+        data = self.patiently(lambda: self.crew.store.get(source.key))
+        if hashlib.sha256(data).hexdigest() != source.sha256:
+            raise WrongDigest(f"{source.key} has other bytes than its digest says")
+        return data
+
     def render_all(self, publisher: ThreadPoolExecutor) -> None:
         """Every clip once. When the ranks end under a clip, that clip has failed; the others go on with new ranks."""
         while left := [clip for clip in self.clips if clip.clip_id not in self.settled | self.cancelled]:
             pending: list[Future[None]] = []
             failure: Exception | None = None
             try:
-                specs = [spec_of(clip) for clip in left]
+                specs = self.specs(left)
                 for rendered in self.crew.engine.render(specs, on_step=self.on_step, cancelled=self.unwanted):
                     pending.append(publisher.submit(self.publish, rendered))
                     pending = [f for f in pending if not f.done() or f.result()]
@@ -342,7 +365,7 @@ class Shard:
             self.settle_failed(clip.clip_id, f"encoding failed: {error}")
             return
         encoded = time.time()
-        stored = self.put(data, media_type)
+        stored = self.patiently(lambda: self.crew.store.put(data, media_type))
         ended = time.time()
         with self.crew.ledgers.begin() as session:
             kept = leases.record_clip(
@@ -372,12 +395,12 @@ class Shard:
         for stage, began, ended in after:
             span_between(stage, began, ended, parent=clip)
 
-    def put(self, data: bytes, media_type: str) -> Any:
-        """Puts into the store, patiently: a rendered clip is worth waiting for as long as the lease is ours."""
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What the store answers: a rendered clip is worth waiting for as long as the lease is ours."""
         wait = 1.0
         while True:
             try:
-                return self.crew.store.put(data, media_type)
+                return ask()
             except StoreUnavailable:
                 if self.lost is not None:
                     raise
@@ -398,7 +421,25 @@ class Shard:
         self.settled.add(clip_id)
 
 
-def spec_of(clip: LeasedClip) -> ClipSpec:
+class WrongDigest(Exception):
+    """Stored bytes are not those that the ledger knows. `rushes audit` looks at all of them."""
+
+
+def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec:
+    """What the ranks are to make of a clip, with the frames of its sources at its size and rate.
+
+    Raises BadMedia, and what `fetch` raises.
+    """
+
+    def frames_of(source: NewArtifact | None) -> Frames | None:
+        if source is None:
+            return None
+        most = 1 if clip.mode is ClipMode.IMAGE_TO_VIDEO else clip.frames
+        return read_frames(fetch(source), width=clip.width, height=clip.height, fps=clip.fps, most=most)
+
+    start, end = frames_of(clip.source), frames_of(clip.end_source)
+    if clip.direction is ClipDirection.BACKWARD:
+        start, end = None, start
     return ClipSpec(
         clip_id=clip.clip_id,
         prompt=clip.prompt,
@@ -412,4 +453,10 @@ def spec_of(clip: LeasedClip) -> ClipSpec:
         guidance=clip.guidance,
         solver=clip.solver,
         shift=clip.shift,
+        start=start,
+        end=end,
+        loop=clip.mode is ClipMode.LOOP,
+        strength=clip.strength,
+        window=clip.window or 0,
+        **({"overlap": clip.overlap} if clip.overlap else {}),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +60,30 @@ class Solver(StrEnum):
     AB2 = "ab2"
 
 
+class Mode(StrEnum):
+    """What a clip is made from, beside its words."""
+
+    TEXT_TO_VIDEO = "text-to-video"
+    IMAGE = "image"
+    IMAGE_TO_VIDEO = "image-to-video"
+    EXTEND = "extend"
+    CONNECT = "connect"
+    LOOP = "loop"
+    EDIT = "edit"
+
+
+class Direction(StrEnum):
+    """On which side a clip is extended."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+SOURCES = ("image", "video", "clip", "end_image", "end_video", "end_clip")
+CONDITIONS = ("mode", *SOURCES, "direction", "strength", "overlap")
+MAX_NAME = 500  # characters of a source's name
+MAX_FILES = 1000  # that one request may bring along
+
 # Each bound is written once. Multiples of 16 and 4n+1 depend on the model, so the prompt reader checks them.
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE)]
 Frames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
@@ -69,20 +93,54 @@ Guidance = Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Shift = Annotated[float, Field(ge=0.1, le=MAX_SHIFT, allow_inf_nan=False)]
 Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Strength = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Overlap = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 
 
 def _flatten(schema: dict[str, Any]) -> None:
     """Shows an optional value as one plain field of the form, not as a choice between a value and None."""
-    for field in schema.get("properties", {}).values():
-        kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
+    shown = schema.get("properties", {})
+    for each in shown.values():
+        kinds = [kind for kind in each.get("anyOf", []) if kind != {"type": "null"}]
         if len(kinds) == 1 and "type" in kinds[0] and "enum" not in kinds[0]:
-            del field["anyOf"]
-            field.update(kinds[0])
-        if field.get("default", ...) is None:
-            del field["default"]  # Prefect accepts null for an optional field exactly when it shows no default
+            del each["anyOf"]
+            each.update(kinds[0])
+        if each.get("default", ...) is None:
+            del each["default"]  # Prefect accepts null for an optional field exactly when it shows no default
+    for name in CONDITIONS:  # inherited, and so ahead of what every request has
+        shown[name] = shown.pop(name)
 
 
-class PromptLine(BaseModel):
+class Conditioned(BaseModel):
+    """What a clip is made from, beside its words: the same fields for one prompt and for all of a request."""
+
+    mode: Mode | None = Field(
+        default=None,
+        title="Mode",
+        description="text-to-video, image, image-to-video (image), extend (video or clip), connect (a source and an "
+        "end), loop, or edit (a source); empty: text-to-video",
+    )
+    image: Name | None = Field(
+        default=None,
+        title="Image",
+        description="store:KEY, or a file below the worker's prompts folder: PNG, JPEG, WebP",
+    )
+    video: Name | None = Field(default=None, title="Video", description="Likewise: MP4, WebM, Matroska, AVI")
+    clip: Name | None = Field(default=None, title="Clip", description="The id of a finished clip of any request")
+    end_image: Name | None = Field(default=None, title="End image", description="What a connecting clip leads to")
+    end_video: Name | None = Field(default=None, title="End video", description="What a connecting clip leads to")
+    end_clip: Name | None = Field(default=None, title="End clip", description="What a connecting clip leads to")
+    direction: Direction | None = Field(default=None, title="Direction", description="Of extend; empty: forward")
+    strength: Strength | None = Field(
+        default=None, title="Strength", description="Of edit: 1 keeps nothing of the source; empty: 0.6"
+    )
+    overlap: Overlap | None = Field(
+        default=None, title="Overlap", description="Known frames that each new stretch begins with, 4n+1"
+    )
+
+
+class PromptLine(Conditioned):
     """One prompt with settings of its own. What is left empty follows the request, then the model."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Prompt with its own settings")
@@ -104,7 +162,7 @@ class PromptLine(BaseModel):
     seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Conditioned):
     """A batch of prompts, and the settings of those that bring none of their own."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Generation request")
@@ -165,7 +223,14 @@ class GenerationRequest(BaseModel):
         default=False, title="Skip bad lines", description="Record them as rejected, make the others"
     )
 
-    @field_validator("name", "prompts_uri", "key", "negative_prompt", mode="before")
+    files: dict[str, str] = Field(
+        default_factory=dict[str, str],
+        max_length=MAX_FILES,
+        title="Files",
+        description="Where the files that prompts name lie in the store; `rushes submit` fills it in",
+    )
+
+    @field_validator("name", "prompts_uri", "key", "negative_prompt", *SOURCES, mode="before")
     @classmethod
     def _an_empty_field_is_no_value(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
@@ -193,6 +258,10 @@ class GenerationRequest(BaseModel):
             seed=self.seed,
             multiple=card.multiple,
             frame_step=card.frame_step,
+            window=card.window,
+            asked_size=self.width is not None or self.height is not None,
+            asked_frames=self.frames,
+            conditions={name: value for name in CONDITIONS if (value := getattr(self, name)) is not None},
         )
 
     @property
@@ -227,25 +296,41 @@ class Defaults:
     seed: int
     multiple: int  # width and height must be multiples of it
     frame_step: int  # frames must be frame_step * n + 1
+    window: int = 0  # the most frames that the model makes at once; 0: not known
+    asked_size: bool = False  # the request itself says width or height
+    asked_frames: int | None = None  # the length that the request itself asks for
+    conditions: dict[str, Any] = field(default_factory=dict[str, Any])  # of prompts that name neither mode nor source
 
 
-def request_key(request: GenerationRequest, defaults: Defaults, *, source_sha256: str, model_digest: str) -> str:
+def request_key(
+    request: GenerationRequest,
+    defaults: Defaults,
+    *,
+    source_sha256: str,
+    model_digest: str,
+    made_from: str | None = None,
+) -> str:
     """The idempotency key: the given `key` (each tenant has its own), or a digest of all that decides the clips.
 
     So the same file with the same settings is the same request, however it is named and however urgent it is.
-    `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`.
+    `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`; `made_from` that of the pictures, videos
+    and clips that it names (`Checked.made_from`).
     """
     if request.key:
         return f"{request.tenant}:{request.key}"
-    return digest_of(
-        {
-            "source": source_sha256,
-            "format": request.format.value,
-            "settings": asdict(defaults),
-            "tenant": request.tenant,
-            "model": model_digest,
-        }
-    )
+    settings = asdict(defaults)
+    for name in ("window", "asked_size", "asked_frames"):  # the model's, or said by another setting
+        del settings[name]
+    if not settings["conditions"]:
+        del settings["conditions"]
+    whole: dict[str, Any] = {
+        "source": source_sha256,
+        "format": request.format.value,
+        "settings": settings,
+        "tenant": request.tenant,
+        "model": model_digest,
+    }
+    return digest_of(whole | ({"made_from": made_from} if made_from else {}))
 
 
 def request_id(key: str) -> str:

@@ -10,19 +10,23 @@ import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from flows.modes import Find, nowhere
+from flows.modes import Source as MadeFrom
 from flows.prompts import CHUNK, BadFile, Checked, check_defaults, check_prompts, open_file, prompts_key
-from flows.request import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat, request_id, request_key
+from flows.request import FORMAT_OF_ENDING, MAX_FILES, GenerationRequest, PromptsFormat, request_id, request_key
 from flows.settings import Settings
 
 if TYPE_CHECKING:
     from model.weights import ModelCard
 
 DEPLOYMENT = "generate/default"
+OCTETS = "application/octet-stream"
 MEDIA_TYPE = {PromptsFormat.CSV: "text/csv", PromptsFormat.JSONL: "application/x-ndjson"}
 
 
@@ -34,6 +38,7 @@ class Good:
     path: Path
     sha256: str
     checked: Checked
+    files: dict[str, Path]  # pictures and videos that it names, on this machine
     request: GenerationRequest  # with prompts_uri where the file will lie in the store
     request_id: str
 
@@ -62,9 +67,16 @@ def readable(file: str) -> Generator[tuple[str, Path]]:
 
 
 def check_file(
-    source: str, path: Path, options: dict[str, Any], card: ModelCard, report: Callable[[str], None]
+    source: str,
+    path: Path,
+    options: dict[str, Any],
+    card: ModelCard,
+    report: Callable[[str], None],
+    settings: Settings | None = None,
 ) -> Good:
     """Reads and checks the whole file. `options` are fields of GenerationRequest; `report` gets every error.
+
+    `settings` say where the clips and stored objects are that lines may name; without a ledger the run checks those.
 
     Errors in the options themselves count like errors of the file. Raises BadFile, and pydantic's ValidationError for
     options out of bounds.
@@ -79,15 +91,51 @@ def check_file(
         report(message)
     if not path.exists():
         raise BadFile(f"{source}: no such file")
-    with open_file(path) as file:
+    files: dict[str, Path] = {}
+    with open_file(path) as file, looking(settings, Path(source).parent, files) as find:
         stream = _Hashing(file)
-        checked = check_prompts(cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report)
+        checked = check_prompts(
+            cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report, find=find
+        )
     sha256 = stream.digest.hexdigest()
+    if len(files) > MAX_FILES:
+        raise BadFile(f"{source}: names {len(files):,} files, the most is {MAX_FILES:,}: put them into the store first")
     if wrong:  # no --skip-invalid skips these
         raise BadOptions(f"{len(wrong)} of the options cannot be used: nothing was submitted")
     request = request.model_copy(update={"prompts_uri": f"store:{prompts_key(sha256)}"})
-    key = request_key(request, defaults, source_sha256=sha256, model_digest=card.digest)
-    return Good(source=source, path=path, sha256=sha256, checked=checked, request=request, request_id=request_id(key))
+    key = request_key(request, defaults, source_sha256=sha256, model_digest=card.digest, made_from=checked.made_from)
+    return Good(
+        source=source,
+        path=path,
+        sha256=sha256,
+        checked=checked,
+        files=files,
+        request=request,
+        request_id=request_id(key),
+    )
+
+
+@contextmanager
+def looking(settings: Settings | None, folder: Path, files: dict[str, Path]) -> Generator[Find]:
+    """Looks up what lines are made from, for as long as the block; loads what that needs at the first one."""
+    with ExitStack() as open_things:
+        found: list[Find] = []
+
+        def find(kind: str, name: str) -> MadeFrom | None:
+            if not found:
+                from flows.ledgers import database
+                from flows.sources import of_submitter
+
+                assert settings is not None
+                ledgers = None
+                if settings.database_url is not None:
+                    from db.session import sessions
+
+                    ledgers = sessions(open_things.enter_context(database(settings)))
+                found.append(of_submitter(ledgers, settings.open_store, folder, files).find)
+            return found[0](kind, name)
+
+        yield find if settings else nowhere
 
 
 class BadOptions(ValueError):
@@ -127,7 +175,8 @@ def submit(settings: Settings, good: Good) -> Submitted:
                 run_id = under_way
             else:
                 store_file(settings, good)
-                parameters = {"request": good.request.model_dump(mode="json", exclude_none=True, exclude_defaults=True)}
+                request = good.request.model_copy(update={"files": store_sources(settings, good.files)})
+                parameters = {"request": request.model_dump(mode="json", exclude_none=True, exclude_defaults=True)}
                 run = api.submit(
                     DEPLOYMENT,
                     parameters,
@@ -160,6 +209,12 @@ def run_under_way(settings: Settings, api: Any, request_id: str) -> str | None:
         return None
     run = api.run(row.flow_run_id)
     return None if run is None or run.final or run.state == "CANCELLING" else row.flow_run_id
+
+
+def store_sources(settings: Settings, files: dict[str, Path]) -> dict[str, str]:
+    """Puts pictures and videos under their digests; the key of each."""
+    store = settings.open_store()
+    return {name: store.put(path, guess_type(name)[0] or OCTETS).key for name, path in files.items()}
 
 
 def store_file(settings: Settings, good: Good) -> None:

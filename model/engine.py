@@ -4,12 +4,15 @@ Knows processes and bytes, no tensors: torch lives in the ranks (`model.rank`). 
 same order over its own socket pair, as JSON; rank 0 answers with steps and results. Frames come back through two
 anonymous memory files that the parent made and rank 0 inherited, so that nothing is left behind by whoever is killed.
 
+Frames that a clip is to keep go to the ranks in a memory file of their own, whose descriptor follows the job.
+
 Two jobs are under way at a time: while the caller encodes and stores the frames of one, the ranks denoise the next.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,19 +21,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, fields
+from mmap import PROT_READ, mmap
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from model.conditioning import Frames, Given
 from model.config import Partition
 from model.weights import find_model
 
-Frames: TypeAlias = "npt.NDArray[np.uint8]"  # [T, H, W, 3]
 Message: TypeAlias = "dict[str, Any]"
 Device = Literal["cpu", "cuda"]
 IN_FLIGHT = 2
@@ -80,11 +84,37 @@ class ClipSpec:
     guidance: float
     solver: str
     shift: float
+    start: Frames | None = field(default=None, compare=False, repr=False)  # [n, height, width, 3]: how it begins
+    end: Frames | None = field(default=None, compare=False, repr=False)  # how it ends
+    loop: bool = False  # after its last frame it comes back to its first one
+    strength: float | None = None  # in (0, 1]: `start` is not kept but edited, the more the higher
+    window: int = 0  # most frames to make at once; 0: all of them
+    overlap: int = 5  # frames that a window takes over from the one before
+
+    def __post_init__(self) -> None:
+        for name, frames in (("start", self.start), ("end", self.end)):
+            if frames is not None and (frames.shape[1:] != (self.height, self.width, 3) or not len(frames)):
+                raise ValueError(f"{name} of clip {self.clip_id} is {frames.shape}, not frames of its size")
+        if self.strength is not None and (self.start is None or not 0 < self.strength <= 1):
+            raise ValueError(f"strength={self.strength} of clip {self.clip_id} must be in (0, 1], with a start")
+
+    @property
+    def given(self) -> Given:
+        """What is known of its time line."""
+        return Given(
+            frames=self.frames,
+            start=0 if self.start is None or self.strength is not None else len(self.start),
+            end=0 if self.end is None else len(self.end),
+            loop=self.loop,
+            window=self.window,
+            overlap=self.overlap,
+        )
 
     @property
     def alike(self) -> tuple[object, ...]:
         """Clips that agree in this can be denoised as one batch."""
-        return self.width, self.height, self.frames, self.steps, self.guidance, self.solver, self.shift
+        size = self.width, self.height, self.given, self.strength
+        return *size, self.steps, self.guidance, self.solver, self.shift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,18 +155,22 @@ class _Rank:
 
 
 class Wire:
-    """JSON messages over a socket pair."""
+    """JSON messages over a socket pair, some with an open file."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def send(self, message: Message) -> None:
-        """Raises OSError when the other side is gone."""
-        self.connection.send_bytes(json.dumps(message).encode())
+    def send(self, message: Message, file: int | None = None) -> None:
+        """`file` is a descriptor that the other side gets one of its own for. Raises OSError when it is gone."""
+        self.connection.send_bytes(json.dumps({**message, "file": file is not None}).encode())
+        if file is not None:
+            send_handle(self.connection, file, None)
 
     def receive(self) -> Message:
-        """Waits for a message. Raises EOFError or OSError when the other side is gone."""
-        return json.loads(self.connection.recv_bytes())
+        """Waits for a message; "file" is a descriptor or None. Raises EOFError or OSError when the other is gone."""
+        message = json.loads(self.connection.recv_bytes())
+        message["file"] = recv_handle(self.connection) if message["file"] else None
+        return message
 
 
 class Engine:
@@ -224,8 +258,9 @@ class Engine:
         """Yields the clips one by one, in order; the ranks work on while the caller looks at one.
 
         `on_step(clip_id, step, steps)` is called with step 0 when a clip's turn has come, and after each denoising
-        step. `cancelled()` is asked many times a second for the ids that nobody wants any more: a running one stops at
-        its next step, and none of them is yielded.
+        step; a clip made in several windows takes more of them than it asks for, an edit fewer. `cancelled()` is asked
+        many times a second for the ids that nobody wants any more: a running one stops at its next step, and none of
+        them is yielded.
         Raises RenderFailed, RankDied or RankHung; the ranks are gone then.
         """
         if not self._ranks:
@@ -258,7 +293,7 @@ class Engine:
                 if message["type"] == "step":
                     job.steps.append(message["time"])
                     for spec in job.specs:
-                        on_step(spec.clip_id, message["step"], spec.steps)
+                        on_step(spec.clip_id, message["step"], message["steps"])
                 elif message["type"] == "done":
                     jobs.remove(job)
                     clips = self._collect(job, message)
@@ -285,9 +320,14 @@ class Engine:
     def _submit(self, specs: list[ClipSpec]) -> _Job:
         job = _Job(self._next_job, specs)
         self._next_job += 1
-        message = {"type": "render", "job": job.number, "clips": [asdict(spec) for spec in specs]}
-        for number in range(len(self._ranks)):
-            self._tell(number, message)
+        message = {"type": "render", "job": job.number, "clips": [_without_pixels(spec) for spec in specs]}
+        file = _pixels_file(specs)
+        try:
+            for number in range(len(self._ranks)):
+                self._tell(number, message, file)
+        finally:
+            if file is not None:
+                os.close(file)
         return job
 
     def _cancel(self, job: _Job, dropped: set[str]) -> None:
@@ -297,9 +337,9 @@ class Engine:
             job.told |= news
             self._tell(0, {"type": "cancel", "job": job.number, "clips": sorted(news)})
 
-    def _tell(self, rank: int, message: Message) -> None:
+    def _tell(self, rank: int, message: Message, file: int | None = None) -> None:
         try:
-            self._ranks[rank].wire.send(message)
+            self._ranks[rank].wire.send(message, file)
         except OSError:
             raise self._trouble(rank, None, ()) from None
 
@@ -370,6 +410,7 @@ class Engine:
                         "device": self.device,
                         "dtype": self.dtype,
                         "threads": self.threads_per_rank,
+                        "frame_step": self.card.frame_step,
                         "parent": os.getpid(),
                         "wire": theirs.fileno(),
                         "listener": listener.fileno() if rank == 0 else None,
@@ -459,6 +500,47 @@ class Engine:
         for slot in self._slots:
             os.close(slot)
         self._ranks, self._slots, self.ready = [], [], ()
+
+
+PIXELS = ("start", "end")
+
+
+def _without_pixels(spec: ClipSpec) -> Message:
+    """A clip as a rank is told of it; of frames their number, since they come in a memory file."""
+    counts = {name: len(frames) for name in PIXELS if (frames := getattr(spec, name)) is not None}
+    return {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in PIXELS} | counts
+
+
+def _pixels_file(specs: Sequence[ClipSpec]) -> int | None:
+    """A memory file with the frames that the clips bring, one after the other; None if they bring none."""
+    parts = [np.ascontiguousarray(f) for spec in specs for f in (spec.start, spec.end) if f is not None]
+    if not parts:
+        return None
+    with ExitStack() as unless_whole:
+        file = os.memfd_create("rushes-sources")
+        unless_whole.callback(os.close, file)
+        for part in parts:
+            view = part.reshape(-1).data
+            while view:
+                view = view[os.write(file, view) :]
+        unless_whole.pop_all()
+    return file
+
+
+def clips_in(message: Message) -> list[ClipSpec]:
+    """The clips of a job as a rank got it, their frames mapped from the memory file, which is closed."""
+    if message["file"] is None:
+        return [ClipSpec(**clip) for clip in message["clips"]]
+    with open(message["file"], "rb") as file:
+        pixels = np.frombuffer(mmap(file.fileno(), 0, prot=PROT_READ), np.uint8)
+    specs: list[ClipSpec] = []
+    for clip in message["clips"]:
+        for name in PIXELS:
+            if name in clip:
+                shape = clip[name], clip["height"], clip["width"], 3
+                clip[name], pixels = pixels[: math.prod(shape)].reshape(shape), pixels[math.prod(shape) :]
+        specs.append(ClipSpec(**clip))
+    return specs
 
 
 def _ending(code: int | None) -> str:

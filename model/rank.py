@@ -1,8 +1,9 @@
 """One rank of an engine: `python -m model.rank SETTINGS`, started by `model.engine` only.
 
 All ranks get the same jobs in the same order and run the denoising loop in lockstep. Beside the transformer's own there
-are two collectives: rank 0 sends the encoded prompts once a job, and one small "go on or stop" a step. Rank 0 alone has
-the text encoder and the decoder. Whatever goes wrong is reported and ends the process; the parent then ends the others.
+are three collectives: rank 0 sends the encoded prompts once a job, the latents that a window begins with, and one small
+"go on or stop" a step. Rank 0 alone has the text encoder and the autoencoder. Whatever goes wrong is reported and ends
+the process; the parent then ends the others.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from model.conditioning import Canvas, Frames, Window, hold, seed_of, times_from, windows
 from model.config import Partition, Shape
-from model.engine import ClipSpec, Frames, Message, Wire
+from model.engine import ClipSpec, Message, Wire, clips_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +74,7 @@ def main() -> None:
         rank = Rank(settings, wire, inbox, started)
         while (message := inbox.jobs.get())["type"] == "render":
             current = [clip["clip_id"] for clip in message["clips"]]
-            rank.render(message["job"], [ClipSpec(**clip) for clip in message["clips"]])
+            rank.render(message["job"], clips_in(message))
             current = []
     except BaseException as problem:
         import traceback
@@ -97,6 +102,7 @@ class Rank:
         self.rank: int = settings["rank"]
         self.device: str = settings["device"]
         self.wire, self.inbox, self.slots = wire, inbox, settings["slots"]
+        self.frame_step: int = settings["frame_step"]
         path, dtype = Path(settings["path"]), getattr(torch, settings["dtype"])
         divided = Partition.parse(settings["partition"])
         self.world = divided.world
@@ -129,44 +135,97 @@ class Rank:
         wire.send({"type": "ready", "info": info})
 
     def render(self, job: int, specs: list[ClipSpec]) -> None:
-        """Denoises clips that are alike as one batch; rank 0 decodes them and tells the parent.
+        """Makes clips that are alike as one batch, window by window; rank 0 decodes them and tells the parent.
 
         B is the number of clips. A clip that is cancelled under way stays in the batch until all of it is: leaving
         would change the shapes, and with them the last bits of its neighbours.
         """
-        import torch
+        from model.diffusion import denoise, schedule
 
-        from model.diffusion import denoise, guide, noise, schedule
-        from model.partition import both_halves
-
-        started, clock = time.time(), time.perf_counter()
+        first, started = specs[0], time.time()
+        clock = Clock()
         stopped = self._agree(job, specs)
-        steps, first = 0, specs[0]
-        text, negative, size = self._prepare(specs)  # [B, L, Dt] twice, (C, T, H, W)
-        x = torch.stack([noise(spec.seed, size) for spec in specs]).to(self.device)  # [B, C, T, H, W]
-        text_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-
-        def velocity(x: Tensor, now: float) -> Tensor:
-            times = torch.full((len(specs),), now, device=self.device)
-            if first.guidance == 1:  # the conditional prediction itself: there is nothing to compare it with
-                return self.dit(x, times, text)
-            return guide(*both_halves(self.dit, x, times, text, negative, self.groups.cfg), first.guidance)
-
-        walk = denoise(velocity, x, schedule(first.steps, first.shift), first.solver)
-        while len(stopped) < len(specs) and (after := next(walk, None)) is not None:
-            x, steps = after, steps + 1
-            if self.rank == 0:
-                self.wire.send({"type": "step", "job": job, "step": steps, "time": time.time()})
-            stopped = self._agree(job, specs)
+        plan = windows(first.given, self.frame_step)
+        times = times_from(schedule(first.steps, first.shift), first.strength or 1.0)
+        text, negative = self._prepare(specs)  # [B, L, Dt] twice
+        canvas = Canvas(first.given, *given_frames(specs), self.frame_step) if self.rank == 0 else None
+        clock.lap("text")
+        steps = 0
+        for number, window in enumerate(plan):
+            x = self._begin(specs, number, window, canvas)  # [B, C, T, H, W]
+            clock.lap("decode")
+            velocity = hold(self._predictor(first.guidance, text, negative), window.known(self.frame_step))
+            walk = denoise(velocity, x, times, first.solver)
+            while len(stopped) < len(specs) and (after := next(walk, None)) is not None:
+                x, steps = after, steps + 1
+                if self.rank == 0:
+                    said = {"type": "step", "job": job, "step": steps, "steps": len(plan) * (len(times) - 1)}
+                    self.wire.send({**said, "time": time.time()})
+                stopped = self._agree(job, specs)
+            clock.lap("denoise")
+            if len(stopped) == len(specs):
+                break
+            if canvas is not None:
+                canvas.paint(window, self._decode(specs, window, x, stopped))
+            clock.lap("decode")
         for old in [number for number in list(self.inbox.dropped) if number <= job]:
             self.inbox.dropped.pop(old, None)
-        if self.rank == 0:
-            denoise_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            self._write(job, [(spec, x[k]) for k, spec in enumerate(specs) if spec.clip_id not in stopped])
-            whole = {"text": text_seconds, "denoise": denoise_seconds, "decode": time.perf_counter() - clock}
-            seconds = {name: value / len(specs) for name, value in whole.items()}
+        if canvas is not None:
+            kept = [k for k, spec in enumerate(specs) if spec.clip_id not in stopped]
+            self._write(job, list(canvas.frames[kept]))
+            clock.lap("decode")
+            seconds = {name: value / len(specs) for name, value in clock.laps.items()}
             done = {"type": "done", "job": job, "cancelled": sorted(stopped), "seconds": seconds, "started": started}
             self.wire.send({**done, "time": time.time()})
+
+    def _predictor(self, guidance: float, text: Tensor, negative: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The guided velocity of latents [B, C, T, H, W] at times [B] or [B, T]."""
+        from model.diffusion import guide
+        from model.partition import both_halves
+
+        def predict(x: Tensor, times: Tensor) -> Tensor:
+            if guidance == 1:  # the conditional prediction itself: there is nothing to compare it with
+                return self.dit(x, times, text)
+            return guide(*both_halves(self.dit, x, times, text, negative, self.groups.cfg), guidance)
+
+        return predict
+
+    def _begin(self, specs: list[ClipSpec], number: int, window: Window, canvas: Canvas | None) -> Tensor:
+        """Latents [B, C, T, H, W] from rank 0 to all: noise (blended into what is edited), and what is known."""
+        import torch
+        import torch.distributed as dist
+
+        from model.diffusion import blend, noise
+
+        x, size = torch.zeros(0), torch.zeros(5, dtype=torch.int64)
+        if canvas is not None:
+            assert self.vae is not None
+            latent = self.vae.latent_shape(Shape(specs[0].width, specs[0].height, window.frames))
+            x = torch.stack([noise(seed_of(spec.seed, number), latent) for spec in specs])
+            if specs[0].strength is not None:
+                draft = self._encode_frames(drafts(specs, window))
+                x = blend(draft, x, torch.tensor(specs[0].strength))
+            if any(known := window.known(self.frame_step)):
+                clean, places = self._encode_frames(canvas.known(window)), torch.tensor(known).nonzero().flatten()
+                x[:, :, places] = clean[:, :, places]
+            size = torch.tensor(x.shape)
+        if self.world > 1:
+            dist.broadcast(size, 0)
+            if canvas is None:
+                x = torch.empty(*size.tolist())
+            dist.broadcast(x, 0)
+        return x.to(self.device)
+
+    def _encode_frames(self, pixels: Frames) -> Tensor:
+        """[B, T, H, W, 3] -> latents on the CPU, clip by clip to bound memory."""
+        import torch
+
+        assert self.vae is not None
+        latents: list[Tensor] = []
+        for clip in pixels:
+            video = torch.from_numpy(np.ascontiguousarray(clip)).to(self.device).movedim(-1, 0).float() / 127.5 - 1
+            latents.append(self.vae.encode(video[None])[0].float().cpu())
+        return torch.stack(latents)
 
     def _agree(self, job: int, specs: list[ClipSpec]) -> set[str]:
         """The clips that rank 0 has been told to stop: all ranks must see the same, at the same step."""
@@ -179,26 +238,23 @@ class Rank:
             dist.broadcast(flags, 0)
         return {spec.clip_id for spec, flag in zip(specs, flags.tolist(), strict=True) if flag}
 
-    def _prepare(self, specs: list[ClipSpec]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Encoded prompts and negative prompts [B, L, Dt] and the size of a latent (C, T, H, W), from rank 0 to all."""
+    def _prepare(self, specs: list[ClipSpec]) -> tuple[Tensor, Tensor]:
+        """Encoded prompts and negative prompts [B, L, Dt], from rank 0 to all."""
         import torch
         import torch.distributed as dist
 
-        head = torch.zeros(6, dtype=torch.int64)
-        both = torch.zeros(0)
+        size, both = torch.zeros(3, dtype=torch.int64), torch.zeros(0)
         if self.rank == 0:
-            assert self.vae is not None
-            latent = self.vae.latent_shape(Shape(specs[0].width, specs[0].height, specs[0].frames))
             words = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs]
             both = torch.stack([self._encode(prompt) for prompt in words])  # [2B, L, Dt]
-            head = torch.tensor([*latent, *both.shape[1:]])
+            size = torch.tensor(both.shape)
         if self.world > 1:
-            dist.broadcast(head, 0)
+            dist.broadcast(size, 0)
             if self.rank != 0:
-                both = torch.empty(2 * len(specs), *head[4:].tolist())
+                both = torch.empty(*size.tolist())
             dist.broadcast(both, 0)
         text, negative = both.to(self.device).chunk(2)
-        return text, negative, tuple(head[:4].tolist())
+        return text, negative
 
     def _encode(self, prompt: str) -> Tensor:
         """[L, Dt] on the CPU; the last prompts are remembered, the empty negative one among them."""
@@ -210,24 +266,63 @@ class Rank:
         self.encoded.move_to_end(prompt)
         return self.encoded[prompt]
 
-    def _write(self, job: int, latents: list[tuple[ClipSpec, Tensor]]) -> None:
-        """Decodes clip by clip, and lays the frames one after the other into the job's memory file."""
+    def _decode(self, specs: list[ClipSpec], window: Window, latents: Tensor, stopped: set[str]) -> Frames:
+        """[B, C, T, H, W] -> frames [B, T, H, W, 3], clip by clip; black where a clip was cancelled."""
         assert self.vae is not None
-        slot, offset = self.slots[job % len(self.slots)], 0
-        os.ftruncate(slot, 0)
-        for spec, latent in latents:
+        frames: Frames = np.zeros((len(specs), window.frames, specs[0].height, specs[0].width, 3), np.uint8)
+        for k, (spec, latent) in enumerate(zip(specs, latents, strict=True)):
+            if spec.clip_id in stopped:
+                continue
             if not bool(latent.isfinite().all()):
                 reason = f"the model computed latents that are not finite (guidance={spec.guidance})"
                 raise Unrenderable(spec.clip_id, reason)
             video = self.vae.decode(latent[None])[0]  # [3, T, H, W] in -1..1
-            pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu()
-            frames: Frames = pixels.numpy()
-            if frames.shape != (spec.frames, spec.height, spec.width, 3):
-                raise Unrenderable(spec.clip_id, f"the decoder gave {frames.shape} for {spec.frames} frames")
-            view = frames.reshape(-1).data
+            pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+            if pixels.shape != frames.shape[1:]:
+                raise Unrenderable(spec.clip_id, f"the decoder gave {pixels.shape} for {window.frames} frames")
+            frames[k] = pixels
+        return frames
+
+    def _write(self, job: int, clips: Sequence[Frames]) -> None:
+        """Lays the frames of the clips one after the other into the job's memory file."""
+        slot, offset = self.slots[job % len(self.slots)], 0
+        os.ftruncate(slot, 0)
+        for frames in clips:
+            view = np.ascontiguousarray(frames).reshape(-1).data
             while view:
                 count = os.pwrite(slot, view, offset)
                 view, offset = view[count:], offset + count
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = dict.fromkeys(("text", "denoise", "decode"), 0.0)
+        self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What has passed since the last call went into this stage."""
+        now = time.perf_counter()
+        self.laps[stage] += now - self.last
+        self.last = now
+
+
+def given_frames(specs: list[ClipSpec]) -> tuple[Frames, Frames]:
+    """What clips that are alike begin and end with, [B, n, H, W, 3] each."""
+    nothing: Frames = np.zeros((0, specs[0].height, specs[0].width, 3), np.uint8)
+    kept = [nothing if spec.start is None or spec.strength is not None else spec.start for spec in specs]
+    return np.stack(kept), np.stack([nothing if spec.end is None else spec.end for spec in specs])
+
+
+def drafts(specs: list[ClipSpec], window: Window) -> Frames:
+    """The part of what is edited that a window covers, [B, T, H, W, 3]; a short one is held."""
+    parts: list[Frames] = []
+    for spec in specs:
+        assert spec.start is not None
+        places = np.arange(window.first, window.first + window.frames).clip(0, len(spec.start) - 1)
+        parts.append(spec.start[places])
+    return np.stack(parts)
 
 
 class Unrenderable(Exception):

@@ -461,7 +461,8 @@ def publish(recipe: Recipe, out: Path) -> None:
     """Writes the averaged weights as bfloat16 in the diffusers layout, with how they were made beside them."""
     writer, vae = trained_writer(recipe), trained_vae(recipe)
     writer.cpu()
-    save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=DEFAULTS, dtype=torch.bfloat16)
+    defaults = {**DEFAULTS, "trained": [bucket.name for bucket in recipe.buckets]}
+    save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=defaults, dtype=torch.bfloat16)
     record = {stage: _last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "dit")}
     record["data"] = {"world_seed": recipe.seed, "clips": {b.name: b.clips for b in recipe.buckets}}
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -187,6 +187,12 @@ class WanVAE:
         return self.channels, (shape.frames - 1) // self.time + 1, shape.height // self.space, shape.width // self.space
 
     @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, 3, T, H, W] in -1..1 -> latents [B, Z, t, h, w] of about unit variance, the posterior's mean."""
+        mean = self.inner.encode(video.to(next(self.inner.parameters()))).latent_dist.mode().float()
+        return (mean - self.mean.to(mean)) / self.std.to(mean)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, Z, t, h, w] of about unit variance -> video [B, 3, T, H, W] in -1..1."""
         weight = next(self.inner.parameters())

@@ -51,6 +51,12 @@ class ModelCard:
     guidance: float
     solver: str
     shift: float
+    trained: tuple[str, ...] = ()  # shapes such as 64x64x17 that it has seen; () where the folder does not say
+
+    @property
+    def window(self) -> int:
+        """The most frames to make at once; 0 where that is not known."""
+        return max((int(shape.rpartition("x")[2]) for shape in self.trained), default=0)
 
     def tokens(self, shape: Shape) -> int:
         """Length of the transformer's sequence for one clip."""
@@ -98,6 +104,7 @@ def _card(path: Path) -> ModelCard:
         heads=config.heads,
         multiple=space * config.patch[1],
         frame_step=time,
+        trained=tuple(known.pop("trained", ())),
         **known,
     )
 

@@ -18,16 +18,19 @@ from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
+from db.history import show_clip
 from db.leases import claim_shard, complete_shard, fail_clip, record_clip, renew, start_clip
 from db.ledger import (
     CHUNK,
     NewClip,
     RequestNotFound,
     RequestNotReady,
+    add_artifacts,
     add_clips,
     adopt_takes,
     artifacts,
     cancel_request,
+    clip_by,
     clips_of,
     close_engine,
     create_shard,
@@ -48,7 +51,7 @@ from db.ledger import (
     unplanned,
 )
 from db.session import connect
-from db.tables import ClipStatus, RequestStatus, ShardStatus
+from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
 from tests.ledger import (
     ENGINE,
     MODEL,
@@ -119,6 +122,52 @@ def test_a_cancelled_request_opens_again_for_another_flow_run_only(ledger: Ledge
         assert row is not None and row.finished_at is None
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mode": ClipMode.EXTEND, "direction": ClipDirection.FORWARD},
+        {"mode": ClipMode.TEXT_TO_VIDEO, "source": "a"},
+        {"mode": ClipMode.CONNECT, "source": "a"},
+        {"mode": ClipMode.EXTEND, "source": "a"},
+        {"mode": ClipMode.EDIT, "source": "a"},
+        {"mode": ClipMode.EDIT, "source": "a", "strength": 1.5},
+        {"mode": ClipMode.LOOP, "strength": 0.5},
+        {"mode": ClipMode.LOOP, "window": 5, "overlap": 5},
+        {"mode": ClipMode.LOOP, "source": "never stored"},
+    ],
+)
+def test_a_clip_without_what_its_mode_is_made_from_is_refused(ledger: Ledger, values: dict[str, Any]) -> None:
+    values = {**values, **({"source": artifact_of(values["source"]).sha256} if "source" in values else {})}
+    with ledger.begin() as session:
+        add_artifacts(session, [artifact_of("a")])
+        with pytest.raises(IntegrityError, match=r"ck_clips_mode|ck_clips_windows|fk_clips_source"):
+            opened(session, [new_clip(0, **values)])
+        session.rollback()
+
+
+def test_a_clip_made_from_others_names_them_and_is_found_as_a_source_when_done(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        first = opened(session, [new_clip(0), new_clip(1)], key="first")
+        parent, unfinished = f"{first}-000000-0", f"{first}-000001-0"
+        planned(session, first)
+        lease, _ = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
+        render(session, lease, parent, "parent")
+        found, waiting = clip_by(session, parent), clip_by(session, unfinished)
+        assert found is not None and found.artifact == artifact_of("parent")
+        assert (found.status, found.width, found.height, found.frames, found.fps) == ("done", 64, 48, 5, 8)
+        assert waiting is not None and waiting.artifact is None
+        assert clip_by(session, "nobody") is None
+        child = new_clip(
+            0, mode=ClipMode.EXTEND, source=found.artifact.sha256, direction=ClipDirection.FORWARD,
+            parents=((parent, EdgeKind.EXTEND),),
+        )  # fmt: skip
+        second = opened(session, [child], key="second")
+        add_clips(session, second, [child])
+        story = show_clip(session, f"{second}-000000-0")
+    assert story is not None and story.parents == ((parent, EdgeKind.EXTEND),)
+    assert story.clip.parent_clip_id == parent and story.clip.direction is ClipDirection.FORWARD
+
+
 def test_clips_added_twice_are_there_once(ledger: Ledger) -> None:
     clips = [new_clip(index, sample=sample) for index in range(3) for sample in range(2)]
     with ledger.begin() as session:
@@ -139,12 +188,20 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
     clip = new_clip(
         3, sample=1, custom_id="shot 7", prompt="ein roter Ball 🔴 \\ \"quoted\" '; drop table clips",
         rewritten_prompt="a glossy red ball", negative_prompt="blurry", guidance=0.1 + 0.2, shift=1e-7, seed=2**63 - 1,
+        mode=ClipMode.CONNECT, source=artifact_of("a").sha256, end_source=artifact_of("b").sha256,
+        window=17, overlap=5, made_frames=34,
     )  # fmt: skip
     with ledger.begin() as session:
+        add_artifacts(session, [artifact_of("a"), artifact_of("b"), artifact_of("a", key="elsewhere")])
         request = opened(session, [clip])
         (row,) = clips_of(session, request)
-    same = set(NewClip.__slots__) - {"rejected"}
+        planned(session, request)
+        _, (leased,) = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
+    same = set(NewClip.__slots__) - {"rejected", "parents", "source", "end_source"}
     assert {name: getattr(row, name) for name in same} == {name: getattr(clip, name) for name in same}
+    assert (row.source_sha256, row.end_source_sha256) == (clip.source, clip.end_source)
+    assert (leased.source, leased.end_source) == (artifact_of("a"), artifact_of("b"))
+    assert (leased.mode, leased.window, leased.overlap) == (ClipMode.CONNECT, 17, 5)
     assert row.status == ClipStatus.QUEUED
 
 

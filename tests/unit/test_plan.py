@@ -21,6 +21,9 @@ class Clip:
     frames: int = 17
     steps: int = 25
     guidance: float = 4.0
+    mode: str = "text-to-video"
+    strength: float | None = None
+    made_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Finished:
     frames: int = 17
     steps: int = 25
     guidance: float = 4.0
+    mode: str = "text-to-video"
+    strength: float | None = None
+    made_frames: int | None = None
 
 
 law = settings(deadline=None)

@@ -1,0 +1,165 @@
+"""Clips that keep frames they are given, through real ranks: what is kept, what is made, and on every partition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.conditioning import Frames
+from model.config import Partition
+from model.engine import ClipSpec, Engine, RenderFailed
+from model.weights import load_vae
+from tests.tiny import tiny_model
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+
+
+def video(seed: int, frames: int) -> Frames:
+    """A soft pattern that moves."""
+    random = np.random.default_rng(seed)
+    x, y, t = np.meshgrid(np.arange(48), np.arange(32), np.arange(frames))
+    waves = [np.sin(x * a + y * b + t * 0.4) for a, b in random.uniform(0.05, 0.3, (3, 2))]
+    return np.ascontiguousarray(np.stack(waves, -1).transpose(2, 0, 1, 3) * 100 + 128).astype(np.uint8)
+
+
+SPEC = ClipSpec(
+    clip_id="words",
+    prompt="a red ball moves left",
+    negative_prompt="",
+    seed=7,
+    width=48,
+    height=32,
+    frames=9,
+    fps=8,
+    steps=4,
+    guidance=3.0,
+    solver="ab2",
+    shift=3.0,
+    overlap=5,
+)
+START, END = video(1, 10), video(2, 11)
+MODES: dict[str, dict[str, Any]] = {
+    "image-to-video": {"start": START[:1]},
+    "extend": {"start": START, "frames": 23, "window": 9},
+    "extend backward": {"end": END, "frames": 19},
+    "connect": {"start": START, "end": END, "frames": 28},
+    "connect two images": {"start": START[:1], "end": END[:1]},
+    "loop": {"loop": True, "frames": 17},
+    "loop of a source": {"loop": True, "start": START, "frames": 18, "window": 17},
+    "edit": {"start": START[:9], "strength": 0.5},
+    "several windows": {"frames": 18, "window": 9},
+}
+SPECS = [replace(SPEC, clip_id=name, **values) for name, values in MODES.items()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine(model, Partition(), log=model / "whole.log") as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def made(engine: Engine) -> dict[str, Frames]:
+    return {clip.clip_id: clip.frames for clip in engine.render(SPECS)}
+
+
+def through_the_autoencoder(model: Path, frames: Frames) -> Frames:
+    vae = load_vae(model, torch.float32)
+    with torch.no_grad():
+        restored = vae.decode(vae.encode(torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1))[0]
+    return ((restored.movedim(0, -1) + 1) * 127.5).round().byte().numpy()
+
+
+def test_every_mode_gives_the_frames_that_were_asked_for(made: dict[str, Frames]) -> None:
+    for spec in SPECS:
+        frames = made[spec.clip_id]
+        assert frames.shape == (spec.frames, 32, 48, 3) and frames.std() > 1, spec.clip_id
+
+
+def test_given_frames_are_kept_but_where_they_are_faded_into_the_new_ones(made: dict[str, Frames]) -> None:
+    assert np.array_equal(made["extend"][:5], START[:5])
+    assert np.array_equal(made["extend backward"][-7:], END[-7:])
+    assert np.array_equal(made["connect"][:5], START[:5])
+    assert np.array_equal(made["connect"][-6:], END[-6:])
+    assert np.array_equal(made["loop of a source"][4:5], START[4:5])
+
+
+def test_the_known_frame_beside_new_ones_is_what_the_decoder_makes_of_it(made: dict[str, Frames], model: Path) -> None:
+    """Its latents were not touched, and the decoder looks back only: the source went through the autoencoder alone."""
+    image = through_the_autoencoder(model, START[:1])
+    assert difference(made["image-to-video"][:1], image) <= 1
+    assert difference(made["connect two images"][:1], image) <= 1
+    known = through_the_autoencoder(model, START[5:10])
+    assert difference(made["connect"][9], known[4]) <= 1
+
+
+def test_what_is_given_matters_and_so_do_words_and_seed(engine: Engine, made: dict[str, Frames]) -> None:
+    (words,) = engine.render([SPEC])
+    assert difference(words.frames, made["image-to-video"]) > 1
+    others = [
+        replace(SPEC, clip_id="image", start=END[:1]),
+        replace(SPEC, clip_id="words", start=START[:1], prompt="a green cube"),
+        replace(SPEC, clip_id="seed", start=START[:1], seed=8),
+    ]
+    for clip in engine.render(others):
+        assert difference(clip.frames, made["image-to-video"]) > 1, clip.clip_id
+    weaker, same = engine.render(
+        [replace(SPECS[-2], clip_id="weaker", strength=0.2), replace(SPECS[-2], clip_id="same")]
+    )
+    assert np.array_equal(same.frames, made["edit"]) and difference(weaker.frames, same.frames) > 1
+    (anew,) = engine.render([replace(SPECS[-2], clip_id="anew", strength=1.0)])
+    assert np.array_equal(anew.frames, words.frames), "strength 1 keeps nothing"
+
+
+def test_steps_are_counted_over_all_windows(engine: Engine) -> None:
+    seen: list[tuple[str, int, int]] = []
+    chosen = [SPECS[1], SPECS[-2]]
+    list(engine.render(chosen, on_step=lambda *step: seen.append(step)))
+    assert [step for step in seen if step[0] == "extend"][-1] == ("extend", 16, 16)
+    last = [step for step in seen if step[0] == "edit"][-1]
+    assert last[1] == last[2] < 4
+
+
+def test_clips_of_one_time_line_are_made_together(engine: Engine, made: dict[str, Frames]) -> None:
+    other = replace(SPECS[1], clip_id="other", start=video(3, 10))
+    engine.micro_batch = 3
+    together = list(engine.render([SPECS[1], other, replace(SPECS[1], clip_id="shorter", start=START[1:])]))
+    engine.micro_batch = 1
+    assert difference(together[0].frames, made["extend"]) <= 1
+    assert np.array_equal(together[1].frames[:5], video(3, 10)[:5])
+    assert [clip.frames.shape[0] for clip in together] == [23, 23, 23]
+
+
+def test_a_divided_engine_makes_the_same(model: Path, made: dict[str, Frames]) -> None:
+    """Times differ from token to token here, so each rank must take the times of its own tokens."""
+    with Engine(model, Partition(sp=2), log=model / "divided.log") as divided:
+        for clip in divided.render(SPECS):
+            assert difference(clip.frames, made[clip.clip_id]) <= 2, clip.clip_id
+
+
+def test_frames_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"start of clip words is \(1, 32, 40, 3\), not frames of its size"):
+        replace(SPEC, start=START[:1, :, :40])
+    with pytest.raises(ValueError, match=r"strength=1.5 of clip words must be in \(0, 1\], with a start"):
+        replace(SPEC, start=START, strength=1.5)
+
+
+def test_a_clip_that_is_shorter_than_what_it_keeps_is_named(engine: Engine) -> None:
+    with pytest.raises(RenderFailed, match="clip short") as failure:
+        list(engine.render([replace(SPEC, clip_id="short", start=START, frames=5)]))
+    assert failure.value.clip_id == "short" and not engine.running
+
+
+def difference(one: Frames, other: Frames) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())

@@ -1,0 +1,128 @@
+"""What must hold of windows, canvases and held latents for any clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.conditioning import Canvas, Given, hold, seed_of, times_from, windows
+from model.diffusion import SOLVERS, denoise, schedule
+
+STEP = 4
+
+
+@st.composite
+def time_lines(draw: st.DrawFn) -> Given:
+    """Any time line that a request may lead to."""
+    overlap = STEP * draw(st.integers(0, 3)) + 1
+    window = draw(st.sampled_from([0, 0, 9, 17, 33]))
+    window = window if window >= overlap + STEP else 0
+    kind = draw(st.sampled_from(["free", "start", "end", "both", "loop", "loop of a source"]))
+    gap = draw(st.integers(1, 60))
+    rest: dict[str, Any] = {"window": window, "overlap": overlap}
+    if kind == "free":
+        length = gap if 0 < window < gap else STEP * (gap // STEP) + 1
+        return Given(frames=length, **rest)
+    if kind == "loop":
+        return Given(frames=STEP * draw(st.integers(3, 15)) + 1, loop=True, **rest)
+    start = draw(st.integers(1, 40)) if kind != "end" else 0
+    end = draw(st.integers(STEP if kind == "end" else 1, 40)) if kind in ("end", "both") else 0
+    loop = kind == "loop of a source"
+    frames = start + gap + end
+    return Given(frames=max(frames, 3 * STEP + 1) if loop else frames, start=start, end=end, loop=loop, **rest)
+
+
+@given(time_lines())
+def test_windows_make_every_unknown_frame_from_frames_that_are_known_by_then(given: Given) -> None:
+    known = [k < given.start or k >= given.frames - given.end for k in range(given.frames)]
+    last = windows(given, STEP)[-1]
+    for window in windows(given, STEP):
+        assert window.frames % STEP == 1 and window.head in (0, *range(1, window.frames, STEP))
+        assert not given.window or window.frames <= max(given.window, 2 * given.overlap + 2 * STEP)
+        latent = window.known(STEP)
+        assert len(latent) == (window.frames - 1) // STEP + 1 and not all(latent)
+        new = range(window.first + window.head, window.first + window.frames - window.tail)
+        assert any(0 <= k < given.frames and not known[k] for k in new), "each window adds something"
+        for k in (*range(window.head), *range(window.frames - window.tail, window.frames)):
+            place = window.first + k
+            place -= given.frames if given.loop and place >= given.frames else 0
+            assert place >= given.frames or known[place], "nothing is taken for known that is not"
+        for k in new:
+            if 0 <= k < given.frames:
+                known[k] = True
+    assert all(known)
+    if given.end or given.loop:
+        ahead = last if given.start or given.loop else windows(given, STEP)[0]
+        assert any(ahead.known(STEP)[1:]) and ahead.tail >= STEP, "the end is seen"
+
+
+@given(time_lines(), st.integers(0, 2**31))
+def test_a_canvas_keeps_what_it_was_given_and_is_whole_in_the_end(given: Given, seed: int) -> None:
+    """With a decoder that gives known frames back exactly, given frames stay as they are."""
+    random = np.random.default_rng(seed)
+    start, end = (random.integers(1, 200, (2, n, 2, 2, 3), np.uint8) for n in (given.start, given.end))
+    canvas = Canvas(given, start, end, STEP)
+    for window in windows(given, STEP):
+        video = np.full((2, window.frames, 2, 2, 3), 255, np.uint8)
+        seen = canvas.known(window)
+        assert seen.shape[1] == (window.frames if window.tail else window.head)
+        video[:, : window.head] = seen[:, : window.head]
+        if window.tail:
+            video[:, -window.tail :] = seen[:, -window.tail :]
+        canvas.paint(window, video)
+    assert canvas.frames.shape == (2, given.frames, 2, 2, 3)
+    assert np.array_equal(canvas.frames[:, : given.start], start)
+    assert np.array_equal(canvas.frames[:, given.frames - given.end :], end)
+    assert (canvas.frames[:, given.start : given.frames - given.end] == 255).all()
+
+
+@given(
+    known=st.lists(st.booleans(), min_size=1, max_size=6),
+    steps=st.integers(1, 12),
+    solver=st.sampled_from(SOLVERS),
+    strength=st.floats(0.01, 1),
+)
+def test_known_latents_stay_at_time_0_and_untouched_to_the_end(
+    known: list[bool], steps: int, solver: str, strength: float
+) -> None:
+    asked: list[torch.Tensor] = []
+
+    def predict(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        asked.append(times)
+        return torch.randn_like(x)
+
+    start = torch.randn(2, 3, len(known), 2, 2)
+    times = times_from(schedule(steps, 2.0), strength)
+    *_, end = denoise(hold(predict, known), start, times, solver)
+    still = torch.tensor(known)
+    assert torch.equal(end[:, :, still], start[:, :, still])
+    assert not still.all() or torch.equal(end, start)
+    for now, each in zip(times, asked, strict=False):
+        expected = torch.full((2, len(known)), now).masked_fill(still, 0.0)
+        assert torch.equal(each, expected if any(known) else expected[:, 0])
+
+
+@given(steps=st.integers(1, 100), shift=st.floats(0.1, 20), strength=st.floats(0.001, 1))
+def test_an_edit_begins_at_its_strength_and_takes_no_more_steps(steps: int, shift: float, strength: float) -> None:
+    whole = schedule(steps, shift)
+    times = times_from(whole, strength)
+    assert times[0] == strength and times[-1] == 0 and len(times) <= len(whole)
+    assert times == sorted(set(times), reverse=True)
+    assert times_from(whole, 1.0) == whole
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_each_window_has_noise_of_its_own(seed: int) -> None:
+    assert seed_of(seed, 0) == seed
+    seeds = [seed_of(seed, k) for k in range(300)]
+    assert len(set(seeds)) == 300 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_a_length_that_the_autoencoder_cannot_give_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"frames=8 must be 4n\+1"):
+        windows(Given(frames=8), STEP)
