@@ -17,7 +17,7 @@ import math
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, BinaryIO
@@ -50,6 +50,7 @@ from flows.prompts import (
     BadLine,
     BadUri,
     Checked,
+    Prompt,
     check_defaults,
     check_prompts,
     digest_stream,
@@ -58,7 +59,8 @@ from flows.prompts import (
     read_prompts,
     recipe,
 )
-from flows.request import Defaults, GenerationRequest, request_key
+from flows.request import Defaults, GenerationRequest, request_id, request_key
+from flows.rewriting import Rewriter, RewriterFailed, rewrite_all, rewriter_of, with_new_words
 from flows.settings import Settings, load_settings
 from infra.store import NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
@@ -116,7 +118,11 @@ def make_clips(
         messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
         return refuse(messages, count=len(wrong) + checked.faults)
 
-    opened = record(settings, ledgers, store, source, request)
+    try:
+        with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
+            opened = record(settings, ledgers, store, source, request, rewriter)
+    except RewriterFailed as error:
+        return refuse([str(error)], name="RewriterFailed")
     request_id = opened.id
     log.info("request %s: %s clips asked for by %s", request_id, source.checked.clips, source.name)
     if opened.created:
@@ -177,12 +183,13 @@ def open_source(settings: Settings, store: Store, uri: str) -> Generator[BinaryI
         yield stream
 
 
-def refuse(messages: Sequence[str], *, count: int = 1) -> State[Any]:
+def refuse(messages: Sequence[str], *, count: int = 1, name: str = "BadInput") -> State[Any]:
     """All errors at once, in the UI and in the state's message; nothing was recorded or planned."""
     text = "\n".join(messages)
-    create_markdown_artifact(f"# Bad input: nothing was submitted\n```\n{text}\n```", key="bad-input")
+    what = "Bad input" if name == "BadInput" else "The rewriter failed"
+    create_markdown_artifact(f"# {what}: nothing was submitted\n```\n{text}\n```", key="bad-input")
     errors = f"{count} error{'s' * (count != 1)}: nothing was submitted"
-    return Failed(message=f"{errors}\n{text}"[:4000], name="BadInput")
+    return Failed(message=f"{errors}\n{text}"[:4000], name=name)
 
 
 def record(
@@ -191,10 +198,21 @@ def record(
     store: Store,
     source: Source,
     request: GenerationRequest,
+    rewriter: Rewriter | None,
 ) -> ledger.OpenedRequest:
-    """Opens the request in the ledger and writes all its clips. Doing it again changes nothing."""
-    key = request_key(request, source.defaults, source_sha256=source.sha256, model_digest=source.card.digest)
+    """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
+
+    Raises RewriterFailed before anything of it is in the ledger.
+    """
     card = source.card
+    key = request_key(
+        request, source.defaults, source_sha256=source.sha256, model_digest=card.digest, rewriter=card.rewriter
+    )
+    with ledgers() as session:
+        before = ledger.request_by(session, request_id(key))
+    if rewriter and (before is None or before.total is None):
+        with open_source(settings, store, source.uri) as stream:
+            get_run_logger().info("%s", rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request)))
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
         opened = ledger.open_request(
@@ -217,14 +235,19 @@ def record(
         sealed = ledger.progress(session, opened.id).total is not None
     if not sealed:
         with ledgers.begin() as session, open_source(settings, store, source.uri) as stream:
-            read = read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults)
-            ledger.add_clips(session, opened.id, (clip for line in read for clip in clips_of(line, source)))
+            read = with_new_words(ledgers, rewriter, lines_of(stream, source, request))
+            clips = (clip for line, rewritten in read for clip in clips_of(line, source, rewritten))
+            ledger.add_clips(session, opened.id, clips)
         with ledgers.begin() as session:
             ledger.seal_request(session, opened.id, source.checked.clips + source.checked.bad)
     return opened
 
 
-def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
+def lines_of(stream: BinaryIO, source: Source, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
+    return read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults)
+
+
+def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = None) -> Iterator[NewClip]:
     """The rows of one line of the file: a clip for each sample, or one rejected row."""
     if isinstance(line, BadLine):
         yield NewClip(
@@ -243,6 +266,7 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
             line=line.line,
             custom_id=line.custom_id,
             prompt=line.prompt,
+            rewritten_prompt=rewritten,
             negative_prompt=line.negative_prompt,
             width=line.width,
             height=line.height,
@@ -253,7 +277,7 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
             solver=line.solver,
             shift=line.shift,
             seed=line.seed_of(sample),
-            recipe=recipe(line, sample, model_digest=source.card.digest),
+            recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
         )
 
 

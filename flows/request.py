@@ -150,6 +150,11 @@ class GenerationRequest(BaseModel):
         default=None, title="Samples", description="Clips of each prompt, each from another seed"
     )
     seed: Seed = Field(default=0, title="Seed", description="Another number makes other clips of the same prompts")
+    rewrite: bool = Field(
+        default=True,
+        title="Rewrite prompts",
+        description="Into words that the model was trained on, if it brings a rewriter; both prompts are kept",
+    )
     priority: int = Field(default=50, ge=0, le=100, title="Priority", description="Higher goes first")
     tenant: str = Field(
         default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", title="Tenant", description="On whose account"
@@ -229,16 +234,26 @@ class Defaults:
     frame_step: int  # frames must be frame_step * n + 1
 
 
-def request_key(request: GenerationRequest, defaults: Defaults, *, source_sha256: str, model_digest: str) -> str:
+def request_key(
+    request: GenerationRequest,
+    defaults: Defaults,
+    *,
+    source_sha256: str,
+    model_digest: str,
+    rewriter: str | None = None,
+) -> str:
     """The idempotency key: the given `key` (each tenant has its own), or a digest of all that decides the clips.
 
     So the same file with the same settings is the same request, however it is named and however urgent it is.
-    `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`.
+    `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`; `rewriter` that of the model's rewriter.
+    An endpoint that rewrites is no part of it: submitted again, a request keeps the words it has.
     """
     if request.key:
         return f"{request.tenant}:{request.key}"
+    rewriter = rewriter if request.rewrite else "off"
     return digest_of(
         {
+            **({"rewriter": rewriter} if rewriter else {}),
             "source": source_sha256,
             "format": request.format.value,
             "settings": asdict(defaults),

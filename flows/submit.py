@@ -86,7 +86,7 @@ def check_file(
     if wrong:  # no --skip-invalid skips these
         raise BadOptions(f"{len(wrong)} of the options cannot be used: nothing was submitted")
     request = request.model_copy(update={"prompts_uri": f"store:{prompts_key(sha256)}"})
-    key = request_key(request, defaults, source_sha256=sha256, model_digest=card.digest)
+    key = request_key(request, defaults, source_sha256=sha256, model_digest=card.digest, rewriter=card.rewriter)
     return Good(source=source, path=path, sha256=sha256, checked=checked, request=request, request_id=request_id(key))
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+REWRITER = "rewriter"  # the folder of a model's rewriter
 
 
 class ModelNotFound(ValueError):
@@ -38,7 +39,8 @@ class ModelCard:
 
     name: str
     path: Path
-    digest: str  # sha256 over the names and bytes of all its files
+    digest: str  # sha256 over the names and bytes of all its files, the rewriter's left out
+    rewriter: str | None = None  # digest of its rewriter, if it brings one
     heads: int
     multiple: int  # width and height are multiples of this
     frame_step: int  # frames are frame_step * n + 1
@@ -94,7 +96,8 @@ def _card(path: Path) -> ModelCard:
     return ModelCard(
         name=known.pop("name", path.name),
         path=path,
-        digest=folder_digest(path),
+        digest=folder_digest(path, without=REWRITER),
+        rewriter=folder_digest(path / REWRITER) if (path / REWRITER).is_dir() else None,
         heads=config.heads,
         multiple=space * config.patch[1],
         frame_step=time,
@@ -102,10 +105,15 @@ def _card(path: Path) -> ModelCard:
     )
 
 
-def folder_digest(path: Path) -> str:
-    """sha256 over (relative name, sha256 of content) of every JSON and safetensors file of a model, in name order."""
+def folder_digest(path: Path, *, without: str = "") -> str:
+    """sha256 over (relative name, sha256 of content) of every JSON and safetensors file of a model, in name order.
+
+    `without` is a folder that is not looked into: a rewriter chooses the words of a clip, not its pixels.
+    """
     whole = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model")):
+        if without and file.relative_to(path).parts[0] == without:
+            continue
         with file.open("rb") as stream:
             whole.update(
                 f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
