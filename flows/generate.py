@@ -16,7 +16,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -120,7 +120,7 @@ def make_clips(
 
     try:
         with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
-            opened = record(settings, ledgers, store, source, request, rewriter)
+            opened = record(settings, ledgers, store, source, request, rewriter, say=log.info)
     except RewriterFailed as error:
         return refuse([str(error)], name="RewriterFailed")
     request_id = opened.id
@@ -199,6 +199,8 @@ def record(
     source: Source,
     request: GenerationRequest,
     rewriter: Rewriter | None,
+    *,
+    say: Callable[[str], None],
 ) -> ledger.OpenedRequest:
     """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
 
@@ -212,7 +214,7 @@ def record(
         before = ledger.request_by(session, request_id(key))
     if rewriter and (before is None or before.total is None):
         with open_source(settings, store, source.uri) as stream:
-            get_run_logger().info("%s", rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request)))
+            say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
         opened = ledger.open_request(

@@ -13,13 +13,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import httpx
 from sqlalchemy.orm import Session, sessionmaker
@@ -36,7 +36,8 @@ from model.weights import REWRITER, ModelCard
 CHUNK = 1000  # lines looked up, rewritten and recorded together
 PARALLEL = 8  # questions that an endpoint is asked at once
 TRIES = 5
-TIMEOUT = httpx.Timeout(60, connect=10)  # seconds
+WAIT = 0.2  # seconds before the second try, at most; twice as long before each further one
+TIMEOUT = 60.0  # seconds for one answer
 SHOWN = 10  # unknown words that are named
 
 CINEMATIC = """\
@@ -227,24 +228,13 @@ class Endpoint:
 
     def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[str | None]:
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="rewrite") as pool:
-            asked = [pool.submit(self._ask, prompt, moving) for prompt in prompts]
-            try:
-                return [each.result() for each in asked]
-            except RewriterFailed:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(
+                pool.map(lambda prompt: self._ask(prompt, moving), prompts)
+            )  # the first failure ends the others
 
     def _ask(self, prompt: str, moving: bool) -> str | None:
         try:
-            for attempt in Retrying(
-                stop=stop_after_attempt(TRIES),
-                wait=wait_random_exponential(multiplier=0.2, max=10),
-                retry=retry_if_exception(_may_pass),
-                reraise=True,
-            ):
-                with attempt:
-                    answer = self._http.post(f"{self._url}/chat/completions", json=self._question(prompt, moving))
-                    answer.raise_for_status()
+            answer = _patiently(self._post, self._question(prompt, moving))
         except httpx.HTTPStatusError as error:
             self._fail(f"answered {error.response.status_code} {error.response.text[:200]!r}")
         except httpx.HTTPError as error:
@@ -259,6 +249,9 @@ class Endpoint:
             return None  # words that the model was never trained on would be worse than the user's own
         return text
 
+    def _post(self, question: dict[str, Any]) -> httpx.Response:
+        return self._http.post(f"{self._url}/chat/completions", json=question).raise_for_status()
+
     def _question(self, prompt: str, moving: bool) -> dict[str, Any]:
         system = self._style if moving else f"{self._style}\n{STILL}"
         return {
@@ -269,11 +262,22 @@ class Endpoint:
             "max_tokens": 400,
         }
 
-    def _fail(self, what: str) -> Any:
+    def _fail(self, what: str) -> NoReturn:
         raise RewriterFailed(
             f"RUSHES_REWRITER_URL={self._url}: {what}: mend the endpoint and submit again (what it has rewritten is "
             "kept), or submit with rewrite off"
         ) from None
+
+
+def _patiently(post: Callable[[dict[str, Any]], httpx.Response], question: dict[str, Any]) -> httpx.Response:
+    """Asks again while that may help, longer and longer apart. Raises httpx.HTTPError."""
+    retrying = Retrying(
+        stop=stop_after_attempt(TRIES),
+        wait=wait_random_exponential(multiplier=WAIT, max=10),
+        retry=retry_if_exception(_may_pass),
+        reraise=True,
+    )
+    return retrying(post, question)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -306,7 +306,7 @@ class Spotted:
 
 def spot(words: Sequence[str]) -> Spotted:
     """Looks for the phrases of the word list, the longest first at every place."""
-    words = [word for word in words if word in _PHRASES or not word.endswith("ly")]
+    words = [word for word in words if word in _MEANINGS or not word.endswith("ly")]  # moves slowly away
     found: dict[str, set[str]] = {}
     solids: list[Solid] = []
     colour: tuple[int, str] = (0, "")  # the last one: where it ends
@@ -326,12 +326,15 @@ def spot(words: Sequence[str]) -> Spotted:
 
 
 def _phrase_at(words: Sequence[str], k: int) -> tuple[int, str, str]:
-    """How many words the longest phrase from place k on has, its kind, and what it means ("" if that is not sure)."""
+    """How many words the longest phrase from place k on has, its kind, and what it means, "" if that is not sure.
+
+    A colour is, since it counts right before a shape only.
+    """
     for size in range(min(_LONGEST_PHRASE, len(words) - k), 0, -1):
         phrase = " ".join(words[k : k + size])
         if phrase in _PHRASES:
             kind, value = _PHRASES[phrase]
-            return size, kind, "" if phrase in UNSURE else value
+            return size, kind, "" if phrase in UNSURE and kind != "colour" else value
     return 1, "", ""
 
 

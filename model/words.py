@@ -114,7 +114,7 @@ SKY_WORDS = {
         night, full moon, pitch dark, pitch black, nite, stars, beneath the moon, starlight"""
     ),
 }
-FILMED_AS = {
+_FILMED_LEFT = {
     "static": _list(
         """the camera is static, the camera does not move, static shot, a fixed camera, locked-off shot, tripod
         shot, static camera, fixed camera, camera locked off, stationary camera, the camera stays still, still
@@ -148,10 +148,7 @@ FILMED_AS = {
         back, camera draws back, dollying out, pull back from, camera pulls out, the camera moves backwards"""
     ),
 }
-FILMED_AS |= {
-    name.replace("left", "right"): tuple(mirror(phrase) for phrase in FILMED_AS[name])
-    for name in ("orbit left", "pan left")
-}
+FILMED_AS = _FILMED_LEFT | {mirror(name): tuple(map(mirror, phrases)) for name, phrases in _FILMED_LEFT.items()}
 
 LEFTWARD = _list(
     """left, to the left, leftward, leftwards, towards the left, toward the left, off to the left, over to the left,
@@ -305,9 +302,9 @@ FUNCTION_WORDS = _list(
     out, into, onto, upon, about, across, around, through, beneath, below, above, between, among, during, before,
     after, until, again, once, only, just, very, really, quite, too, also, all, any, some, each, every, both, one,
     two, here, there, now, please, like, want, need, make, see, look, show, get, got, go, goes, going, way, thing,
-    things, something, object, objects, coloured, colored, hued, tinted, colour, color, bright, deep, pale, dark,
-    light, vivid, dull, soft, warm, slowly, quickly, fast, slow, gently, smoothly, own, same, other, another, more,
-    most, much, many, little, bit, lot, exactly, ever, still, yet, kind, sort, somewhere, entire, whole"""
+    things, something, object, objects, coloured, colored, hued, tinted, colour, color, bright, deep, pale, light,
+    vivid, dull, soft, warm, slowly, quickly, fast, slow, gently, smoothly, own, same, other, another, more, most,
+    much, many, little, bit, lot, exactly, ever, still, yet, kind, sort, somewhere, entire, whole"""
 )
 
 # Words that mean something else as easily: "can you", "depth of field", "a beach ball", "a marble floor", "all day".
