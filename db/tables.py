@@ -454,3 +454,22 @@ class Edge(Base):
         CheckConstraint("child <> parent", name="loop"),
         Index("ix_edges_parent", "parent"),
     )
+
+
+class Rewrite(Base):
+    """What a rewriter made of a prompt."""
+
+    __tablename__ = "rewrites"
+
+    key: Mapped[str] = mapped_column(primary_key=True)  # prevents one question from having two answers
+    rewriter: Mapped[str]
+    prompt: Mapped[str]
+    moving: Mapped[bool]  # false: for an image
+    rewritten: Mapped[str | None]  # null: left as it is
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint(_HEX64.format("key"), name="key"),
+        # prevents a clip of nothing
+        CheckConstraint("rewritten <> ''", name="rewritten"),
+    )

@@ -32,6 +32,7 @@ EXITS = {
     "flows.prompts.BadUri": BAD_INPUT,
     "flows.submit.BadOptions": BAD_INPUT,
     "flows.prefect_api.PrefectRefused": FAILED,
+    "flows.rewriting.RewriterFailed": FAILED,
     "flows.prefect_api.PrefectUnavailable": FAILED,
     "model.weights.ModelNotFound": BAD_INPUT,
     "model.engine.EngineError": FAILED,
@@ -63,6 +64,8 @@ EPILOG = """
     rushes up
   Check a file, render it, show progress:
     rushes submit prompts.jsonl --watch
+  What a prompt is rewritten to before it is rendered:
+    rushes rewrite "a crimson ball rolls off to the left"
   A prompt a line, four clips of each, all of one size:
     rushes submit list.txt --size 96x64 --samples 4
   Copy the clips and a manifest into a folder:
@@ -91,6 +94,9 @@ EPILOG = """
                        services elsewhere, in place of the local stack's
   RUSHES_MODEL  RUSHES_PARTITION  RUSHES_DEVICE  RUSHES_ENGINES
                        what engines load, how they divide it, where, how many
+  RUSHES_REWRITER_URL  RUSHES_REWRITER_MODEL  RUSHES_REWRITER_KEY
+                       a language model that rewrites prompts in place of
+                       the model's own rewriter
 """
 
 Format = Annotated[
@@ -357,6 +363,9 @@ def submit(
     prompts_format: Annotated[
         Literal["auto", "jsonl", "csv", "text"], typer.Option("--prompts-format", help="Format of the file.")
     ] = "auto",
+    rewrite: Annotated[
+        bool, typer.Option("--rewrite/--no-rewrite", help="Put prompts into words that the model was trained on.")
+    ] = True,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
     ] = False,
@@ -397,6 +406,7 @@ def submit(
         "direction": direction,
         "strength": strength,
         "overlap": overlap,
+        "rewrite": rewrite,
     }
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
@@ -561,6 +571,29 @@ def _export(settings: Settings, request: str, folder: Path, *, quiet: bool = Fal
         missing = f"; {done.missing} clips of the request are not done (see manifest.jsonl)" if done.missing else ""
         typer.echo(f"{folder}: {done.copied} clips copied{there}{' and the contact sheet' * sheet}{missing}")
     return FAILED if done.broken else DONE
+
+
+@app.command(rich_help_panel=REQUESTS)
+def rewrite(
+    prompt: Annotated[str, typer.Argument(help="In your own words.")],
+    model: Annotated[str | None, typer.Option(help="Shipped name or folder of the model.")] = None,
+    image: Annotated[bool, typer.Option("--image", help="For a picture, which tells no motion.")] = False,
+    format: Format = "table",
+) -> None:
+    """Show what a prompt would be rewritten to, and which of its words mean nothing to the model."""
+    from flows.rewriting import rewriter_of, try_out
+    from flows.show import show_one
+    from model.weights import find_model
+
+    settings = _settings()
+    card = find_model(model or settings.model)
+    with rewriter_of(settings, card) as rewriter:
+        if rewriter is None:
+            fail(f"{card.name} brings no rewriter and RUSHES_REWRITER_URL is not set: prompts stay as they are")
+        rewritten, unknown = try_out(rewriter, card, prompt, moving=not image)
+    if format == "table" and rewritten is None:
+        typer.echo("rushes: left as it is", err=True)
+    show_one({"prompt": prompt, "rewritten_prompt": rewritten, "unknown_words": ", ".join(unknown) or None}, format)
 
 
 @app.command(name="requests", rich_help_panel=REQUESTS)

@@ -16,8 +16,8 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, BinaryIO
@@ -51,6 +51,7 @@ from flows.prompts import (
     BadLine,
     BadUri,
     Checked,
+    Prompt,
     check_defaults,
     check_prompts,
     digest_stream,
@@ -60,7 +61,8 @@ from flows.prompts import (
     recipe,
     strange_shapes,
 )
-from flows.request import Defaults, GenerationRequest, Mode, request_key
+from flows.request import Defaults, GenerationRequest, Mode, request_id, request_key
+from flows.rewriting import Rewriter, RewriterFailed, rewrite_all, rewriter_of, with_new_words
 from flows.settings import Settings, load_settings
 from flows.sources import Sources, of_run
 from infra.store import NoSuchKey, Store
@@ -119,7 +121,11 @@ def make_clips(
         messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
         return refuse(messages, count=len(wrong) + checked.faults)
 
-    opened = record(settings, ledgers, store, source, request)
+    try:
+        with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
+            opened = record(settings, ledgers, store, source, request, rewriter, say=log.info)
+    except RewriterFailed as error:
+        return refuse([str(error)], name="RewriterFailed")
     request_id = opened.id
     log.info("request %s: %s clips asked for by %s", request_id, source.checked.clips, source.name)
     if warning := strange_shapes(source.card, source.checked.shapes):
@@ -193,12 +199,13 @@ def open_source(settings: Settings, store: Store, uri: str) -> Generator[BinaryI
         yield stream
 
 
-def refuse(messages: Sequence[str], *, count: int = 1) -> State[Any]:
+def refuse(messages: Sequence[str], *, count: int = 1, name: str = "BadInput") -> State[Any]:
     """All errors at once, in the UI and in the state's message; nothing was recorded or planned."""
     text = "\n".join(messages)
-    create_markdown_artifact(f"# Bad input: nothing was submitted\n```\n{text}\n```", key="bad-input")
+    what = "Bad input" if name == "BadInput" else "The rewriter failed"
+    create_markdown_artifact(f"# {what}: nothing was submitted\n```\n{text}\n```", key="bad-input")
     errors = f"{count} error{'s' * (count != 1)}: nothing was submitted"
-    return Failed(message=f"{errors}\n{text}"[:4000], name="BadInput")
+    return Failed(message=f"{errors}\n{text}"[:4000], name=name)
 
 
 def record(
@@ -207,8 +214,14 @@ def record(
     store: Store,
     source: Source,
     request: GenerationRequest,
+    rewriter: Rewriter | None,
+    *,
+    say: Callable[[str], None],
 ) -> ledger.OpenedRequest:
-    """Opens the request in the ledger and writes all its clips. Doing it again changes nothing."""
+    """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
+
+    Raises RewriterFailed before anything of it is in the ledger.
+    """
     card, checked = source.card, source.checked
     key = request_key(
         request,
@@ -216,7 +229,13 @@ def record(
         source_sha256=source.sha256,
         model_digest=card.digest,
         made_from=checked.made_from,
+        rewriter=card.rewriter,
     )
+    with ledgers() as session:
+        before = ledger.request_by(session, request_id(key))
+    if rewriter and (before is None or before.total is None):
+        with open_source(settings, store, source.uri) as stream:
+            say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
         opened = ledger.open_request(
@@ -240,15 +259,20 @@ def record(
     if not sealed:
         with ledgers.begin() as session, open_source(settings, store, source.uri) as stream:
             ledger.add_artifacts(session, source.sources.artifacts())
-            find = source.sources.find
-            read = read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults, find=find)
-            ledger.add_clips(session, opened.id, (clip for line in read for clip in clips_of(line, source)))
+            read = with_new_words(ledgers, rewriter, lines_of(stream, source, request))
+            clips = (clip for line, rewritten in read for clip in clips_of(line, source, rewritten))
+            ledger.add_clips(session, opened.id, clips)
         with ledgers.begin() as session:
             ledger.seal_request(session, opened.id, checked.clips + checked.bad)
     return opened
 
 
-def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
+def lines_of(stream: BinaryIO, source: Source, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
+    find = source.sources.find
+    return read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults, find=find)
+
+
+def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = None) -> Iterator[NewClip]:
     """The rows of one line of the file: a clip for each sample, or one rejected row."""
     if isinstance(line, BadLine):
         yield NewClip(
@@ -268,6 +292,7 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
             line=line.line,
             custom_id=line.custom_id,
             prompt=line.prompt,
+            rewritten_prompt=rewritten,
             negative_prompt=line.negative_prompt,
             width=line.width,
             height=line.height,
@@ -278,7 +303,7 @@ def clips_of(line: Any, source: Source) -> Iterator[NewClip]:
             solver=line.solver,
             shift=line.shift,
             seed=line.seed_of(sample),
-            recipe=recipe(line, sample, model_digest=source.card.digest),
+            recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
             mode=ClipMode(made.mode),
             source=made.source and made.source.sha256,
             end_source=made.end_source and made.end_source.sha256,

@@ -208,6 +208,11 @@ class GenerationRequest(Conditioned):
         default=None, title="Samples", description="Clips of each prompt, each from another seed"
     )
     seed: Seed = Field(default=0, title="Seed", description="Another number makes other clips of the same prompts")
+    rewrite: bool = Field(
+        default=True,
+        title="Rewrite prompts",
+        description="Into words that the model was trained on, if it brings a rewriter; both prompts are kept",
+    )
     priority: int = Field(default=50, ge=0, le=100, title="Priority", description="Higher goes first")
     tenant: str = Field(
         default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", title="Tenant", description="On whose account"
@@ -309,12 +314,14 @@ def request_key(
     source_sha256: str,
     model_digest: str,
     made_from: str | None = None,
+    rewriter: str | None = None,
 ) -> str:
     """The idempotency key: the given `key` (each tenant has its own), or a digest of all that decides the clips.
 
     So the same file with the same settings is the same request, however it is named and however urgent it is.
     `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`; `made_from` that of the pictures, videos
-    and clips that it names (`Checked.made_from`).
+    and clips that it names (`Checked.made_from`); `rewriter` that of the model's rewriter. An endpoint that rewrites is
+    no part of it: submitted again, a request keeps the words it has.
     """
     if request.key:
         return f"{request.tenant}:{request.key}"
@@ -330,7 +337,8 @@ def request_key(
         "tenant": request.tenant,
         "model": model_digest,
     }
-    return digest_of(whole | ({"made_from": made_from} if made_from else {}))
+    said = {"made_from": made_from, "rewriter": rewriter if request.rewrite else "off"}
+    return digest_of(whole | {name: value for name, value in said.items() if value})
 
 
 def request_id(key: str) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "RUSHES_"
 DEFAULT_HOME = Path("~/.local/share/rushes")
 STACK_FILE = "stack.json"
-SECRETS = ("database_url", "store_access_key", "store_secret_key", "prefect_auth")  # never shown
+SECRETS = ("database_url", "store_access_key", "store_secret_key", "prefect_auth", "rewriter_key")  # never shown
 
 
 class WrongSetting(ValueError):
@@ -69,6 +69,13 @@ class Settings(BaseSettings):
     linger: float = Field(
         default=60, ge=0, le=7 * 86400, description="Seconds that an engine waits for work before it leaves"
     )
+    rewriter_url: str | None = Field(
+        default=None,
+        description="OpenAI-compatible endpoint that rewrites prompts in place of the model's own: http://host:port/v1",
+    )
+    rewriter_model: str | None = Field(default=None, min_length=1, description="Name of the model it is to use")
+    rewriter_key: SecretStr | None = Field(default=None, description="Its API key, if it asks for one")
+    rewriter_key_file: Path | None = Field(default=None, description="A file that holds the key, in place of it")
     lease_seconds: float = Field(default=60, ge=1, le=3600, description="A silent engine loses its shard after so long")
     shard_seconds: float = Field(default=20, ge=1, le=3600, description="Engine seconds that one shard should take")
     ports: dict[str, int] = Field(default_factory=dict, description="Ports of the embedded stack's parts")
@@ -95,12 +102,19 @@ class Settings(BaseSettings):
             raise ValueError("must begin with file:/// or s3://")
         return value
 
-    @field_validator("prefect_api_url", "prefect_ui_url")
+    @field_validator("prefect_api_url", "prefect_ui_url", "rewriter_url")
     @classmethod
     def _url_is_http(cls, value: str | None) -> str | None:
         if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
             raise ValueError("must be an http:// or https:// address")
         return value.rstrip("/") if value else value
+
+    @field_validator("rewriter_url")
+    @classmethod
+    def _url_holds_no_password(cls, value: str | None) -> str | None:
+        if value and "@" in urlsplit(value).netloc:  # it is recorded with every prompt that was rewritten
+            raise ValueError(f"must not hold a password: {PREFIX}REWRITER_KEY or {PREFIX}REWRITER_KEY_FILE does")
+        return value
 
     @field_validator("partition")
     @classmethod
@@ -114,6 +128,12 @@ class Settings(BaseSettings):
     def _api_has_a_ui(self) -> Settings:
         if self.prefect_api_url and not self.prefect_api_url.endswith("/api"):
             raise ValueError(f"prefect_api_url={self.prefect_api_url} must end in /api")
+        return self
+
+    @model_validator(mode="after")
+    def _endpoint_is_told_its_model(self) -> Settings:
+        if self.rewriter_url and not self.rewriter_model:
+            raise ValueError(f"{PREFIX}REWRITER_URL is set: {PREFIX}REWRITER_MODEL must name the model it is to use")
         return self
 
     @property
@@ -140,6 +160,17 @@ class Settings(BaseSettings):
             return open_store(self.store, self.store_access_key, secret)
         except ValueError as error:
             raise WrongSetting(f"{PREFIX}STORE_URL={self.store}: {error}") from None
+
+    def rewriter_password(self) -> str | None:
+        """The API key of the rewriter's endpoint, or None. Raises WrongSetting for a file that cannot be read."""
+        if self.rewriter_key_file is None:
+            return self.rewriter_key.get_secret_value() if self.rewriter_key else None
+        try:
+            return self.rewriter_key_file.expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise WrongSetting(
+                f"{PREFIX}REWRITER_KEY_FILE={self.rewriter_key_file}: cannot be read ({error})"
+            ) from None
 
     def child_environment(self) -> dict[str, str]:
         """The environment of a Prefect or engine process that is to work with these settings."""

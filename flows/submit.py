@@ -103,7 +103,14 @@ def check_file(
     if wrong:  # no --skip-invalid skips these
         raise BadOptions(f"{len(wrong)} of the options cannot be used: nothing was submitted")
     request = request.model_copy(update={"prompts_uri": f"store:{prompts_key(sha256)}"})
-    key = request_key(request, defaults, source_sha256=sha256, model_digest=card.digest, made_from=checked.made_from)
+    key = request_key(
+        request,
+        defaults,
+        source_sha256=sha256,
+        model_digest=card.digest,
+        made_from=checked.made_from,
+        rewriter=card.rewriter,
+    )
     return Good(
         source=source,
         path=path,

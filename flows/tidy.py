@@ -37,6 +37,7 @@ ENDINGS = (
     "CompletedWithGaps",
     "Failed",
     "BadInput",
+    "RewriterFailed",
     "Crashed",
     "Cancelled",
     "Cancelling",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+REWRITER = "rewriter"  # the folder of a model's rewriter
 
 
 class ModelNotFound(ValueError):
@@ -38,7 +39,8 @@ class ModelCard:
 
     name: str
     path: Path
-    digest: str  # sha256 over the names and bytes of all its files
+    digest: str  # sha256 over the names and bytes of all its files, the rewriter's left out
+    rewriter: str | None = None  # digest of its rewriter, if it brings one
     heads: int
     multiple: int  # width and height are multiples of this
     frame_step: int  # frames are frame_step * n + 1
@@ -101,6 +103,7 @@ def _card(path: Path) -> ModelCard:
         name=known.pop("name", path.name),
         path=path,
         digest=folder_digest(path),
+        rewriter=folder_digest(path / REWRITER) if (path / REWRITER).is_dir() else None,
         heads=config.heads,
         multiple=space * config.patch[1],
         frame_step=time,

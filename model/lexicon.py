@@ -1,0 +1,440 @@
+"""What people call the things of the world, and captions read and written as what they say.
+
+`Said` is what a prompt says of a scene; `caption` writes it in the words of the training captions, `read` reads it back
+out of one. The word list has the world's own words first and then what else people say; `spot` finds what it can be
+sure of in any prompt, `evidence` whether a prompt has any word for a thing, `unknown_words` what it has no words for.
+Nothing here is learned, and nothing needs torch: `model.rewrite` has the network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+from model.words import (
+    ACTS,
+    COLOUR_WORDS,
+    DECOR,
+    DOUBLED,
+    FILMED_AS,
+    FLOOR_WORDS,
+    FUNCTION_WORDS,
+    LEFTWARD,
+    OBSERVER,
+    OPENINGS,
+    RIGHTWARD,
+    SHAPE_WORDS,
+    SKY_WORDS,
+    SLIDES,
+    STYLE,
+    UNSURE,
+)
+from model.world import (
+    AT_REST,
+    BESIDE,
+    CLASSES,
+    CLIP_OF,
+    COLOURS,
+    DOES,
+    FILMED,
+    GROUND,
+    HEAVEN,
+    IMAGE_OF,
+    NOUNS,
+    TOWARDS,
+    WE_SEE,
+    Scene,
+    vocabulary,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a prompt says of a scene; None is what it does not say. The values are those of `world.CLASSES`.
+
+    `direction` is where the first solid goes when it passes behind the second, else on which side of that it stands.
+    """
+
+    shape: str | None = None
+    colour: str | None = None
+    shape2: str | None = None
+    colour2: str | None = None
+    motion: str | None = None
+    direction: str | None = None
+    camera: str | None = None
+    floor: str | None = None
+    sky: str | None = None
+
+    @classmethod
+    def of(cls, scene: Scene) -> Said:
+        """All that could be said of a scene's clip."""
+        first, second = scene.solids[0], scene.solids[1] if len(scene.solids) == 2 else None
+        side = {-1: "left", 1: "right"}[scene.direction] if scene.motion == "behind" else None
+        return cls(
+            shape=first.shape,
+            colour=first.colour,
+            shape2=second and second.shape,
+            colour2=second and second.colour,
+            motion=scene.motion,
+            direction="left" if second and scene.motion == "still" else side,
+            camera=scene.camera,
+            floor=scene.floor,
+            sky=scene.sky,
+        )
+
+    def from_the_left(self) -> Said:
+        """The same with the left one of two solids first, where both are known and neither moves."""
+        if self.direction != "right" or self.motion not in (None, "still"):
+            return self
+        return replace(
+            self,
+            shape=self.shape2,
+            colour=self.colour2,
+            shape2=self.shape,
+            colour2=self.colour,
+            direction="left",
+        )
+
+    def possible(self) -> Said:
+        """The same without what cannot be said: a second solid without a first, a side without a second solid."""
+        said = self
+        if said.shape2 is None:
+            said = replace(said, colour2=None, direction=None)
+            said = replace(said, motion=None) if said.motion == "behind" else said
+        if said.motion not in (None, "still", "behind"):
+            said = replace(said, direction=None)
+        return said
+
+
+SLOTS: dict[str, tuple[str, ...]] = {name: CLASSES[name] for name in Said.__slots__}
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+
+def caption(said: Said, *, moving: bool = True) -> str:
+    """The training captions' way to say it; of an image (not moving) they tell no motion. It must name a shape.
+
+    What is not said is left out, although captions always name colours, and a motion of every clip: it is better to let
+    the model choose than to put words into somebody's mouth.
+    """
+    said = said.possible()
+    if said.shape is None:
+        raise ValueError("a caption must name a shape")
+    motion = said.motion if moving else None
+    first, second = _noun(said.colour, said.shape), said.shape2 and _noun(said.colour2, said.shape2)
+    sides = said.direction if said.motion != "behind" else None
+    if second and sides:
+        text = AT_REST[sides == "right"].format(left=first, right=second)
+        text = text if sides == "left" else AT_REST[1].format(left=second, right=first)
+    else:
+        says, _, then = DOES[motion][0] if motion else ("", "", "")
+        link = "" if motion == "behind" else "and" if motion is None else BESIDE[0]
+        toward = TOWARDS[-1 if said.direction == "left" else 1][0] if motion == "behind" and said.direction else ""
+        text = " ".join(part for part in (first, says, then, second and link, second, toward) if part)
+    where = [GROUND[said.floor][0]] if said.floor else []
+    where += [HEAVEN[said.sky][0]] if said.sky else []
+    filmed = f", {FILMED[said.camera][0]}" if said.camera and moving else ""
+    return " ".join([text, *where]) + filmed
+
+
+def _noun(colour: str | None, shape: str) -> str:
+    words = " ".join(word for word in (colour, NOUNS[shape][0]) if word)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def read(text: str) -> Said | None:
+    """What a caption says; None if the text is not written like the training captions."""
+    found = _CAPTION.fullmatch(" ".join(text.lower().split()))
+    if found is None:
+        return None
+    part = found.groupdict()
+    sides = {"on the left": "left", "to the left of": "left", "to the right of": "right"}
+    side = sides.get(part["at"] or part["link"] or "")
+    motion = _VERBS[part["verb"]] if part["verb"] else None
+    behind = motion == "behind"
+    if behind != (part["noun2"] is not None and part["link"] is None and part["at"] is None):
+        return None  # only what passes behind needs no word between the two
+    if (part["at"] is None) != (part["at2"] is None) or (side and part["verb"]) or (part["toward"] and not behind):
+        return None
+    if side and part["verb"] is None and part["opening"] not in _IMAGE:
+        motion = "still"
+    if behind and part["toward"]:
+        side = "left" if "left" in part["toward"] else "right"
+    where = [part[name] for name in ("where", "where2") if part[name]]
+    floors, skies = [_FLOORS[w] for w in where if w in _FLOORS], [_SKIES[w] for w in where if w in _SKIES]
+    if max(len(floors), len(skies)) > 1:
+        return None
+    return Said(
+        shape=_SHAPES[part["noun"]],
+        colour=part["colour"],
+        shape2=_SHAPES[part["noun2"]] if part["noun2"] else None,
+        colour2=part["colour2"],
+        motion=motion,
+        direction=side,
+        camera=_CAMERAS[part["filmed"]] if part["filmed"] else None,
+        floor=floors[0] if floors else None,
+        sky=skies[0] if skies else None,
+    )
+
+
+def _turned_over(table: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    return {phrase: name for name, phrases in table.items() for phrase in phrases}
+
+
+_IMAGE = frozenset(IMAGE_OF)
+_SHAPES, _CAMERAS, _FLOORS, _SKIES = (_turned_over(table) for table in (NOUNS, FILMED, GROUND, HEAVEN))
+_VERBS = {
+    " ".join(word for word in (verb, then) if word): motion
+    for motion, verbs in DOES.items()
+    for says, saying, then in verbs
+    for verb in (says, saying)
+}
+
+
+def _one_of(phrases: Iterable[str]) -> str:
+    """A pattern for any of the phrases; the longest is tried first."""
+    return "|".join(re.escape(phrase) for phrase in sorted(set(phrases), key=lambda p: (-len(p), p)))
+
+
+_NOUN = rf"(?:an?) (?:(?P<colour{{0}}>{_one_of(COLOURS)}) )?(?P<noun{{0}}>{_one_of(_SHAPES)})"
+_CAPTION = re.compile(
+    rf"(?:(?P<opening>{_one_of((*CLIP_OF, *IMAGE_OF, WE_SEE))}) )?"
+    rf"{_NOUN.format('')}"
+    rf"(?: (?P<verb>{_one_of(_VERBS)}))?"
+    rf"(?: (?P<at>on the left) and)?"
+    rf"(?:(?: (?P<link>{_one_of(('and', 'to the left of', 'to the right of', *BESIDE))}))? {_NOUN.format('2')})?"
+    rf"(?: (?P<at2>on the right))?"
+    rf"(?: (?P<toward>{_one_of(chain(*TOWARDS.values()))}))?"
+    rf"(?: (?P<where>{_one_of((*_FLOORS, *_SKIES))}))?"
+    rf"(?: (?P<where2>{_one_of((*_FLOORS, *_SKIES))}))?"
+    rf"(?:[,.] (?P<filmed>{_one_of(_CAMERAS)}))?\.?"
+)
+
+
+def instructions() -> str:
+    """How to rewrite a prompt as a caption, for a language model that is told so."""
+    said = Said(shape="sphere", colour="red", motion="left", floor="grass", sky="sunset")
+    pair = Said(shape="cube", colour="blue", motion="behind", direction="right", shape2="cone", colour2="pink")
+    drum = Said(shape="cylinder", colour="green", camera="dolly in", sky="night")
+    told = {
+        "a crimson ball rolls off over the lawn to the left, at dusk, cinematic": caption(said),
+        "cobalt crate slips behind a rose cone, heading right": caption(pair),
+        "neon green drum, zoom in, midnight": caption(drum),
+    }
+    lists = {
+        "colours": COLOURS,
+        "shapes": NOUNS,
+        "what the first solid does": [" ".join(part for part in verbs[0][::2] if part) for verbs in DOES.values()],
+        "floors": [phrases[0] for phrases in GROUND.values()],
+        "skies": [phrases[0] for phrases in HEAVEN.values()],
+        "camera moves": [phrases[0] for phrases in FILMED.values()],
+    }
+    return "\n".join(
+        (
+            "You rewrite prompts for a small video model that knows one or two solids and only these phrases:",
+            *(f"- {what}: {'; '.join(phrases)}" for what, phrases in lists.items()),
+            "Write one line in this order: solid, what it does, floor, sky, then after a comma the camera. Use the "
+            "nearest phrase for what the user says, leave out what they do not say, invent nothing, explain nothing. "
+            "For example:",
+            *(f"{prompt} -> {text}" for prompt, text in told.items()),
+        )
+    )
+
+
+# ---- the word list in use --------------------------------------------------------------------------------------------
+
+ALIKE = 0.8  # difflib's ratio from which a word counts as a misspelling of another
+
+
+def words_of(prompt: str) -> list[str]:
+    """Words, numbers and punctuation marks, in lower case; a hyphen only parts words."""
+    text = prompt.lower().replace("’", "'").replace("n't", " not")
+    return re.findall(r"[^\W\d_]+|\d+|[.,;:!?]", text)
+
+
+def settle(prompt: str, said: Said) -> Said:
+    """What a prompt says, where `said` is what the network makes of it.
+
+    Where the word list is sure it wins, and what no word of the prompt speaks for is left out.
+    """
+    words = words_of(prompt)
+    known = frozenset(chain.from_iterable(meanings(word) for word in words))
+    kept = {name: value for name, value in asdict(said).items() if (KIND[name], value) in known}
+    spotted = spot(words)
+    others = dict(spotted.others)
+    if kept.get("motion") == "behind" and others.get("motion") in ("left", "right"):
+        del others["motion"]  # it says where to
+    return Said(**{**kept, **_agree(kept, spotted.solids), **others}).possible()
+
+
+def _agree(kept: Mapping[str, str], solids: Sequence[Solid] | None) -> dict[str, str | None]:
+    """The solids as the word list has them; which of two comes first is for the network to say, if it knows both."""
+    there = [Solid(kept[f"shape{end}"], kept.get(f"colour{end}")) for end in ("", "2") if f"shape{end}" in kept]
+    if solids is None or not len(there) <= len(solids) <= 2:
+        return {}
+    found = list(solids)
+    turned = [Solid(shape, colour or None) for shape, colour in reversed(found)]
+    if turned == there or (
+        turned[0].shape != turned[-1].shape and [s.shape for s in turned] == [s.shape for s in there]
+    ):
+        found.reverse()
+    values: dict[str, str | None] = {}
+    for end, solid, other in zip_longest(("", "2"), found, there):
+        same = solid and other and solid.shape == other.shape
+        values[f"shape{end}"] = solid and solid.shape
+        values[f"colour{end}"] = solid and (solid.colour or (other.colour if same else None))
+    return values
+
+
+class Solid(NamedTuple):
+    shape: str
+    colour: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spotted:
+    """What the word list is sure of."""
+
+    solids: tuple[Solid, ...] | None  # as mentioned, with the colours right before them; None: not sure of one
+    others: dict[str, str]
+
+
+def spot(words: Sequence[str]) -> Spotted:
+    """Looks for the phrases of the word list, the longest first at every place."""
+    words = [word for word in words if word in _MEANINGS or not word.endswith("ly")]  # moves slowly away
+    found: dict[str, set[str]] = {}
+    solids: list[Solid] = []
+    colour: tuple[int, str] = (0, "")  # the last one: where it ends
+    k = 0
+    while k < len(words):
+        size, kind, value = _phrase_at(words, k)
+        if kind == "colour":
+            colour = (k + size, value)
+        elif kind == "shape":
+            near = all(word in _BETWEEN for word in words[colour[0] : k])
+            solids.append(Solid(value, colour[1] if colour[1] and near else None))
+        found.setdefault(kind, set()).add(value)
+        k += size
+    sure = {kind: values.pop() for kind, values in found.items() if len(values) == 1}
+    others = {kind: value for kind, value in sure.items() if value and kind in ("camera", "floor", "sky", "motion")}
+    return Spotted(tuple(solids) if all(solid.shape for solid in solids) else None, others)
+
+
+def _phrase_at(words: Sequence[str], k: int) -> tuple[int, str, str]:
+    """How many words the longest phrase from place k on has, its kind, and what it means, "" if that is not sure.
+
+    A colour is, since it counts right before a shape only.
+    """
+    for size in range(min(_LONGEST_PHRASE, len(words) - k), 0, -1):
+        phrase = " ".join(words[k : k + size])
+        if phrase in _PHRASES:
+            kind, value = _PHRASES[phrase]
+            return size, kind, "" if phrase in UNSURE and kind != "colour" else value
+    return 1, "", ""
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of the prompt that mean nothing in the world and are no small change either, each once."""
+    return [word for word in dict.fromkeys(words_of(prompt)) if word.isalpha() and not _is_known(word)]
+
+
+@lru_cache(maxsize=1 << 16)
+def meanings(word: str) -> frozenset[tuple[str, str]]:
+    """The (kind of slot, value) that a word speaks for, also misspelt."""
+    if word in _MEANINGS or len(word) < 3 or word in _SMALL_CHANGE:
+        return _MEANINGS.get(word, frozenset())
+    near = difflib.get_close_matches(word, _MEANINGS, n=2, cutoff=ALIKE)
+    return frozenset(chain.from_iterable(_MEANINGS[each] for each in near))
+
+
+def _is_known(word: str) -> bool:
+    return word in _SMALL_CHANGE or bool(meanings(word))
+
+
+def _motions() -> dict[str, list[str]]:
+    """Every way that the word list has to say a motion."""
+    said = {
+        motion: [f"{verb} {says[2]}" for says in verbs for verb in says[:2] if verb] for motion, verbs in DOES.items()
+    }
+    for motion, groups in ACTS.items():
+        endings = [(verb, then.replace("{us}", us)) for verbs, ends in groups for verb in verbs for then in ends
+                   for us in (OBSERVER if "{us}" in then else ("",))]  # fmt: skip
+        said[motion] += [f"{form} {then}" for verb, then in endings for form in forms(verb)]
+    for motion, ways in (("left", LEFTWARD), ("right", RIGHTWARD)):
+        said[motion] += [f"{form} {way}" for verb in SLIDES for form in forms(verb) for way in ways]
+    return said
+
+
+def forms(verb: str) -> tuple[str, ...]:
+    """A verb phrase as it is, with -s and with -ing: "creep up", "creeps up", "creeping up"."""
+    return (verb, inflect(verb, "s"), inflect(verb, "ing"))
+
+
+IRREGULAR = {"is": ("is", "being"), "have": ("has", "having"), "lie": ("lies", "lying")}
+
+
+def inflect(verb: str, ending: str) -> str:
+    """The first word of a verb phrase with -s or -ing; "not move" becomes "does not move" and "not moving"."""
+    word, _, rest = verb.partition(" ")
+    if word == "not":
+        return f"does not {rest}" if ending == "s" else f"not {inflect(rest, 'ing')}"
+    if word == "is":
+        return verb if ending == "s" else rest
+    if word in IRREGULAR:
+        word = IRREGULAR[word][ending == "ing"]
+    elif ending == "s":
+        word += "es" if word.endswith(("s", "x", "ch", "sh", "z", "o")) else "s"
+    else:
+        word = word[:-1] if word.endswith("e") and not word.endswith("ee") else word
+        word += word[-1] * (word in DOUBLED) + "ing"
+    return f"{word} {rest}".strip()
+
+
+def _all_phrases() -> dict[str, tuple[str, str]]:
+    """Every phrase of the word list: the kind of slot it fills, and with what."""
+    filmed = {name: (*FILMED[name], *FILMED_AS[name]) for name in FILMED}
+    tables: dict[str, Mapping[str, Iterable[str]]] = {
+        "motion": _motions(),
+        "sky": {name: (*HEAVEN[name], *SKY_WORDS[name]) for name in HEAVEN},
+        "floor": {name: (*GROUND[name], *FLOOR_WORDS[name]) for name in GROUND},
+        "camera": {name: (*said, *(each.removeprefix("the ") for each in said)) for name, said in filmed.items()},
+        "shape": SHAPE_WORDS,
+        "colour": COLOUR_WORDS,
+    }
+    return {
+        " ".join(words_of(phrase)): (kind, value)
+        for kind, table in tables.items()
+        for value, phrases in table.items()
+        for phrase in phrases
+    }
+
+
+def _all_meanings() -> dict[str, frozenset[tuple[str, str]]]:
+    """What each word of the word list's phrases may speak for: (kind of slot, value)."""
+    small = frozenset(FUNCTION_WORDS)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for phrase, meaning in _PHRASES.items():
+        for word in phrase.split():
+            if word not in small or word == phrase:
+                found.setdefault(word, set()).add(meaning)
+    for word in words_of(" ".join((*LEFTWARD, *RIGHTWARD))):
+        if "left" in word or "right" in word:
+            side = "left" if "left" in word else "right"
+            # "a ball with a box to its right" stands on the left of it
+            found.setdefault(word, set()).update({("direction", "left"), ("direction", "right"), ("motion", side)})
+    for word in ("nothing", "neither", "both", "none"):
+        found.setdefault(word, set()).add(("motion", "still"))
+    return {word: frozenset(values) for word, values in found.items()}
+
+
+KIND = {name: name.rstrip("2") for name in SLOTS}
+_BETWEEN = frozenset(chain(DECOR, ("coloured", "colored", "hued", "tinted", "thing", "shaped")))
+_PHRASES = _all_phrases()
+_LONGEST_PHRASE = max(phrase.count(" ") + 1 for phrase in _PHRASES)
+_MEANINGS = _all_meanings()
+_SMALL_CHANGE = frozenset(words_of(" ".join((*FUNCTION_WORDS, *STYLE, *OPENINGS, *DECOR, *vocabulary()))))
