@@ -123,7 +123,9 @@ def _register(client: SyncPrefectClient, deployment: Deployment, flow: Flow[...,
 
     schedules: list[DeploymentScheduleCreate] = []
     if deployment.every is not None:
-        schedules.append(DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(seconds=deployment.every))))
+        schedules.append(
+            DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(seconds=deployment.every)))
+        )
     client.create_deployment(  # replaces one of the same name
         flow_id=client.create_flow_from_name(deployment.flow),
         name=deployment.name,
