@@ -52,9 +52,7 @@ class Recaption(BaseModel):
     )
     model: str = Field(default="mini", min_length=1, description="Whose captioner: a shipped name or a folder")
     name: str | None = Field(default=None, max_length=200, description="Of the new data set; default: that of the old")
-    licence: str | None = Field(
-        default=None, description="Of the videos, where they are written down for the first time"
-    )
+    licence: str | None = Field(default=None, description="Of the videos, if they are new here")
 
 
 class Author(Protocol):

@@ -45,7 +45,6 @@ from flows.datasets import cuts_of, find_dataset, source_of
 from flows.ledgers import ledger as ledger_of
 from flows.settings import Settings, WrongSetting, load_settings
 from infra.tracing import flush, setup_tracing
-from model.config import Shape
 from model.data import BUCKETS, LIST, BadData, Bucket, save_list
 from model.weights import find_model
 
@@ -65,9 +64,7 @@ class Training(BaseModel):
         default="world", min_length=1, description="world, a folder, s3://BUCKET/PREFIX, or a data set's name or id"
     )
     name: str = Field(default="mini", pattern=r"^[a-z0-9][a-z0-9._-]{0,60}$", description="Of the model")
-    licence: str | None = Field(
-        default=None, description="Of the videos, where they are written down for the first time"
-    )
+    licence: str | None = Field(default=None, description="Of the videos, if they are new here")
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     recipe: dict[str, Any] = Field(
         default_factory=dict[str, Any], description="Settings of model.train.Recipe that differ, like dit_steps"
@@ -111,9 +108,7 @@ def train(request: Training) -> State[Any]:
         return Failed(message=str(error), name="BadInput")
     finally:
         flush()
-    return Completed(
-        message=f"{request.name} {model[:12]} is in {settings.home / 'models' / folder_name(request, key)}"
-    )
+    return Completed(message=f"{request.name} {model[:12]} is in {folder_of_model(settings, request, key)}")
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
@@ -135,7 +130,7 @@ def buckets_of(recipe: Mapping[str, Any]) -> Sequence[Bucket]:
     """Those that the recipe gives, in the way that `model.train.recipe_of` reads it."""
     if "buckets" not in recipe:
         return BUCKETS
-    return [Bucket(**{**bucket, "shape": Shape(*bucket["shape"])}) for bucket in recipe["buckets"]]
+    return [Bucket.from_json(bucket) for bucket in recipe["buckets"]]
 
 
 def of_world(dataset: DatasetRow) -> bool:
@@ -149,8 +144,8 @@ def training_key(settings: Settings, request: Training, dataset: DatasetRow) -> 
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def folder_name(request: Training, key: str) -> str:
-    return f"{request.name}-{key}"
+def folder_of_model(settings: Settings, request: Training, key: str) -> Path:
+    return settings.home / "models" / f"{request.name}-{key}"
 
 
 @contextmanager
@@ -278,7 +273,7 @@ def publish(
     key: str,
 ) -> str:
     """Writes the model's folder, then its row; the digest."""
-    out = settings.home / "models" / folder_name(request, key)
+    out = folder_of_model(settings, request, key)
 
     @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
     def run() -> str:

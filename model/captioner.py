@@ -73,9 +73,10 @@ class Captioner(nn.Module):
             nn.Conv3d(width, width, 1),
         )
         self.places = nn.ParameterList([nn.Parameter(0.02 * torch.randn(cells, width)) for cells in config.cells])
-        layer = {"dim_feedforward": 2 * width, "dropout": 0.0, "activation": "gelu", "batch_first": True}
+        layer: dict[str, Any] = {"dim_feedforward": 2 * width, "dropout": 0.0, "activation": "gelu"}
+        layer |= {"batch_first": True, "norm_first": True}
         self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(width, config.heads, norm_first=True, **layer),
+            nn.TransformerEncoderLayer(width, config.heads, **layer),
             config.encoder_layers,
             nn.LayerNorm(width),
             enable_nested_tensor=False,
@@ -83,7 +84,7 @@ class Captioner(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.order = nn.Parameter(0.02 * torch.randn(config.length, width))
         self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(width, config.heads, norm_first=True, **layer),
+            nn.TransformerDecoderLayer(width, config.heads, **layer),
             config.decoder_layers,
             nn.LayerNorm(width),
         )
@@ -192,7 +193,7 @@ class _First(random.Random):
     def random(self) -> float:
         return 0.0
 
-    def choice(self, seq: Sequence[T]) -> T:
+    def choice(self, seq: Any) -> Any:
         return seq[0]
 
     def shuffle(self, x: Any) -> None:
