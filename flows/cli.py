@@ -786,8 +786,8 @@ def train(
 
     A folder's captions come from a .txt or .json beside each file, or from a
     metadata.jsonl or metadata.csv with file_name and caption. Asked for again,
-    the same training goes on from its last checkpoint. It takes one place of
-    the gpu pool; `python -m model.train` runs single stages without Prefect.
+    the same training goes on from its last checkpoint. Single stages run
+    without Prefect: `python -m model.train --help`.
     """
     request: dict[str, Any] = {"data": _place(data), "name": name, "seed": seed, "threads": threads, "ranks": ranks}
     if licence:

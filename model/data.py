@@ -16,7 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -253,12 +253,11 @@ def _stretches(width: int, height: int, frames: int, shapes: Sequence[Shape]) ->
 
 
 def _cut(path: Path, cuts: Sequence[Cut], fps: int) -> Iterator[Clip]:
-    frames, held, first = _frames(path, fps), list[Image.Image](), 0  # `held` begins with frame `first`
+    frames, at = _frames(path, fps), 0
     for cut in cuts:  # in the order of their starts, without overlap
-        held, first = held[max(0, cut.start - first) :], max(first, cut.start)
-        while len(held) < cut.shape.frames:
-            held.append(next(frames))
-        yield np.stack([_fit(image, cut.shape) for image in held[: cut.shape.frames]])
+        some = islice(frames, cut.start - at, cut.start - at + cut.shape.frames)
+        yield np.stack([_fit(image, cut.shape) for image in some])
+        at = cut.start + cut.shape.frames
 
 
 def _frames(path: Path, fps: int) -> Iterator[Image.Image]:
