@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from model import world
 from model.text import word_tokenizer
 from model.vae import VAE
-from model.weights import folder_digest, load_vae, read_json
+from model.weights import CAPTIONER, folder_digest, load_vae, read_json
 
 if TYPE_CHECKING:
     from model.train import Recipe
 
-FOLDER = "captioner"  # beside the autoencoder whose latents it reads
 WEIGHTS = "model.safetensors"
 T = TypeVar("T")
 
@@ -147,7 +146,7 @@ class Reporter:
     def __init__(self, model: Path, device: str = "cpu") -> None:
         """`model` is a folder in the diffusers layout with `captioner/` beside `vae/`. Raises NoCaptioner."""
         _check(model)
-        self.captioner = load_captioner(model / FOLDER).to(device)
+        self.captioner = load_captioner(model / CAPTIONER).to(device)
         self.vae = load_vae(model, torch.float32, device)
         self.device = device
 
@@ -162,13 +161,13 @@ class Reporter:
 def captioner_digest(model: Path) -> str:
     """sha256 of all that determines its captions: its own files and those of the autoencoder. Raises NoCaptioner."""
     _check(model)
-    parts = "".join(folder_digest(model / name) for name in (FOLDER, "vae"))
+    parts = "".join(folder_digest(model / name) for name in (CAPTIONER, "vae"))
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def _check(model: Path) -> None:
-    if not (model / FOLDER / WEIGHTS).is_file():
-        raise NoCaptioner(f"{model} has no {FOLDER}/{WEIGHTS}: name a model with a captioner, such as mini")
+    if not (model / CAPTIONER / WEIGHTS).is_file():
+        raise NoCaptioner(f"{model} has no {CAPTIONER}/{WEIGHTS}: name a model with a captioner, such as mini")
 
 
 def load_captioner(folder: Path) -> Captioner:

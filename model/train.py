@@ -48,7 +48,7 @@ from model.dit import DiT
 from model.layers import Attention, attention, short_attention
 from model.text import TextEncoder, small_encoder, split_words, word_tokenizer
 from model.vae import VAE
-from model.weights import save_model
+from model.weights import CAPTIONER, save_model
 
 PROMPT_TOKENS = 40
 SPOKEN = tuple(world.vocabulary())
@@ -507,9 +507,9 @@ def publish(recipe: Recipe, out: Path) -> None:
         source, cuts = data.load_list(recipe.work / data.LIST)
         record["data"]["digest"] = data.digest(cuts, source.fps)
     if (recipe.work / "captioner.safetensors").exists():
-        from model.captioner import FOLDER, save_captioner, trained_captioner
+        from model.captioner import save_captioner, trained_captioner
 
-        save_captioner(trained_captioner(recipe), out / FOLDER)
+        save_captioner(trained_captioner(recipe), out / CAPTIONER)
         record["captioner"] = _last(recipe.work / "captioner.jsonl")
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 

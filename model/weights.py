@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CAPTIONER = "captioner"  # the folder of a model's captioner
 
 
 class ModelNotFound(ValueError):
@@ -103,9 +104,13 @@ def _card(path: Path) -> ModelCard:
 
 
 def folder_digest(path: Path) -> str:
-    """sha256 over (relative name, sha256 of content) of every JSON and safetensors file of a model, in name order."""
+    """sha256 over (relative name, sha256 of content) of every JSON and safetensors file of a model, in name order.
+
+    Its captioner is left out: no pixel depends on it, and a new one must not make old renderings new.
+    """
     whole = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model")):
+    files = (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    for file in sorted(p for p in files if p.relative_to(path).parts[0] != CAPTIONER):
         with file.open("rb") as stream:
             whole.update(
                 f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
