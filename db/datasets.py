@@ -110,7 +110,8 @@ def dataset_by(session: Session, id_or_name: str) -> DatasetRow:
     wanted = select(Dataset).where((Dataset.id == id_or_name) | (Dataset.name == id_or_name))
     found = session.scalars(wanted.order_by(Dataset.created_at.desc()).limit(1)).one_or_none()
     if found is None:
-        raise DatasetNotFound(f"no data set {id_or_name!r} in the ledger: `rushes datasets` lists those there are")
+        hint = f"`rushes datasets` lists those there are; a folder is written with a slash, ./{id_or_name}"
+        raise DatasetNotFound(f"no data set {id_or_name!r} in the ledger: {hint}")
     return _row(found)
 
 

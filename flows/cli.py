@@ -766,7 +766,7 @@ def deploy(
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-DATA = "world, a folder, s3://BUCKET/PREFIX, or a data set's name or id."
+DATA = "world, ./FOLDER, s3://BUCKET/PREFIX, or a data set's name or id."
 
 
 @app.command(rich_help_panel=TRAINING)

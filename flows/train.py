@@ -166,9 +166,13 @@ def prepare(
     """Writes down the recipe and, of a data set that is not the world's own, the list of its clips."""
     recipe = {**request.recipe, "seed": request.seed, "device": settings.device, "threads": request.threads}
     (work / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    if not of_world(dataset):
-        with ledgers() as session:
-            save_list(work / LIST, source_of(settings, dataset), cuts_of(session, dataset.id))
+    if of_world(dataset):
+        return
+    with ledgers() as session:
+        cuts = cuts_of(session, dataset.id)
+    if not any(cut.caption for cut in cuts):
+        get_run_logger().warning("no clip has a caption, so prompts will mean nothing: `rushes recaption` writes them")
+    save_list(work / LIST, source_of(settings, dataset), cuts)
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------

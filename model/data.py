@@ -53,8 +53,13 @@ class Bucket:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Bucket:
-        """With the shape as [width, height, frames]."""
-        return cls(shape=Shape(*values["shape"]), clips=values["clips"], share=values["share"], batch=values["batch"])
+        """With the shape as [width, height, frames]. Raises BadData."""
+        try:
+            width, height, frames = values["shape"]
+            return cls(**{**values, "shape": Shape(width, height, frames)})
+        except (KeyError, TypeError, ValueError):
+            wanted = '{"shape": [width, height, frames], "clips": ..., "share": ..., "batch": ...}'
+            raise BadData(f"recipe: bucket {dict(values)} must be {wanted}") from None
 
 
 BUCKETS = (

@@ -19,7 +19,7 @@ RECIPE = {
     "dit": {"layers": 1, "heads": 2, "head_dim": 12, "ffn_dim": 32, "text_dim": 16},
     "chunk": 8,
     "vae_steps": 6,
-    "dit_steps": 400,
+    "dit_steps": 200,
     "every": 20,
 }
 
@@ -104,8 +104,8 @@ def test_recaptioning_keeps_what_was_there(house: House, videos: Path, tmp_path:
     assert all("take" not in row["now"] for row in rows) and any(row["now"] for row in rows)
 
     assert new["id"] in house.rushes(*asked)  # there is nothing left to do
-    assert len(house.sql("select * from datasets")) == 2
+    assert len(house.sql("select * from datasets where captions = 'captioner'")) == 1
     listed = json.loads(house.rushes("datasets", "--format", "json"))
-    assert {row["id"] for row in listed} == {old["id"], new["id"]}
+    assert {old["id"], new["id"]} <= {row["id"] for row in listed}
     shown = json.loads(house.rushes("datasets", new["id"], "--format", "json"))
     assert shown[3]["before"] == "something moves, take 3" and shown[3]["caption"] == rows[3]["now"]
