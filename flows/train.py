@@ -1,7 +1,7 @@
-"""Training as a flow: data ▶ autoencoder ▶ latents ▶ transformer ▶ captioner ▶ look ▶ publish.
+"""Training as a flow: data ▶ autoencoder ▶ latents ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
 
 Every stage is a Prefect task that runs `python -m model.train STAGE` in a process of its own, so this one never loads
-torch. The work folder follows from what was asked for: a run that was killed at any moment goes on from its last
+torch. A model of the world is then measured (`model.score`); of other videos nobody knows the truth. The work folder follows from what was asked for: a run that was killed at any moment goes on from its last
 checkpoints when the same training is asked for again. The last act is a row in `models`, with the digest, the recipe,
 the data set and the scores.
 """
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ from flows.ledgers import ledger as ledger_of
 from flows.settings import Settings, WrongSetting, load_settings
 from infra.tracing import flush, setup_tracing
 from model.data import BUCKETS, LIST, BadData, Bucket, save_list
-from model.weights import find_model
+from model.weights import SHIPPED, find_model
 
 REPORT = 5.0  # seconds between two reports to the UI, at least
 ROWS = 200  # of a loss curve that the page shows
 TAIL = 30  # lines of a failed stage's output that its error quotes
+SCORES = "score.json"  # in the work folder
+JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world, where it is shipped
 OF_WORLD = ("render", "vae", "latents", "dit", "captioner", "look")
 OF_DATA = ("read", "vae", "latents", "dit", "look")
 
@@ -101,14 +104,18 @@ def train(request: Training) -> State[Any]:
             work = settings.home / "training" / key
             with alone(work):
                 prepare(settings, ledgers, request, dataset, work)
+                out = settings.home / "models" / f"{request.name}-{key}"
                 for stage in OF_WORLD if of_world(dataset) else OF_DATA:
-                    as_task(stage, request, work, key)
-                model = publish(settings, ledgers, request, dataset, work, key)
+                    as_task(stage, partial(run_stage, stage, command_of(stage, request, work), work, key))
+                as_task("publish", partial(run_stage, "publish", publishing(request, work, out), work, key))
+                if of_world(dataset) and JUDGE.is_dir():
+                    as_task("evaluate", partial(evaluate, request, work, out, key))
+                as_task("record", partial(record, ledgers, request, dataset, work, out, key))
     except (BadData, DatasetNotFound, WrongSetting, AtWork) as error:
         return Failed(message=str(error), name="BadInput")
     finally:
         flush()
-    return Completed(message=f"{request.name} {model[:12]} is in {folder_of_model(settings, request, key)}")
+    return Completed(message=f"{request.name} is in {out}")
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
@@ -144,10 +151,6 @@ def training_key(settings: Settings, request: Training, dataset: DatasetRow) -> 
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def folder_of_model(settings: Settings, request: Training, key: str) -> Path:
-    return settings.home / "models" / f"{request.name}-{key}"
-
-
 @contextmanager
 def alone(work: Path) -> Generator[None]:
     """Raises AtWork when another process holds the folder. The lock goes with the process, however it ends."""
@@ -178,12 +181,14 @@ def prepare(
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-def as_task(stage: str, request: Training, work: Path, key: str) -> None:
-    @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
-    def run() -> None:
-        run_stage(stage, command_of(stage, request, work), work, key)
+def as_task(name: str, work: Callable[[], None]) -> None:
+    """Runs it as a Prefect task. A closure, since Prefect would walk through whatever a task is given."""
 
-    run()
+    @task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+    def stage() -> None:
+        work()
+
+    stage()
 
 
 def command_of(stage: str, request: Training, work: Path) -> list[str]:
@@ -268,57 +273,59 @@ def curve_of(path: Path) -> list[dict[str, Any]]:
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def publish(
-    settings: Settings,
-    ledgers: sessionmaker[Session],
-    request: Training,
-    dataset: DatasetRow,
-    work: Path,
-    key: str,
-) -> str:
-    """Writes the model's folder, then its row; the digest."""
-    out = folder_of_model(settings, request, key)
+def publishing(request: Training, work: Path, out: Path) -> list[str]:
+    return [*command_of("publish", request, work), "--out", str(out)]
 
-    @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
-    def run() -> str:
-        command = [*command_of("publish", request, work), "--out", str(out)]
-        run_stage("publish", command, work, key)
-        card = find_model(out)
-        trained = {"recipe": recipe_of(work), "dataset": dataset.id, "data_digest": dataset.digest, "key": key}
-        scores = scores_of(work)
+
+def evaluate(request: Training, work: Path, out: Path, key: str) -> None:
+    """Measures the published folder, unless that was done."""
+    scores = work / SCORES
+    if scores.exists() and json.loads(scores.read_text())["digest"] == find_model(out).digest:
+        return
+    command = [sys.executable, "-u", "-m", "model.score", "--model", str(out), "--judge", str(JUDGE)]
+    run_stage("evaluate", [*command, "--threads", str(request.threads), "--out", str(scores)], work, key)
+
+
+def record(
+    ledgers: sessionmaker[Session], request: Training, dataset: DatasetRow, work: Path, out: Path, key: str
+) -> None:
+    """The model's row: its digest, what it was trained on and how, and its scores."""
+    card = find_model(out)
+    recipe = json.loads((work / "recipe.json").read_text())
+    trained = {"recipe": recipe, "dataset": dataset.id, "data_digest": dataset.digest, "key": key}
+    scores = scores_of(work, card.digest)
+    with ledgers.begin() as session:
         facts = {**asdict(card), "path": str(card.path), "training": trained, "scores": scores}
-        with ledgers.begin() as session:
-            ledger.register_model(session, card.digest, request.name, str(card.path), facts)
-            datasets.trained_on(session, card.digest, dataset.id)
-        create_markdown_artifact(summary(request, card.digest, out, dataset, scores), key=f"{key}-model")
-        return card.digest
-
-    return run()
+        ledger.register_model(session, card.digest, request.name, str(card.path), facts)
+        datasets.trained_on(session, card.digest, dataset.id)
+    create_markdown_artifact(summary(request, card.digest, out, dataset, scores), key=f"{key}-model")
 
 
-def recipe_of(work: Path) -> dict[str, Any]:
-    return json.loads((work / "recipe.json").read_text())
-
-
-def scores_of(work: Path) -> dict[str, Any]:
-    """What the stages measured on clips that were held back."""
+def scores_of(work: Path, digest: str) -> dict[str, Any]:
+    """What the stages measured on clips that were held back, and the evaluation of the model of this digest."""
     last = {stage: curve_of(work / f"{stage}.jsonl")[-1:] for stage in ("vae", "dit", "captioner")}
-    return {
+    scores: dict[str, Any] = {
         stage: {name: value for name, value in rows[0].items() if name.startswith("held_out")}
         for stage, rows in last.items()
         if rows
     }
+    measured = json.loads((work / SCORES).read_text()) if (work / SCORES).exists() else {}
+    if measured.get("digest") == digest:
+        scores["evaluation"] = measured
+    return scores
 
 
 def summary(request: Training, digest: str, out: Path, dataset: DatasetRow, scores: Mapping[str, Any]) -> str:
-    lines = [f"| {stage} | {name} | {value} |" for stage, values in scores.items() for name, value in values.items()]
+    held_back = [(stage, values) for stage, values in scores.items() if stage != "evaluation"]
+    held_back += [(f"adherence, {of}", v) for of, v in scores.get("evaluation", {}).get("adherence", {}).items()]
+    lines = [f"| {stage} | {name} | {value} |" for stage, values in held_back for name, value in values.items()]
     return "\n".join(
         [
             f"# {request.name}",
             f"`{digest}`, trained on {dataset.clips} clips of {dataset.name} ({dataset.id}).",
             f"Render with it: `rushes submit prompts.jsonl --model {out}`",
             "",
-            "| stage | held-back clips | score |",
+            "| stage | on clips that were held back | score |",
             "|---|---|---|",
             *lines,
         ]

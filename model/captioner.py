@@ -301,7 +301,7 @@ def train_captioner(recipe: Recipe) -> None:
         chosen = [rng.randrange(recipe.held_back, len(stock)) for _ in range(2 * bucket.batch)]
         words = spelt[bucket.name][chosen].to(recipe.device)
         # On a CPU the fused attention's backward pass alone would take a third of the step.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(recipe.device, torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), recipe.autocast():
             scores = captioner(stock[chosen].float().to(recipe.device), words[:, :-1])
         unsaid = captioner.tokenizer.pad_token_id  # what follows the end
         loss = F.cross_entropy(scores.float().flatten(0, 1), words[:, 1:].flatten(), ignore_index=unsaid)

@@ -78,6 +78,7 @@ class Recipe:
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
+    bfloat16: bool = False  # on a CPU without instructions of its own for it, half as fast as float32
     vae_steps: int = 2400
     dit_steps: int = 4500
     captioner_steps: int = 2000
@@ -94,6 +95,9 @@ class Recipe:
     every: int = 250  # steps between two checkpoints
     captions: Mapping[str, Sequence[str]] | None = None  # of every clip by shape; None: the world's
     words: Sequence[str] = SPOKEN  # that the text encoder knows
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
 
 
 def recipe_of(work: Path, settings: Mapping[str, Any]) -> Recipe:
@@ -248,7 +252,7 @@ def train_vae(recipe: Recipe) -> None:
         _set_rate(optimizer, recipe.vae_rate * min(1, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-5)
         video = batch(step)
         generator = torch.Generator().manual_seed(step)
-        with torch.autocast(recipe.device, torch.bfloat16):
+        with recipe.autocast():
             mean, log_variance = vae.posterior(video)
             sample = torch.randn(mean.shape, generator=generator).to(mean)
             restored = vae.reconstruct(mean + sample * (0.5 * log_variance).exp())
@@ -262,7 +266,7 @@ def train_vae(recipe: Recipe) -> None:
         return {"psnr": psnr(error.detach()), "kl": kl.item(), "loss": loss.item()}
 
     def validate() -> dict[str, float]:
-        with torch.no_grad(), torch.autocast(recipe.device, torch.bfloat16):
+        with torch.no_grad(), recipe.autocast():
             video = to_video(np.array(chunks[0][: min(32, recipe.held_back)]), recipe.device)
             restored = torch.cat([vae.reconstruct(vae.posterior(v)[0]) for v in video.split(8)])
         return {"held_out_psnr": psnr(restored.clamp(-1, 1) - video)}
@@ -302,7 +306,7 @@ def encode_latents(recipe: Recipe) -> None:
 
     @torch.no_grad()
     def encode(clips: NDArray[np.uint8]) -> Tensor:
-        with torch.autocast(recipe.device, torch.bfloat16):
+        with recipe.autocast():
             some = (clips[k : k + 25] for k in range(0, len(clips), 25))
             return torch.cat([vae.posterior(to_video(np.array(c), recipe.device))[0].cpu() for c in some])
 
@@ -411,7 +415,7 @@ def train_dit(recipe: Recipe) -> None:
         # Every rank draws the whole batch and computes its part: however many they are, the step is the same.
         mine = slice(recipe.rank, None, recipe.ranks)
         weight = (~known)[:, None, :, None, None].float() / (~known).float().mean()
-        target, predicted = step_of(parallel, clean[mine], times[mine], prompts[mine], disturbance[mine], recipe.device)
+        target, predicted = step_of(parallel, clean[mine], times[mine], prompts[mine], disturbance[mine], recipe)
         error = (predicted - target).square() * weight[mine].to(predicted)
         loss = error.mean() * (len(error) * recipe.ranks / len(clean))
         optimizer.zero_grad()
@@ -436,7 +440,7 @@ def train_dit(recipe: Recipe) -> None:
             times = ((torch.arange(len(clean)) % 16 + 0.5) / 16)[:, None].expand(-1, clean.shape[2])
             prompts = [caption(recipe, bucket, first + k, rng) for k in range(len(clean))]
             disturbance = torch.randn(clean.shape, generator=generator)
-            target, predicted = step_of(average, clean, times, prompts, disturbance, recipe.device)
+            target, predicted = step_of(average, clean, times, prompts, disturbance, recipe)
             losses.append((predicted - target).square().mean().item())
         return {"held_out_loss": sum(losses) / len(losses)}
 
@@ -450,12 +454,12 @@ def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> s
 
 
 def step_of(
-    writer: nn.Module, clean: Tensor, times: Tensor, prompts: list[str], disturbance: Tensor, device: str
+    writer: nn.Module, clean: Tensor, times: Tensor, prompts: list[str], disturbance: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """(target, predicted) velocities of clips [B, C, T, H, W] at times [B, T]."""
-    clean, disturbance, times = clean.to(device), disturbance.to(device), times.to(device)
+    clean, disturbance, times = (tensor.to(recipe.device) for tensor in (clean, disturbance, times))
     mixed = blend(clean, disturbance, times[:, None, :, None, None])
-    with torch.autocast(device, torch.bfloat16):
+    with recipe.autocast():
         predicted = writer(mixed, times, prompts)
     return disturbance - clean, predicted.float()
 
@@ -464,16 +468,15 @@ def step_of(
 def sample(
     writer: Writer, vae: VAE, prompts: list[str], shape: Shape, seeds: Iterable[int], guidance: float = 4.0
 ) -> Tensor:
-    """Clips [B, 3, T, H, W] in -1..1 for a look during training, in bfloat16."""
+    """Clips [B, 3, T, H, W] in -1..1 for a look during training."""
     device = next(writer.parameters()).device
     size = vae.latent_shape(shape)
     x = torch.stack([noise(seed, size) for seed in seeds]).to(device)
     text = writer.text.encode(prompts + [""] * len(prompts))
 
     def velocity(x: Tensor, now: float) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            both = writer.dit(torch.cat((x, x)), torch.full((2 * len(x),), now, device=device), text)
-        with_text, without = both.float().chunk(2)
+        both = writer.dit(torch.cat((x, x)), torch.full((2 * len(x),), now, device=device), text)
+        with_text, without = both.chunk(2)
         return guide(with_text, without, guidance)
 
     for latents in denoise(velocity, x, schedule(25, 2.0), "ab2"):
@@ -622,6 +625,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction)
     parser.add_argument("--vae-steps", type=int)
     parser.add_argument("--dit-steps", type=int)
     parser.add_argument("--only", help="render: one shape, such as 64x64x17")
@@ -630,9 +634,10 @@ def main() -> None:
     if given.attached:
         threading.Thread(target=_end_with_input, daemon=True).start()
     given.work.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {"device": "cuda" if gpu else "cpu", "bfloat16": gpu}
     settings |= json.loads(given.recipe.read_text()) if given.recipe else {}
-    options = ("seed", "threads", "device", "vae_steps", "dit_steps")
+    options = ("seed", "threads", "device", "bfloat16", "vae_steps", "dit_steps")
     settings |= {name: value for name in options if (value := getattr(given, name)) is not None}
     recipe = recipe_of(given.work, settings)
     if given.data and recipe.captions is None:

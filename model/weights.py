@@ -104,13 +104,16 @@ def _card(path: Path) -> ModelCard:
 
 
 def folder_digest(path: Path) -> str:
-    """sha256 over (relative name, sha256 of content) of every JSON and safetensors file of a model, in name order.
+    """sha256 over (relative name, sha256 of content) of every file that a model renders from, in name order.
 
-    Its captioner is left out: no pixel depends on it, and a new one must not make old renderings new.
+    Those are `rushes.json`, `model_index.json` and the JSON, safetensors and tokenizer files of the folders it names.
+    What else lies there (a model card, a rewriter, a captioner, an evaluation) changes no pixel, and so no recipe.
     """
+    index = path / "model_index.json"
+    named = [part for part in read_json(index) if not part.startswith("_")] if index.is_file() else ["."]
+    files = {file for part in named for file in (path / part).rglob("*")} | {index, path / "rushes.json"}
     whole = hashlib.sha256()
-    files = (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
-    for file in sorted(p for p in files if p.relative_to(path).parts[0] != CAPTIONER):
+    for file in sorted(f for f in files if f.suffix in (".json", ".safetensors", ".txt", ".model") and f.is_file()):
         with file.open("rb") as stream:
             whole.update(
                 f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()

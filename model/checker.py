@@ -1,0 +1,179 @@
+"""Looks at a clip of the procedural world and says what is to be seen: the measure of "it does what its prompt says".
+
+A small network over the latents of mini's autoencoder, trained on rendered clips and their exact descriptions, held-out
+combinations among them. It sees pixels only through that autoencoder, as a generated clip has passed through it too.
+What it says of real clips after that round trip is its own proof, and stands beside every score.
+
+    python -m model.checker --work DIR --out model/weights/checker
+
+trains it, after `python -m model.train` has left its latents in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model import world
+from model.train import BUCKETS, Recipe, scene_of, to_video, trained_vae
+from model.vae import PositionNorm
+
+SHAPE = BUCKETS[0].shape  # 64x64 with 17 frames: what every score is taken at
+CELLS = (5, 8, 8)  # its latent frames, rows and columns
+NARROW, WIDE = 64, 128
+UNSURE = 0.15  # standard deviation of the noise in training: a generated latent is never quite a real one
+UNSEEN = 2000  # clips of held-out combinations, which the generator never sees and its judge must know
+WEIGHTS = "checker.safetensors"
+
+
+class Mixer(nn.Module):
+    """A residual block: spatial, then temporal convolution. It may look ahead, unlike the autoencoder's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            PositionNorm(channels),
+            nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1)),
+            nn.SiLU(),
+            nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)),
+            nn.SiLU(),
+            nn.Conv3d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Checker(nn.Module):
+    """Letters: B clips, A attributes (`world.CLASSES`), D features."""
+
+    def __init__(self, latent_channels: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(latent_channels, NARROW, 1)
+        self.place = nn.Parameter(torch.zeros(1, NARROW, *CELLS))
+        self.fine = nn.Sequential(Mixer(NARROW), Mixer(NARROW))
+        self.down = nn.Conv3d(NARROW, WIDE, (1, 2, 2), (1, 2, 2))
+        self.coarse = nn.Sequential(Mixer(WIDE), Mixer(WIDE), Mixer(WIDE), PositionNorm(WIDE))
+        self.questions = nn.Parameter(torch.randn(1, len(world.CLASSES), WIDE))
+        self.look = nn.MultiheadAttention(WIDE, 4, batch_first=True)
+        self.answers = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Linear(2 * WIDE, WIDE), nn.SiLU(), nn.Linear(WIDE, len(classes)))
+                for name, classes in world.CLASSES.items()
+            }
+        )
+
+    def features(self, latents: Tensor) -> Tensor:
+        """latents [B, 16, 5, 8, 8] -> [B, A, D]: what each attribute is read from."""
+        cells = self.coarse(self.down(self.fine(self.stem(latents) + self.place))).flatten(2).mT
+        seen: Tensor = self.look(self.questions.expand(len(cells), -1, -1), cells, cells, need_weights=False)[0]
+        return torch.cat((seen, cells.mean(1, keepdim=True).expand_as(seen)), -1)
+
+    def forward(self, latents: Tensor) -> dict[str, Tensor]:
+        """latents [B, 16, 5, 8, 8] -> for each attribute the scores [B, classes]."""
+        seen = self.features(latents)
+        return {name: answer(seen[:, k]) for k, (name, answer) in enumerate(self.answers.items())}
+
+    @torch.no_grad()
+    def look_at(self, latents: Tensor) -> dict[str, Tensor]:
+        """latents [B, 16, 5, 8, 8] -> for each attribute the index [B] of the class it shows."""
+        return {name: scores.argmax(-1) for name, scores in self(latents).items()}
+
+
+def load_checker(folder: Path) -> Checker:
+    checker = Checker()
+    checker.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
+    return checker.eval().requires_grad_(False)
+
+
+def labels_of(scenes: list[world.Scene]) -> dict[str, Tensor]:
+    """For each attribute the index [B] of its class; -1 where a scene has none."""
+    rows = [world.labels(scene) for scene in scenes]
+    return {name: torch.tensor([row[name] for row in rows]) for name in world.CLASSES}
+
+
+def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
+    """Encoded clips of held-out combinations, rendered once and kept beside the others."""
+    scenes = [world.sample_scene(random.Random(f"{recipe.seed}/checker/{k}"), unseen=True) for k in range(UNSEEN)]
+    path = recipe.work / "latents" / "held_out.safetensors"
+    if not path.exists():
+        vae = trained_vae(recipe)
+        latents: list[Tensor] = []
+        for first in range(0, UNSEEN, 20):
+            clips = [world.render(s, width=64, height=64, frames=17) for s in scenes[first : first + 20]]
+            with torch.no_grad():
+                latents.append(vae.encode(to_video(np.stack(clips), recipe.device)).half().cpu().contiguous())
+        save_file({"latents": torch.cat(latents).contiguous()}, path)
+    return load_file(path)["latents"], scenes
+
+
+def train(recipe: Recipe, out: Path, steps: int, batch: int = 64) -> None:
+    """Cross-entropy over all attributes; the first `held_back` clips are for validation. Writes `out`."""
+    bucket = recipe.buckets[0]
+    latents = load_file(recipe.work / "latents" / f"{bucket.name}.safetensors")["latents"]
+    others, scenes = unseen_latents(recipe)
+    scenes = [scene_of(recipe.seed, bucket, k) for k in range(len(latents))] + scenes
+    latents, truth = torch.cat((latents, others)), labels_of(scenes)
+    torch.manual_seed(recipe.seed)
+    checker = Checker().to(recipe.device)
+    optimizer = torch.optim.AdamW(checker.parameters(), 1e-3, weight_decay=0.05, fused=True)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    started = time.monotonic()
+    for step in range(steps):
+        rate = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen = torch.randint(recipe.held_back, len(latents), (batch,), generator=generator)
+        x = latents[chosen].float()
+        x = x + UNSURE * torch.rand(batch, 1, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
+        said = checker(x.to(recipe.device))
+        losses = [
+            F.cross_entropy(said[name], truth[name][chosen].to(recipe.device), ignore_index=-1, label_smoothing=0.02)
+            for name in said
+            if (truth[name][chosen] >= 0).any()
+        ]
+        loss = torch.stack(losses).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(checker.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            right = accuracy(checker, latents[: recipe.held_back], {n: t[: recipe.held_back] for n, t in truth.items()})
+            row = {"step": step + 1, "of": steps, "seconds": round(time.monotonic() - started), "loss": loss.item()}
+            print(json.dumps(row | right), flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.detach().cpu().bfloat16() for name, tensor in checker.state_dict().items()}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS)
+
+
+def accuracy(checker: Checker, latents: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+    """The share of clips whose attribute the checker names rightly, of those that have it."""
+    device = next(checker.parameters()).device
+    said = checker.look_at(latents.float().to(device))
+    return {name: round((said[name].cpu() == truth[name])[truth[name] >= 0].float().mean().item(), 4) for name in truth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model.checker", description="Trains the judge of mini's clips.")
+    parser.add_argument("--work", type=Path, required=True, help="the folder that model.train worked in")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    train(Recipe(work=given.work, device=given.device), given.out, given.steps)
+
+
+if __name__ == "__main__":
+    main()
