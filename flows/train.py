@@ -1,9 +1,9 @@
 """Training as a flow: data ▶ autoencoder ▶ latents ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
 
 Every stage is a Prefect task that runs `python -m model.train STAGE` in a process of its own, so this one never loads
-torch. A model of the world is then measured (`model.score`); of other videos nobody knows the truth. The work folder follows from what was asked for: a run that was killed at any moment goes on from its last
-checkpoints when the same training is asked for again. The last act is a row in `models`, with the digest, the recipe,
-the data set and the scores.
+torch. A model of the world is then measured (`model.score`); of other videos nobody knows the truth. The work folder
+follows from what was asked for: a run that was killed at any moment goes on from its last checkpoints when the same
+training is asked for again. The last act is a row in `models`, with digest, recipe, data set and scores.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def train(request: Training) -> State[Any]:
                 if of_world(dataset) and JUDGE.is_dir():
                     as_task("evaluate", partial(evaluate, request, work, out, key))
                 as_task("record", partial(record, ledgers, request, dataset, work, out, key))
-    except (BadData, DatasetNotFound, WrongSetting, AtWork) as error:
+    except (BadData, DatasetNotFound, WrongSetting) as error:
         return Failed(message=str(error), name="BadInput")
     finally:
         flush()
