@@ -165,6 +165,9 @@ def list_cuts(recipe: Recipe, folder: Path) -> None:
     """Writes down which clips the folder gives, once: the training keeps to them. Raises BadData."""
     path = recipe.work / data.LIST
     if path.exists():
+        source, _ = data.load_list(path)
+        if source.folder != folder.absolute():
+            raise data.BadData(f"{recipe.work} is at work on {source.folder or 'the world'}: name another --work")
         return
     scanned = data.scan(folder, [b.shape for b in recipe.buckets], FPS)
     for sentence in scanned.unused:
@@ -640,9 +643,12 @@ def main() -> None:
     options = ("seed", "threads", "device", "bfloat16", "vae_steps", "dit_steps")
     settings |= {name: value for name in options if (value := getattr(given, name)) is not None}
     recipe = recipe_of(given.work, settings)
-    if given.data and recipe.captions is None:
-        list_cuts(recipe, given.data)
-        recipe = of_data(recipe)
+    if given.data:
+        try:
+            list_cuts(recipe, given.data)
+            recipe = of_data(recipe)
+        except data.BadData as error:
+            parser.error(str(error))
     torch.set_num_threads(recipe.threads)
     stage = given.stage
     if "WORLD_SIZE" in os.environ:
