@@ -620,12 +620,13 @@ def _end_clips(session: Session, request_id: str) -> int:
 
 
 def register_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
-    """Note the weights of this digest; said again it refreshes where they lie."""
+    """Note the weights of this digest; said again it refreshes where they lie and adds to what is known of them."""
     known = upsert(Model).values(digest=digest, name=name, path=path, card=dict(card))
     change(
         session,
         known.on_conflict_do_update(
-            index_elements=[Model.digest], set_={"name": name, "path": path, "card": dict(card)}
+            index_elements=[Model.digest],
+            set_={"name": name, "path": path, "card": Model.card.concat(known.excluded.card)},
         ),
     )
 

@@ -97,6 +97,13 @@ class EdgeKind(StrEnum):
     EDIT = "edit"
 
 
+class CaptionOrigin(StrEnum):
+    WORLD = "world"  # true by construction
+    FILES = "files"  # came with the videos
+    CAPTIONER = "captioner"  # written by a model's captioner
+    VISION = "vision"  # written by a vision-language model
+
+
 def _by_value(kind: type[StrEnum], name: str) -> Enum:
     return Enum(kind, name=name, values_callable=lambda members: [member.value for member in members])
 
@@ -123,6 +130,7 @@ class Base(DeclarativeBase):
         EdgeKind: _by_value(EdgeKind, "edge_kind"),
         ClipMode: _by_value(ClipMode, "clip_mode"),
         ClipDirection: _by_value(ClipDirection, "clip_direction"),
+        CaptionOrigin: _by_value(CaptionOrigin, "caption_origin"),
     }
 
 
@@ -139,6 +147,7 @@ class Model(Base):
     path: Mapped[str | None]
     card: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))  # that it was trained on, if here
 
 
 class Request(Base):
@@ -472,4 +481,68 @@ class Rewrite(Base):
         CheckConstraint(_HEX64.format("key"), name="key"),
         # prevents a clip of nothing
         CheckConstraint("rewritten <> ''", name="rewritten"),
+    )
+
+
+class Dataset(Base):
+    """What models are trained on: the clips of the world or of a folder, with captions. Sealed, it never changes.
+
+    New captions make a new data set whose `parent` keeps the old ones.
+    """
+
+    __tablename__ = "datasets"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(unique=True)  # prevents one data set from being written down twice
+    name: Mapped[str]
+    source: Mapped[str]  # world, or the uri of a folder
+    licence: Mapped[str | None]
+    seed: Mapped[int | None] = mapped_column(BigInteger)  # of the world
+    fps: Mapped[int]
+    captions: Mapped[CaptionOrigin]
+    author: Mapped[str | None]  # who wrote the captions: digest of a captioner, name of a vision-language model
+    parent: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))  # prevents the old captions from going
+    digest: Mapped[str | None]  # null until all clips are in: nothing is trained on before that
+    clips: Mapped[int | None]
+    shapes: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))  # clips of each
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    sealed_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        # prevents an id that was not made from the key by dataset_id()
+        CheckConstraint("id ~ '^set_[0-9a-f]{12}$'", name="id"),
+        CheckConstraint(_HEX64.format("digest"), name="digest"),
+        # prevents a half-written data set from passing for a whole one
+        CheckConstraint("num_nulls(digest, clips, sealed_at) in (0, 3) and clips > 0", name="sealed"),
+        # prevents captions of a model without saying of which, and of which clips
+        CheckConstraint(
+            "(captions in ('captioner', 'vision')) = (author is not null) and (author is null) = (parent is null)",
+            name="author",
+        ),
+        CheckConstraint("(source = 'world') = (seed is not null)", name="seed"),
+        CheckConstraint("fps > 0", name="fps"),
+        Index("ix_datasets_name", "name", "created_at"),
+        Index("ix_datasets_digest", "digest"),
+    )
+
+
+class DatasetClip(Base):
+    """One clip of a data set: which stretch of which file it is, and its caption."""
+
+    __tablename__ = "dataset_clips"
+
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), primary_key=True)
+    index: Mapped[int] = mapped_column(primary_key=True)  # the same in every recaptioned child
+    file: Mapped[str]  # below the source; of the world: shape/number
+    sha256: Mapped[str]  # of the file; of the world: of the scene
+    start: Mapped[int]  # first frame, at the data set's fps
+    width: Mapped[int]
+    height: Mapped[int]
+    frames: Mapped[int]
+    caption: Mapped[str]  # '' where nobody wrote one
+
+    __table_args__ = (
+        CheckConstraint('"index" >= 0 and start >= 0', name="position"),
+        CheckConstraint(_HEX64.format("sha256"), name="sha256"),
+        CheckConstraint("width > 0 and height > 0 and frames > 0", name="shape"),
     )

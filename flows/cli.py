@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
@@ -31,6 +31,7 @@ EXITS = {
     "flows.prompts.BadFile": BAD_INPUT,
     "flows.prompts.BadUri": BAD_INPUT,
     "flows.submit.BadOptions": BAD_INPUT,
+    "db.datasets.DatasetNotFound": BAD_INPUT,
     "flows.prefect_api.PrefectRefused": FAILED,
     "flows.rewriting.RewriterFailed": FAILED,
     "flows.prefect_api.PrefectUnavailable": FAILED,
@@ -159,7 +160,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-STACK, REQUESTS, QUESTIONS, OPERATION = "The stack", "Requests", "Questions", "Operation"
+STACK, REQUESTS, QUESTIONS = "The stack", "Requests", "Questions"
+TRAINING, OPERATION = "Training", "Operation"
 
 
 def _version(wanted: bool) -> None:
@@ -819,7 +821,7 @@ def deploy(
         int | None, typer.Option(min=1, help="Most engines at once in the pool (default: RUSHES_ENGINES).")
     ] = None,
 ) -> None:
-    """Put the deployments (generate, render, tidy) and the two work pools on the Prefect server."""
+    """Put the deployments and the two work pools on the Prefect server."""
     import subprocess
 
     settings = _settings()
@@ -830,14 +832,123 @@ def deploy(
     raise typer.Exit(FAILED if done.returncode else DONE)
 
 
-@app.command(
-    rich_help_panel=OPERATION,
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def train(context: typer.Context) -> None:
-    """Train mini on its procedural world. All arguments go to `python -m model.train` (--help lists them)."""
-    os.execve(sys.executable, [sys.executable, "-m", "model.train", *context.args], _settings().child_environment())
+# --- training --------------------------------------------------------------------------------------------------------
+
+DATA = "world, ./FOLDER, s3://BUCKET/PREFIX, or a data set's name or id."
+
+
+@app.command(rich_help_panel=TRAINING)
+def train(
+    data: Annotated[str, typer.Option(help=f"What to learn from: {DATA}")] = "world",
+    name: Annotated[str, typer.Option(help="Of the model.")] = "mini",
+    seed: Annotated[int, typer.Option(min=0, help="Another number makes other weights.")] = 0,
+    recipe: Annotated[
+        Path | None, typer.Option(help="JSON file with settings of the recipe, like dit_steps.", dir_okay=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a process.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, or GPUs, that divide the transformer's batches.")] = 1,
+    licence: Annotated[str | None, typer.Option(help="Of the videos.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Wait for the model.")] = False,
+) -> None:
+    """Train a model on the procedural world or on your own videos and images.
+
+    A folder's captions come from a .txt or .json beside each file, or from a
+    metadata.jsonl or metadata.csv with file_name and caption. Asked for again,
+    the same training goes on from its last checkpoint. Single stages run
+    without Prefect: `python -m model.train --help`.
+    """
+    request: dict[str, Any] = {"data": _place(data), "name": name, "seed": seed, "threads": threads, "ranks": ranks}
+    if licence:
+        request["licence"] = licence
+    if recipe:
+        request["recipe"] = _object_in(recipe)
+    _submit_run("train/default", request, watch)
+
+
+@app.command(rich_help_panel=TRAINING)
+def recaption(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Whose clips: {DATA}")],
+    author: Annotated[
+        Literal["captioner", "vision"],
+        typer.Option(help="The model's captioner, or the vision-language model of RUSHES_VISION_URL."),
+    ] = "captioner",
+    model: Annotated[str, typer.Option(help="Whose captioner: a shipped name or a folder.")] = "mini",
+    name: Annotated[str | None, typer.Option(help="Of the new data set (default: that of the old).")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the videos.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Wait for the captions.")] = False,
+) -> None:
+    """Write new captions for a data set. They make a child of it; the old ones stay.
+
+    What is captioned already is not looked at again.
+    """
+    given = {"author": author, "model": model, "name": name, "licence": licence}
+    request = {"data": _place(data), **{key: value for key, value in given.items() if value is not None}}
+    _submit_run("recaption/default", request, watch)
+
+
+def _place(data: str) -> str:
+    """A folder as an absolute path, so that it means the same to the worker."""
+    return str(Path(data).expanduser().absolute()) if "/" in data and not data.startswith("s3://") else data
+
+
+def _object_in(file: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{file}: is not JSON ({error})", BAD_INPUT)
+    if not isinstance(values, dict):
+        fail(f'{file}: must be a JSON object, like {{"dit_steps": 1000}}', BAD_INPUT)
+    return cast("dict[str, Any]", values)
+
+
+def _submit_run(deployment: str, request: dict[str, Any], watch: bool) -> None:
+    import time
+
+    from flows.prefect_api import PrefectApi
+    from flows.submit import run_url
+
+    settings = _settings()
+    with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+        run = api.submit(deployment, {"request": request}, tags=("rushes",))
+        typer.echo(run_url(settings.ui_url, run.id))
+        while watch and not run.final:
+            time.sleep(1)
+            now = api.run(run.id)
+            if now is None:
+                fail("Prefect no longer has the run")
+            run = now
+    if watch:
+        typer.echo(f"{run.state_name}: {run.message}")
+        raise typer.Exit(BAD_INPUT if run.state_name == "BadInput" else DONE if run.state == "COMPLETED" else FAILED)
+
+
+@app.command(name="datasets", rich_help_panel=TRAINING)
+def datasets_(
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="Name or id: list its clips.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    format: Format = "table",
+) -> None:
+    """List the data sets, or the clips of one with their captions (and those they had before)."""
+    from db.datasets import captions_beside, dataset_by, dataset_clips, latest_datasets
+    from flows.ledgers import reading
+    from flows.show import show_rows
+
+    with reading(_settings()) as session:
+        if data is None:
+            rows = [asdict(row) for row in latest_datasets(session, limit)]
+            columns = ["id", "name", "source", "clips", "captions", "author", "parent", "licence", "created_at"]
+        else:
+            found = dataset_by(session, data)
+            before = {index: old for index, old, _ in captions_beside(session, found.id, limit)}
+            rows = [
+                asdict(clip) | {"before": before.get(clip.index)}
+                for clip in dataset_clips(session, found.id, limit=limit)
+            ]
+            columns = ["index", "file", "start", "width", "height", "frames", "caption"]
+            columns += ["before"] if found.parent else []
+    show_rows(rows, columns, format)
 
 
 def main() -> None:

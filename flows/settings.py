@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 PREFIX = "RUSHES_"
 DEFAULT_HOME = Path("~/.local/share/rushes")
 STACK_FILE = "stack.json"
-SECRETS = ("database_url", "store_access_key", "store_secret_key", "prefect_auth", "rewriter_key")  # never shown
+SECRETS = (  # never shown
+    "database_url",
+    "store_access_key",
+    "store_secret_key",
+    "prefect_auth",
+    "rewriter_key",
+    "vision_key",
+)
 
 
 class WrongSetting(ValueError):
@@ -76,6 +83,12 @@ class Settings(BaseSettings):
     rewriter_model: str | None = Field(default=None, min_length=1, description="Name of the model it is to use")
     rewriter_key: SecretStr | None = Field(default=None, description="Its API key, if it asks for one")
     rewriter_key_file: Path | None = Field(default=None, description="A file that holds the key, in place of it")
+    vision_url: str | None = Field(
+        default=None,
+        description="OpenAI-compatible endpoint of a vision-language model that recaptions: http://host/v1",
+    )
+    vision_model: str | None = Field(default=None, description="The model's name on that endpoint")
+    vision_key: SecretStr | None = Field(default=None, description="Its API key, if it asks for one")
     lease_seconds: float = Field(default=60, ge=1, le=3600, description="A silent engine loses its shard after so long")
     shard_seconds: float = Field(default=20, ge=1, le=3600, description="Engine seconds that one shard should take")
     ports: dict[str, int] = Field(default_factory=dict, description="Ports of the embedded stack's parts")
@@ -102,7 +115,7 @@ class Settings(BaseSettings):
             raise ValueError("must begin with file:/// or s3://")
         return value
 
-    @field_validator("prefect_api_url", "prefect_ui_url", "rewriter_url")
+    @field_validator("prefect_api_url", "prefect_ui_url", "rewriter_url", "vision_url")
     @classmethod
     def _url_is_http(cls, value: str | None) -> str | None:
         if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):

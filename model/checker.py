@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import world
-from model.train import BUCKETS, Recipe, scene_of, to_video, trained_vae
+from model.data import BUCKETS
+from model.train import Recipe, scene_of, to_video, trained_vae
 from model.vae import PositionNorm
 
 SHAPE = BUCKETS[0].shape  # 64x64 with 17 frames: what every score is taken at

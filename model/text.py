@@ -61,6 +61,11 @@ class TextEncoder(nn.Module):
         return [text[a:b] for token, (a, b) in spans if token == self.tokenizer.unk_token_id]
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a text as `word_tokenizer` sees them, without punctuation."""
+    return re.findall(r"[^\W_]+", clean(text).lower())
+
+
 def word_tokenizer(words: Sequence[str], length: int) -> Any:
     """A lower-case, word-level tokenizer for mini over `words`; punctuation marks are words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -1,13 +1,17 @@
-"""Trains mini from nothing on the procedural world, in five stages that may each be stopped and taken up again.
+"""Trains mini from nothing, in stages that may each be stopped and taken up again.
 
     python -m model.train all --work DIR --out model/weights/mini
+    python -m model.train all --work DIR --out my-model --data FOLDER
     torchrun --standalone --nproc-per-node 2 -m model.train dit --work DIR --threads 1
 
-render   clips of the world, by shape, in chunk files (a file that exists is whole)
-vae      the autoencoder, on crops of the square clips
-latents  every clip encoded once, and the latents' mean and spread
-dit      transformer and text encoder together, by flow matching, over all shapes
-publish  the averaged weights in the diffusers layout
+render     clips of the procedural world, by shape, in chunk files (a file that exists is whole)
+read       the same, cut from a folder of one's own videos and images (--data)
+vae        the autoencoder, on crops of the clips of the first shape
+latents    every clip encoded once, and the latents' mean and spread
+dit        transformer and text encoder together, by flow matching, over all shapes
+captioner  latents to captions, where the truth is known: for the world alone
+publish    the averaged weights in the diffusers layout
+look       a contact sheet of held-out prompts
 
 Every batch is drawn from a generator seeded by (seed, stage, step), so a run killed at any moment goes on along the
 same loss curve from its last checkpoint. It knows nothing of flows, databases or stores: it reads and writes folders.
@@ -17,15 +21,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +40,27 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
-from model import world
+from model import data, world
 from model.config import DiTConfig, Shape, VAEConfig
+from model.data import BUCKETS, FPS, Bucket
 from model.diffusion import blend, denoise, guide, noise, schedule
 from model.dit import DiT
 from model.layers import Attention, attention, short_attention
-from model.text import TextEncoder, small_encoder, word_tokenizer
+from model.text import TextEncoder, small_encoder, split_words, word_tokenizer
 from model.vae import VAE
-from model.weights import save_model
+from model.weights import CAPTIONER, save_model
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """Clips of one shape: how many are rendered, what share of the steps they get, and how many make a batch."""
-
-    shape: Shape
-    clips: int
-    share: float
-    batch: int
-
-    @property
-    def name(self) -> str:
-        return str(self.shape)
-
-
-BUCKETS = (
-    Bucket(shape=Shape(64, 64, 17), clips=24_000, share=0.60, batch=20),
-    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.12, batch=12),
-    Bucket(shape=Shape(64, 96, 17), clips=1_500, share=0.06, batch=12),
-    Bucket(shape=Shape(64, 64, 9), clips=2_000, share=0.08, batch=32),
-    Bucket(shape=Shape(96, 64, 9), clips=1_000, share=0.04, batch=20),
-    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.06, batch=48),
-    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.04, batch=32),
-)
 PROMPT_TOKENS = 40
+SPOKEN = tuple(world.vocabulary())
+WORDS = 8000  # of a data set's captions that its text encoder learns, the most frequent ones
+FEWEST = 8  # clips of one shape that are worth a training
 DEFAULTS = {
     "name": "mini",
     "max_prompt_tokens": PROMPT_TOKENS,
     "width": 64,
     "height": 64,
     "frames": 17,
-    "fps": 8,
+    "fps": FPS,
     "steps": 25,
     "guidance": 4.0,
     "solver": "ab2",
@@ -96,9 +81,11 @@ class Recipe:
     bfloat16: bool = False  # on a CPU without instructions of its own for it, half as fast as float32
     vae_steps: int = 2400
     dit_steps: int = 4500
+    captioner_steps: int = 2000
     vae_rate: float = 2e-3
     dit_rate: float = 1e-3
     text_rate: float = 2e-4  # at the transformer's, the encoder's constant part grows until it drowns the words
+    captioner_rate: float = 1.5e-3
     average: float = 0.998  # of the exponential moving average that is published
     buckets: tuple[Bucket, ...] = BUCKETS  # the autoencoder learns from the first
     dit: DiTConfig = MINI
@@ -107,17 +94,37 @@ class Recipe:
     chunk: int = 250  # clips a file
     held_back: int = 128  # the first clips of every shape are for validation, never trained on
     every: int = 250  # steps between two checkpoints
+    captions: Mapping[str, Sequence[str]] | None = None  # of every clip by shape; None: the world's
+    words: Sequence[str] = SPOKEN  # that the text encoder knows
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
 
 
-# --- the world, rendered ----------------------------------------------------------------------------------------------
+def recipe_of(work: Path, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with these settings, as JSON gives them; of a data set if the work folder holds the list of one.
+
+    Raises ValueError for settings that no recipe has.
+    """
+    known = {f.name for f in fields(Recipe)} - {"work", "rank", "ranks", "captions", "words"}
+    if unknown := settings.keys() - known:
+        raise ValueError(f"recipe: {min(unknown)!r} must be one of: {', '.join(sorted(known))}")
+    values = dict(settings)
+    if "buckets" in values:
+        values["buckets"] = tuple(Bucket.from_json(bucket) for bucket in values["buckets"])
+    if "dit" in values:
+        dit: dict[str, Any] = {name: tuple(v) if name == "patch" else v for name, v in values["dit"].items()}
+        values["dit"] = DiTConfig(**dit)
+    recipe = Recipe(work=work, **values)
+    return of_data(recipe) if (work / data.LIST).exists() else recipe
+
+
+# --- clips: the world, rendered, or somebody's own --------------------------------------------------------------------
 
 
 def scene_of(seed: int, bucket: Bucket, index: int) -> world.Scene:
-    """The scene of one clip; combinations in `world.held_out` never come up."""
-    return world.sample_scene(random.Random(f"{seed}/{bucket.name}/{index}"), unseen=False)
+    """The scene of one clip of the world."""
+    return data.scene_of(seed, bucket.name, index)
 
 
 def render(recipe: Recipe, processes: int = 2, only: str | None = None) -> None:
@@ -143,13 +150,66 @@ def _render_chunk(job: tuple[Recipe, Bucket, int]) -> str:
     shape = bucket.shape
     scenes = (scene_of(recipe.seed, bucket, first + k) for k in range(recipe.chunk))
     clips = np.stack([world.render(s, width=shape.width, height=shape.height, frames=shape.frames) for s in scenes])
-    path = _chunk(recipe, bucket, first)
+    _save_chunk(_chunk(recipe, bucket, first), clips)
+    return f"{bucket.name} {first}"
+
+
+def _save_chunk(path: Path, clips: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     with part.open("wb") as file:
         np.save(file, clips)
     part.rename(path)
-    return f"{bucket.name} {first}"
+
+
+def list_cuts(recipe: Recipe, folder: Path) -> None:
+    """Writes down which clips the folder gives, once: the training keeps to them. Raises BadData."""
+    path = recipe.work / data.LIST
+    if path.exists():
+        source, _ = data.load_list(path)
+        if source.folder != folder.absolute():
+            raise data.BadData(f"{recipe.work} is at work on {source.folder or 'the world'}: name another --work")
+        return
+    scanned = data.scan(folder, [b.shape for b in recipe.buckets], FPS)
+    for sentence in scanned.unused:
+        print(f"unused {sentence}", flush=True)
+    data.save_list(path, data.Source(folder=folder.absolute()), scanned.cuts)
+
+
+def of_data(recipe: Recipe) -> Recipe:
+    """The recipe for the clips listed in its work folder, the commonest shape first. Raises BadData for too few."""
+    _, cuts = data.load_list(recipe.work / data.LIST)
+    counts = Counter(cut.shape for cut in cuts)
+    batches = {b.shape: b.batch for b in recipe.buckets}
+    buckets = tuple(
+        Bucket(shape=shape, clips=count, share=count / len(cuts), batch=min(count, batches.get(shape, 8)))
+        for shape, count in counts.most_common()
+        if count >= FEWEST
+    )
+    if not buckets:
+        raise data.BadData(f"no shape has the {FEWEST} clips that training needs: {dict(counts) or 'there are none'}")
+    captions = {b.name: [cut.caption for cut in cuts if cut.shape == b.shape] for b in buckets}
+    spoken = Counter(word for some in captions.values() for text in some for word in split_words(text))
+    return replace(
+        recipe,
+        buckets=buckets,
+        captions=captions,
+        words=[word for word, _ in spoken.most_common(WORDS)],
+        held_back=min(recipe.held_back, min(b.clips for b in buckets) // 4),
+    )
+
+
+def read(recipe: Recipe) -> None:
+    """Cuts the clips that are missing out of the files of the list."""
+    source, cuts = data.load_list(recipe.work / data.LIST)
+    for bucket in recipe.buckets:
+        mine = [cut for cut in cuts if cut.shape == bucket.shape]
+        for first in range(0, len(mine), recipe.chunk):
+            if _chunk(recipe, bucket, first).exists():
+                continue
+            clips = np.stack(list(source.read(mine[first : first + recipe.chunk])))
+            _save_chunk(_chunk(recipe, bucket, first), clips)
+            print(f"read {bucket.name} {first + len(clips)}/{len(mine)}", flush=True)
 
 
 def clips_of(recipe: Recipe, bucket: Bucket) -> list[NDArray[np.uint8]]:
@@ -158,7 +218,7 @@ def clips_of(recipe: Recipe, bucket: Bucket) -> list[NDArray[np.uint8]]:
     missing = [f for f in firsts if not _chunk(recipe, bucket, f).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{bucket.name}: {len(missing)} of {len(firsts)} chunks are not rendered; run the stage `render`"
+            f"{bucket.name}: {len(missing)} of {len(firsts)} chunks are missing; run the stage `render` or `read`"
         )
     return [np.load(_chunk(recipe, bucket, f), mmap_mode="r") for f in firsts]
 
@@ -275,9 +335,9 @@ def encode_latents(recipe: Recipe) -> None:
 class Writer(nn.Module):
     """Transformer and text encoder: what flow matching trains together."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, words: Sequence[str] = SPOKEN) -> None:
         super().__init__()
-        tokenizer = word_tokenizer(world.vocabulary(), PROMPT_TOKENS)
+        tokenizer = word_tokenizer(words, PROMPT_TOKENS)
         encoder = small_encoder(len(tokenizer), config.text_dim, TEXT_LAYERS, TEXT_HEADS)
         self.text = TextEncoder(encoder, tokenizer, PROMPT_TOKENS)
         self.dit = DiT(config)
@@ -328,7 +388,7 @@ def train_dit(recipe: Recipe) -> None:
     """Flow matching over all shapes; the rate warms up, stays, and falls to 0 over the last quarter."""
     latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in recipe.buckets}
     torch.manual_seed(recipe.seed)
-    writer = Writer(recipe.dit)
+    writer = Writer(recipe.dit, recipe.words)
     writer.dit.init_weights()
     writer.to(recipe.device)
     if recipe.device == "cpu":
@@ -395,25 +455,19 @@ def train_dit(recipe: Recipe) -> None:
 
 @torch.no_grad()
 def words_apart(text: TextEncoder) -> float:
-    """How far the encodings of two words in one place differ, at the least: 1.4 for unrelated ones, 0 for the same.
+    """How far the encodings of two words in one place differ: the tenth percentile over all pairs.
 
-    A text encoder that has collapsed hardly shows in the loss (skies and colours may still be told apart), but here.
+    1.4 would be unrelated, 0 the same. A text encoder that has collapsed hardly shows in the loss (skies and colours
+    may still be told apart), but here.
     """
-    places = [
-        [f"a {colour} cube" for colour in world.COLOURS],
-        [f"a red {nouns[-1]}" for nouns in world.NOUNS.values()],
-        [f"a red cube {phrases[1]}" for phrases in world.GROUND.values()],
-        ["a red cube moves left", "a red cube moves right"],
-    ]
-    least = math.inf
-    for prompts in places:
-        at = text.tokens(prompts)[1].sum(1) - 2  # the last word: the mark of the end follows it
-        words = text.encode(prompts)[torch.arange(len(prompts)), at]
-        least = min(least, *(((a - b).square().mean().sqrt().item()) for a, b in itertools.combinations(words, 2)))
-    return least
+    words = [word for word in text.tokenizer.get_vocab() if word.isalpha()][:200]
+    encoded = text.encode([f"a {word}" for word in words])[:, 1]
+    return (torch.pdist(encoded) / encoded.shape[1] ** 0.5).quantile(0.1).item()
 
 
 def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> str:
+    if recipe.captions is not None:
+        return recipe.captions[bucket.name][index]
     return world.describe(scene_of(recipe.seed, bucket, index), rng, frames=bucket.shape.frames)
 
 
@@ -450,7 +504,7 @@ def sample(
 
 def trained_writer(recipe: Recipe) -> Writer:
     """The averaged weights of the last checkpoint."""
-    writer = Writer(recipe.dit)
+    writer = Writer(recipe.dit, recipe.words)
     state = load_file(recipe.work / "dit.safetensors")
     writer.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
     writer.attend_with(attention)
@@ -461,10 +515,24 @@ def publish(recipe: Recipe, out: Path) -> None:
     """Writes the averaged weights as bfloat16 in the diffusers layout, with how they were made beside them."""
     writer, vae = trained_writer(recipe), trained_vae(recipe)
     writer.cpu()
-    defaults = {**DEFAULTS, "trained": [bucket.name for bucket in recipe.buckets]}
+    shape = recipe.buckets[0].shape
+    defaults: dict[str, Any] = {**DEFAULTS, "width": shape.width, "height": shape.height, "frames": shape.frames}
+    defaults["trained"] = [bucket.name for bucket in recipe.buckets]
+    if recipe.captions is not None:
+        defaults["name"] = out.name
     save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=defaults, dtype=torch.bfloat16)
     record = {stage: _last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "dit")}
-    record["data"] = {"world_seed": recipe.seed, "clips": {b.name: b.clips for b in recipe.buckets}}
+    record["data"] = {"clips": {b.name: b.clips for b in recipe.buckets}}
+    if recipe.captions is None:
+        record["data"]["world_seed"] = recipe.seed
+    else:
+        source, cuts = data.load_list(recipe.work / data.LIST)
+        record["data"]["digest"] = data.digest(cuts, source.fps)
+    if (recipe.work / "captioner.safetensors").exists():
+        from model.captioner import save_captioner, trained_captioner
+
+        save_captioner(trained_captioner(recipe), out / CAPTIONER)
+        record["captioner"] = _last(recipe.work / "captioner.jsonl")
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -535,6 +603,7 @@ def run(
             "step": done,
             "of": steps,
             "seconds": round(time.monotonic() - started, 1),
+            "steps_per_second": round((done - first) / (time.monotonic() - started), 3),
         }
         total, sums = {}, total
         if recipe.rank:
@@ -563,45 +632,64 @@ def _last(log: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model.train", description="Trains mini on the procedural world.")
-    stages = ("all", "render", "vae", "latents", "dit", "publish", "look")
+    parser = argparse.ArgumentParser(prog="python -m model.train", description="Trains mini, or a model of your own.")
+    stages = ("all", "render", "read", "vae", "latents", "dit", "captioner", "publish", "look")
     parser.add_argument("stage", nargs="?", default="all", choices=stages)
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for clips, latents and checkpoints (about 6 GB)"
     )
+    parser.add_argument("--data", type=Path, help="folder of videos and images to train on (default: the world)")
     parser.add_argument("--out", type=Path, help="where publish writes the model, or look its contact sheet")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--vae-steps", type=int, default=Recipe.__dataclass_fields__["vae_steps"].default)
-    parser.add_argument("--dit-steps", type=int, default=Recipe.__dataclass_fields__["dit_steps"].default)
+    parser.add_argument("--recipe", type=Path, help="JSON file with settings of the recipe; the options below win")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--vae-steps", type=int)
+    parser.add_argument("--dit-steps", type=int)
     parser.add_argument("--only", help="render: one shape, such as 64x64x17")
+    parser.add_argument("--attached", action="store_true", help="end when standard input does: with the parent")
     given = parser.parse_args()
-    recipe = Recipe(
-        work=given.work,
-        seed=given.seed,
-        threads=given.threads,
-        device=given.device,
-        bfloat16=given.bfloat16,
-        vae_steps=given.vae_steps,
-        dit_steps=given.dit_steps,
-    )
-    recipe.work.mkdir(parents=True, exist_ok=True)
+    if given.attached:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    given.work.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {"device": "cuda" if gpu else "cpu", "bfloat16": gpu}
+    settings |= json.loads(given.recipe.read_text()) if given.recipe else {}
+    options = ("seed", "threads", "device", "bfloat16", "vae_steps", "dit_steps")
+    settings |= {name: value for name in options if (value := getattr(given, name)) is not None}
+    recipe = recipe_of(given.work, settings)
+    if given.data:
+        try:
+            list_cuts(recipe, given.data)
+            recipe = of_data(recipe)
+        except data.BadData as error:
+            parser.error(str(error))
     torch.set_num_threads(recipe.threads)
     stage = given.stage
     if "WORLD_SIZE" in os.environ:
         if stage != "dit":
             parser.error(f"{stage} runs in one process; torchrun divides only dit")
         recipe = join(recipe)
-    if stage in ("all", "render"):
+    own = recipe.captions is not None
+    if stage == "read" and not own:
+        parser.error("read needs --data, the folder of videos and images")
+    if stage == "captioner" and own:
+        parser.error("captioner learns from the world, where the truth is known, not from --data")
+    if stage == "render" or (stage == "all" and not own):
         render(recipe, recipe.threads, given.only)
+    if stage == "read" or (stage == "all" and own):
+        read(recipe)
     if stage in ("all", "vae"):
         train_vae(recipe)
     if stage in ("all", "latents"):
         encode_latents(recipe)
     if stage in ("all", "dit"):
         train_dit(recipe)
+    if stage == "captioner" or (stage == "all" and not own):
+        from model.captioner import train_captioner
+
+        train_captioner(recipe)
     if stage == "look":
         look(recipe, given.out or recipe.work / "look.png")
     if stage == "publish" or (stage == "all" and given.out):
@@ -610,11 +698,32 @@ def main() -> None:
         publish(recipe, given.out)
 
 
+def _end_with_input() -> None:
+    while os.read(0, 1):  # not sys.stdin: its lock would be held when the interpreter ends
+        pass
+    os._exit(1)
+
+
 def look(recipe: Recipe, out: Path) -> None:
-    """A contact sheet of held-out prompts, one of each kind of motion and camera."""
+    """A contact sheet: of the world one prompt for each kind of motion and camera, else the held-back captions."""
     from model.encode import SheetRow, contact_sheet
 
     writer, vae = trained_writer(recipe), trained_vae(recipe)
+    bucket = recipe.buckets[0]
+    prompts = _kinds() if recipe.captions is None else list(recipe.captions[bucket.name][: min(recipe.held_back, 12)])
+    rows: list[SheetRow] = []
+    for first in range(0, len(prompts), 8):
+        some = prompts[first : first + 8]
+        video = sample(writer, vae, some, bucket.shape, range(first, first + len(some)))
+        frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+        rows += [
+            SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=list(clip[::4]))
+            for k, (prompt, clip) in enumerate(zip(some, frames, strict=True))
+        ]
+    out.write_bytes(contact_sheet(rows))
+
+
+def _kinds() -> list[str]:
     rng = random.Random(7)
     prompts: list[str] = []
     for kind in (*world.MOTIONS, *world.CAMERAS[1:]):
@@ -623,16 +732,7 @@ def look(recipe: Recipe, out: Path) -> None:
             if kind in (scene.motion, scene.camera):
                 prompts.append(world.describe(scene, rng))
                 break
-    rows: list[SheetRow] = []
-    for first in range(0, len(prompts), 8):
-        some = prompts[first : first + 8]
-        video = sample(writer, vae, some, Shape(64, 64, 17), range(first, first + len(some)))
-        frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-        rows += [
-            SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=list(clip[::4]))
-            for k, (prompt, clip) in enumerate(zip(some, frames, strict=True))
-        ]
-    out.write_bytes(contact_sheet(rows))
+    return prompts
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REWRITER = "rewriter"  # the folder of a model's rewriter
+CAPTIONER = "captioner"  # the folder of a model's captioner
 
 
 class ModelNotFound(ValueError):
@@ -116,7 +117,7 @@ def folder_digest(path: Path) -> str:
     """sha256 over (relative name, sha256 of content) of every file that a model renders from, in name order.
 
     Those are `rushes.json`, `model_index.json` and the JSON, safetensors and tokenizer files of the folders it names.
-    What else lies there (a model card, a rewriter, an evaluation) changes no pixel, and so no recipe.
+    What else lies there (a model card, a rewriter, a captioner, an evaluation) changes no pixel, and so no recipe.
     """
     index = path / "model_index.json"
     named = [part for part in read_json(index) if not part.startswith("_")] if index.is_file() else ["."]

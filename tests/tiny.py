@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from model.captioner import Captioner, CaptionerConfig, save_captioner
 from model.config import DiTConfig, VAEConfig
 from model.dit import DiT
 from model.text import TextEncoder, small_encoder, word_tokenizer
 from model.vae import VAE
-from model.weights import save_model
+from model.weights import CAPTIONER, save_model
 
 DEFAULTS = {
     "name": "tiny",
@@ -42,3 +43,10 @@ def tiny_model(
     vae = VAE(VAEConfig(channels=(8, 8, 8)))
     save_model(path, dit=dit, text=text, vae=vae, defaults=DEFAULTS, dtype=dtype)
     return path
+
+
+def tiny_captioner(model: Path) -> None:
+    """Gives the model a captioner. It is random too: it says something, always the same of the same clip."""
+    torch.manual_seed(0)
+    config = CaptionerConfig(words=tuple(WORDS), width=16, heads=2, encoder_layers=1, decoder_layers=1, length=8)
+    save_captioner(Captioner(config), model / CAPTIONER)

@@ -40,18 +40,12 @@ from infra.store import (
     blob_key,
     open_store,
 )
-from tests.integration.s3 import S3Server, s3_server
+from tests.integration.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
 BOTH = ["folder", pytest.param("s3", marks=pytest.mark.xdist_group("radosgw"))]
 S3 = pytest.mark.xdist_group("radosgw")
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="session")
-def server() -> Generator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture

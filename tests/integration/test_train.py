@@ -6,16 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.captioner import Reporter, train_captioner
 from model.config import DiTConfig, Shape
 from model.diffusion import noise
-from model.train import Bucket, Recipe, draw_known, draw_times, encode_latents, publish, render, train_dit, train_vae
-from model.weights import find_model, load_dit, load_text, load_vae
+from model.train import (
+    Bucket,
+    Checkpoint,
+    Recipe,
+    clips_of,
+    draw_known,
+    draw_times,
+    encode_latents,
+    publish,
+    render,
+    train_dit,
+    train_vae,
+)
+from model.weights import find_model, folder_digest, load_dit, load_text, load_vae
 
 SMALL = """
 import sys
@@ -123,6 +138,35 @@ def test_known_frames_never_leave_nothing_to_learn() -> None:
     assert not known.all(1).any()
     assert 0.05 < known[:, 0].float().mean() < 0.25
     assert not draw_known(100, 1, torch.Generator().manual_seed(0)).any()
+
+
+def test_the_captioner_resumes_and_is_published(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, halved = (shutil.copytree(trained, tmp_path / name) for name in ("whole", "halved"))
+    recipe = replace(small(whole), captioner_steps=6)
+    train_captioner(recipe)
+    save = Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, step: int) -> None:
+        save(self, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpoint, "save", save_and_stop)
+        train_captioner(replace(recipe, work=halved))
+    train_captioner(replace(recipe, work=halved))
+    assert [row["step"] for row in lines(halved / "captioner.jsonl")] == [4, 6]  # the first row came after its save
+    first, second = (load_file(work / "captioner.safetensors") for work in (whole, halved))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {"held_out_colour", "held_out_all"} <= lines(whole / "captioner.jsonl")[-1].keys()
+
+    publish(recipe, tmp_path / "mini")
+    before = folder_digest(tmp_path / "mini")
+    clips = np.concatenate([np.array(chunk) for chunk in clips_of(recipe, recipe.buckets[0])])
+    reporter = Reporter(tmp_path / "mini")
+    said = reporter.captions(clips)
+    assert len(said) == len(clips) and said == reporter.captions(clips)
+    (tmp_path / "mini" / "captioner" / "config.json").write_text("{}")
+    assert folder_digest(tmp_path / "mini") == before  # no pixel depends on it
 
 
 RANK = """

@@ -101,10 +101,20 @@ HELP = "import flows.cli\ntry:\n    flows.cli.app({arguments}, prog_name='rushes
 def test_help_is_a_manual_page(home: Path) -> None:
     done = rushes_process("--help")
     assert done.code == 0
-    for word in ("The stack", "Requests", "Questions", "Operation", "Examples", "Exit codes", "RUSHES_HOME", "--watch"):
+    for word in (
+        "The stack",
+        "Requests",
+        "Questions",
+        "Training",
+        "Operation",
+        "Examples",
+        "Exit codes",
+        "RUSHES_HOME",
+        "--watch",
+    ):
         assert word in done.stdout
     commands = """up down status doctor demo submit watch cancel retry export requests history show sql audit worker
-        engine migrate deploy train"""
+        engine migrate deploy train recaption datasets"""
     for command in commands.split():
         assert f"│ {command} " in done.stdout
     assert rushes().stdout.split() == done.stdout.split()  # no arguments: the same page
@@ -309,10 +319,13 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
         assert done.code == 2 and "Traceback" not in done.stderr, arguments
 
 
-def test_training_passes_its_arguments_on(home: Path) -> None:
-    done = rushes_process("train", "--help")
-    assert done.code == 0, done.stderr
-    assert "usage:" in done.stdout.lower() and "--" in done.stdout
+def test_a_recipe_that_is_no_object_is_refused(home: Path) -> None:
+    Path("recipe.json").write_text("[1]")
+    done = rushes("train", "--recipe", "recipe.json")
+    assert done.code == 2 and "must be a JSON object" in done.stderr
+    Path("recipe.json").write_text("{")
+    done = rushes("train", "--recipe", "recipe.json")
+    assert done.code == 2 and "is not JSON" in done.stderr
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,344 @@
+"""Video to caption: what recaptioning writes, learned from the procedural world, where the truth is known.
+
+A small encoder reads the latents of mini's autoencoder, a small decoder writes the caption word by word (greedily, so a
+clip always gets the same caption). It is trained on `plainly`, the caption that names everything, and `parse` reads a
+caption back into the attributes of `world.CLASSES`, so that each can be compared with the truth.
+
+Letters: B batch, C channels, T/H/W latent frames/rows/columns, N patches, L words, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import world
+from model.text import word_tokenizer
+from model.vae import VAE
+from model.weights import CAPTIONER, folder_digest, load_vae, read_json
+
+if TYPE_CHECKING:
+    from model.train import Recipe
+
+WEIGHTS = "model.safetensors"
+T = TypeVar("T")
+
+
+class NoCaptioner(ValueError):
+    """The model has no captioner of its own. Name one that has (mini), or a vision-language model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionerConfig:
+    words: tuple[str, ...]  # it can say these, a comma and a full stop
+    width: int = 128
+    heads: int = 4
+    encoder_layers: int = 3
+    decoder_layers: int = 2
+    length: int = 33  # tokens of a caption with the mark for its end
+    latent_channels: int = 16
+    cells: tuple[int, int, int] = (5, 6, 6)  # most patches along time, height and width
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> CaptionerConfig:
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return cls(**known)
+
+
+class Captioner(nn.Module):
+    """Latents to words: convolutions to patches of 16 x 16 pixels, a transformer encoder, a causal decoder."""
+
+    def __init__(self, config: CaptionerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = word_tokenizer(config.words, config.length)
+        width, vocabulary = config.width, len(self.tokenizer)
+        self.stem = nn.Sequential(
+            nn.Conv3d(config.latent_channels, width, 3, stride=(1, 2, 2), padding=1),
+            nn.GELU(),
+            nn.Conv3d(width, width, 1),
+        )
+        self.places = nn.ParameterList([nn.Parameter(0.02 * torch.randn(cells, width)) for cells in config.cells])
+        layer: dict[str, Any] = {"dim_feedforward": 2 * width, "dropout": 0.0, "activation": "gelu"}
+        layer |= {"batch_first": True, "norm_first": True}
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(width, config.heads, **layer),
+            config.encoder_layers,
+            nn.LayerNorm(width),
+            enable_nested_tensor=False,
+        )
+        self.embed = nn.Embedding(vocabulary, width)
+        self.order = nn.Parameter(0.02 * torch.randn(config.length, width))
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(width, config.heads, **layer),
+            config.decoder_layers,
+            nn.LayerNorm(width),
+        )
+        self.head = nn.Linear(width, vocabulary)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def look(self, latents: Tensor) -> Tensor:
+        """latents [B, C, T, H, W], normalised -> what the decoder attends to, [B, N, D]."""
+        x = self.stem(latents)  # [B, D, T, H/2, W/2]
+        if any(size > most for size, most in zip(x.shape[2:], self.config.cells, strict=True)):
+            raise ValueError(
+                f"latents of {tuple(latents.shape[2:])} frames, rows and columns make {tuple(x.shape[2:])} patches; "
+                f"this captioner has seen at most {self.config.cells}: cut the clip smaller"
+            )
+        time, row, column = (
+            table[:size].view(*shape)
+            for table, size, shape in zip(
+                self.places,
+                x.shape[2:],
+                ((1, -1, 1, 1, x.shape[1]), (1, 1, -1, 1, x.shape[1]), (1, 1, 1, -1, x.shape[1])),
+                strict=True,
+            )
+        )
+        return self.encoder((x.movedim(1, -1) + time + row + column).flatten(1, 3))
+
+    def say(self, seen: Tensor, words: Tensor) -> Tensor:
+        """Scores of each next word, [B, L, V], after the words [B, L] that begin with the padding token."""
+        length = words.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=words.device).triu(1)
+        said = self.embed(words) + self.order[:length]
+        return self.head(self.decoder(said, seen, tgt_mask=later, tgt_is_causal=True))
+
+    def forward(self, latents: Tensor, words: Tensor) -> Tensor:
+        return self.say(self.look(latents), words)
+
+    @torch.no_grad()
+    def write(self, latents: Tensor) -> list[str]:
+        """The captions of latents [B, C, T, H, W], the likeliest word at each place."""
+        seen = self.look(latents)
+        words = torch.zeros(len(latents), 1, dtype=torch.long, device=latents.device)
+        ended = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
+        while not ended.all() and words.shape[1] <= self.config.length:
+            chosen = self.say(seen, words)[:, -1].argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
+            ended |= chosen == self.tokenizer.eos_token_id
+            words = torch.cat((words, chosen[:, None]), 1)
+        texts = self.tokenizer.batch_decode(words[:, 1:], skip_special_tokens=True)
+        return [re.sub(r" ([,.])", r"\1", text) for text in texts]
+
+    def spell(self, captions: Sequence[str]) -> Tensor:
+        """Token ids [B, L] that begin with the padding token and end with the mark for the end."""
+        ids = self.tokenizer(
+            list(captions), padding="max_length", max_length=self.config.length, truncation=True, return_tensors="pt"
+        )["input_ids"]
+        return torch.cat((torch.zeros(len(ids), 1, dtype=torch.long), ids), 1)
+
+
+class Reporter:
+    """A captioner with the autoencoder that it reads through: frames in, captions out."""
+
+    def __init__(self, model: Path, device: str = "cpu") -> None:
+        """`model` is a folder in the diffusers layout with `captioner/` beside `vae/`. Raises NoCaptioner."""
+        _check(model)
+        self.captioner = load_captioner(model / CAPTIONER).to(device)
+        self.vae = load_vae(model, torch.float32, device)
+        self.device = device
+
+    @torch.no_grad()
+    def captions(self, clips: NDArray[np.uint8]) -> list[str]:
+        """One caption for each of the clips [B, T, H, W, 3] of a shape that the captioner has seen."""
+        assert isinstance(self.vae, VAE)
+        video = torch.from_numpy(clips).to(self.device).movedim(-1, 1).float() / 127.5 - 1
+        return self.captioner.write(self.vae.encode(video))
+
+
+def captioner_digest(model: Path) -> str:
+    """sha256 of all that determines its captions: its own files and those of the autoencoder. Raises NoCaptioner."""
+    _check(model)
+    parts = "".join(folder_digest(model / name) for name in (CAPTIONER, "vae"))
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _check(model: Path) -> None:
+    if not (model / CAPTIONER / WEIGHTS).is_file():
+        raise NoCaptioner(f"{model} has no {CAPTIONER}/{WEIGHTS}: name a model with a captioner, such as mini")
+
+
+def load_captioner(folder: Path) -> Captioner:
+    captioner = Captioner(CaptionerConfig.from_json(read_json(folder / "config.json")))
+    captioner.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
+    return captioner.eval().requires_grad_(False)
+
+
+def save_captioner(captioner: Captioner, folder: Path) -> None:
+    """As bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(captioner.config), indent=2) + "\n")
+    save_file({k: v.bfloat16().contiguous() for k, v in captioner.state_dict().items()}, folder / WEIGHTS)
+
+
+# --- the truth, and captions read back --------------------------------------------------------------------------------
+
+
+class _First(random.Random):
+    """Makes the first choice everywhere; what may be left out is said."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+    def shuffle(self, x: Any) -> None:
+        pass
+
+
+def plainly(scene: world.Scene, frames: int = 17) -> str:
+    """The one caption that names all that can be seen, always in the same words."""
+    return world.describe(_as_seen(scene, frames), _First(), frames=frames)
+
+
+def truth(scene: world.Scene, frames: int = 17) -> dict[str, str]:
+    """What `parse` should find in the scene's plain caption."""
+    labels = world.labels(_as_seen(scene, frames), frames)
+    return {name: world.CLASSES[name][index] for name, index in labels.items() if index >= 0}
+
+
+def _as_seen(scene: world.Scene, frames: int) -> world.Scene:
+    """In an image nobody can tell which of two solids is about to move: they are named in the order of COLOURS."""
+    if frames > 1 or scene.motion == "still":
+        return scene
+    colours = list(world.COLOURS)
+    return replace(scene, solids=tuple(sorted(scene.solids, key=lambda solid: colours.index(solid.colour))))
+
+
+def parse(caption: str, frames: int = 17) -> dict[str, str]:
+    """The attributes (keys and values of `world.CLASSES`) that a caption in the words of the world names.
+
+    What it does not say is left out; of an image (frames=1), motion, camera and direction are.
+    """
+    text = " ".join(re.sub(r"[,.]", " ", caption.lower()).split())
+    found: dict[str, str] = {}
+    for name, table in (("camera", world.FILMED), ("floor", world.GROUND), ("sky", world.HEAVEN)):
+        if hit := _longest(text, ((phrase, value) for value, phrases in table.items() for phrase in phrases)):
+            phrase, found[name] = hit
+            text = text.replace(phrase, " ")
+    solids = [(match[1], _SHAPE_OF[match[2]]) for match in _SOLID.finditer(text)]
+    rest = " ".join(_SOLID.sub("*", text).split())
+    if "* to the right of *" in rest:
+        solids.reverse()
+    for end, (colour, shape) in zip(("", "2"), solids, strict=False):
+        found |= {f"colour{end}": colour, f"shape{end}": shape}
+    if solids:
+        found["count"] = "one" if len(solids) == 1 else "two"
+    if frames == 1:
+        found.pop("camera", None)
+        return found
+    if " behind *" in rest:
+        found["motion"] = "behind"
+        if hit := _longest(rest, ((p, "left" if d < 0 else "right") for d, ps in world.TOWARDS.items() for p in ps)):
+            found["direction"] = hit[1]
+    elif any(re.search(pattern, rest) for pattern in _AT_REST):
+        found["motion"] = "still"
+    elif hit := _longest(rest, _VERBS):
+        found["motion"] = hit[1]
+    return found
+
+
+_SHAPE_OF = {noun: shape for shape, nouns in world.NOUNS.items() for noun in nouns}
+_SOLID = re.compile(rf"\ban? ({'|'.join(world.COLOURS)}) ({'|'.join(_SHAPE_OF)})\b")
+_AT_REST = tuple(re.escape(pattern.format(left="*", right="*")) for pattern in world.AT_REST)
+_VERBS = tuple(
+    (" ".join(f"{verb} {then}".split()), motion)
+    for motion, verbs in world.DOES.items()
+    if motion != "behind"
+    for says, saying, then in verbs
+    for verb in (says, saying)
+    if f"{verb}{then}"
+)
+
+
+def _longest(text: str, phrases: Iterator[tuple[str, T]] | Sequence[tuple[str, T]]) -> tuple[str, T] | None:
+    """The longest of the phrases that the text contains as whole words, with its value."""
+    hits = [(phrase, value) for phrase, value in phrases if f" {phrase} " in f" {text} "]
+    return max(hits, key=lambda hit: len(hit[0]), default=None)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_captioner(recipe: Recipe) -> None:
+    """Cross entropy of the plain captions, on the latents of the training clips of every shape."""
+    from model.train import Checkpoint, run, scene_of
+
+    latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in recipe.buckets}
+    torch.manual_seed(recipe.seed)
+    captioner = Captioner(CaptionerConfig(words=tuple(world.vocabulary()))).to(recipe.device)
+    spelt = {
+        b.name: captioner.spell(
+            [plainly(scene_of(recipe.seed, b, k), b.shape.frames) for k in range(len(latents[b.name]))]
+        )
+        for b in recipe.buckets
+    }
+    rate, steps = recipe.captioner_rate, recipe.captioner_steps
+    optimizer = torch.optim.AdamW(captioner.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    checkpoint = Checkpoint(recipe.work / "captioner.safetensors", {"captioner": captioner}, optimizer)
+    shares = [b.share for b in recipe.buckets]
+
+    def learn(step: int) -> dict[str, float]:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100, 2.5 * (1 - step / steps)) + 1e-6
+        rng = random.Random(f"{recipe.seed}/captioner/{step}")
+        bucket = rng.choices(recipe.buckets, shares)[0]
+        stock = latents[bucket.name]
+        chosen = [rng.randrange(recipe.held_back, len(stock)) for _ in range(2 * bucket.batch)]
+        words = spelt[bucket.name][chosen].to(recipe.device)
+        # On a CPU the fused attention's backward pass alone would take a third of the step.
+        with sdpa_kernel(SDPBackend.MATH), recipe.autocast():
+            scores = captioner(stock[chosen].float().to(recipe.device), words[:, :-1])
+        unsaid = captioner.tokenizer.pad_token_id  # what follows the end
+        loss = F.cross_entropy(scores.float().flatten(0, 1), words[:, 1:].flatten(), ignore_index=unsaid)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    def validate() -> dict[str, float]:
+        captioner.eval()
+        pairs: list[tuple[dict[str, str], dict[str, str]]] = []
+        for bucket in recipe.buckets:
+            frames = bucket.shape.frames
+            texts = captioner.write(latents[bucket.name][: recipe.held_back].float().to(recipe.device))
+            scenes = (scene_of(recipe.seed, bucket, k) for k in range(len(texts)))
+            pairs += [(parse(text, frames), truth(scene, frames)) for text, scene in zip(texts, scenes, strict=True)]
+        captioner.train()
+        return {f"held_out_{name}": share for name, share in exact(pairs).items()}
+
+    run(recipe, "captioner", steps, checkpoint, learn, validate)
+
+
+def trained_captioner(recipe: Recipe) -> Captioner:
+    """The weights of the last checkpoint."""
+    captioner = Captioner(CaptionerConfig(words=tuple(world.vocabulary())))
+    state = load_file(recipe.work / "captioner.safetensors")
+    prefix = "captioner."
+    captioner.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return captioner
+
+
+def exact(pairs: Sequence[tuple[Mapping[str, str], Mapping[str, str]]]) -> dict[str, float]:
+    """Of pairs (said, true): of the clips with an attribute, the share that says it rightly; and of clips all right."""
+    names = [name for name in world.CLASSES if any(name in true for _, true in pairs)]
+    shares: dict[str, float] = {}
+    for name in names:
+        right = [said.get(name) == true[name] for said, true in pairs if name in true]
+        shares[name] = sum(right) / len(right)
+    return shares | {"all": sum(said == true for said, true in pairs) / len(pairs)}
