@@ -8,10 +8,11 @@ torch nor a database: submitting a million prompts must not pay for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from flows.request import MAX_FRAMES, SOURCES, Defaults, Direction, Mode
+from model.config import frames_at
 
 STITCHED = (Mode.EXTEND, Mode.CONNECT, Mode.LOOP)  # what is made is joined to the frames of a source
 
@@ -36,7 +37,7 @@ class Source:
 
     def frames_at(self, fps: int) -> int:
         """How many frames it has at a clip's rate."""
-        return int((self.frames - 1) * fps / self.fps + 0.5) + 1 if self.fps else 1
+        return frames_at(self.frames, self.fps, fps)
 
 
 # (image, video or clip; its name) -> what it names; None where it cannot be looked at from here. Raises BadSource.
@@ -94,31 +95,30 @@ class Takes(NamedTuple):
     sources: tuple[str, ...] = ()  # of these, one
     needed: bool = True
     end: bool = False  # and one that it leads to
-    option: str = ""  # that belongs to it alone
 
 
 TAKES = {
     Mode.TEXT_TO_VIDEO: Takes(),
     Mode.IMAGE: Takes(),
     Mode.IMAGE_TO_VIDEO: Takes(("image", "video", "clip")),
-    Mode.EXTEND: Takes(("video", "clip"), option="direction"),
+    Mode.EXTEND: Takes(("video", "clip")),
     Mode.CONNECT: Takes(("image", "video", "clip"), end=True),
     Mode.LOOP: Takes(("image", "video", "clip"), needed=False),
-    Mode.EDIT: Takes(("image", "video", "clip"), option="strength"),
+    Mode.EDIT: Takes(("image", "video", "clip")),
 }
-OPTIONS = {"direction": Mode.EXTEND, "strength": Mode.EDIT}
+OPTIONS = {"direction": (Mode.EXTEND,), "strength": (Mode.EDIT,), "overlap": STITCHED}
 STRENGTH = 0.6  # of an edit that does not say
 
 
-@dataclass(slots=True)
-class Wanted:
-    """What a line says of its conditions, with what the request says where the line is silent."""
+def with_request(line: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """What a line says of its conditions, and the request where the line is silent.
 
-    values: dict[str, Any]  # mode, sources, direction, overlap, strength: checked one by one
-    faults: list[Fault] = field(default_factory=list[Fault])
-
-    def wrong(self, name: str, message: str) -> None:
-        self.faults.append(Fault(name, message))
+    A line that names its mode or a source leaves those of the request aside, and takes the options that suit its own.
+    """
+    if not {"mode", *SOURCES} & line.keys():
+        return request | line
+    mode = mode_of(line)
+    return {name: request[name] for name, modes in OPTIONS.items() if name in request and mode in modes} | line
 
 
 def mode_of(values: dict[str, Any]) -> Mode:
@@ -127,7 +127,8 @@ def mode_of(values: dict[str, Any]) -> Mode:
 
 def check_sources(values: dict[str, Any]) -> list[Fault]:
     """What is wrong with the keys of one line beside each other, without a look at any source."""
-    wanted, mode = Wanted(values), mode_of(values)
+    faults: list[Fault] = []
+    mode = mode_of(values)
     takes = TAKES[mode]
     given = [name for name in SOURCES if values.get(name) is not None]
     for prefix, allowed in (("", takes.sources), ("end_", takes.sources if takes.end else ())):
@@ -135,15 +136,17 @@ def check_sources(values: dict[str, Any]) -> list[Fault]:
         names = [prefix + name for name in allowed]
         for name in mine:
             if name not in names:
-                wanted.wrong(name, f"{name}={_show(values[name])} is not for mode={mode}{_instead(name, names)}")
+                wrong = f"{name}={_show(values[name])} is not for mode={mode}{_instead(name, names)}"
+                faults.append(Fault(name, wrong))
         if len(set(mine) & set(names)) > 1:
-            wanted.wrong(mine[1], f"{mine[0]} and {mine[1]} are both given: give one of them")
+            faults.append(Fault(mine[1], f"{mine[0]} and {mine[1]} are both given: give one of them"))
         if names and takes.needed and not mine:
-            wanted.wrong("mode", f"mode={mode} needs {_either(names)}")
-    for option, only in OPTIONS.items():
-        if values.get(option) is not None and mode != only:
-            wanted.wrong(option, f"{option}={values[option]} is for mode={only}, not for mode={mode}")
-    return wanted.faults
+            faults.append(Fault("mode", f"mode={mode} needs {_either(names)}"))
+    for option in ("direction", "strength"):
+        if values.get(option) is not None and mode not in OPTIONS[option]:
+            wrong = f"{option}={values[option]} is for mode={OPTIONS[option][0]}, not for mode={mode}"
+            faults.append(Fault(option, wrong))
+    return faults
 
 
 def _instead(name: str, names: list[str]) -> str:
@@ -183,12 +186,12 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
 
     Fills in `size`.
     """
-    wanted, mode = Wanted(values), mode_of(values)
+    mode = mode_of(values)
     if mode is Mode.TEXT_TO_VIDEO and not (defaults.window and (size.frames or defaults.frames) > defaults.window):
         size.frames = size.frames or defaults.frames
-        if values.get("overlap") is not None:
-            wanted.wrong("overlap", f"overlap={values['overlap']} does nothing here: the clip is made at once")
-        return PLAIN if size.frames > 1 else STILL, (f"{size.width}x{size.height}x{size.frames}",), wanted.faults
+        idle = [_idle(values["overlap"])] if "overlap" in values else []
+        return PLAIN if size.frames > 1 else STILL, (f"{size.width}x{size.height}x{size.frames}",), idle
+    faults: list[Fault] = []
     found: dict[str, Source | None] = {}
     identity: list[str] = []
     for name in SOURCES:
@@ -200,15 +203,14 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
             if source and kind != "clip" and (kind == "image") != (source.fps == 0):
                 raise BadSource("is a picture: name it as image" if source.fps == 0 else "is a video: name it as video")
         except BadSource as error:
-            wanted.wrong(name, f"{name}={_show(value)} {error}")
+            faults.append(Fault(name, f"{name}={_show(value)} {error}"))
             continue
         identity.append(f"{name}={value if kind == 'clip' or source is None else source.sha256}")
-    if wanted.faults:
-        return PLAIN, (), wanted.faults
-    if mode is Mode.IMAGE:
-        if size.frames not in (None, 1):
-            wanted.wrong("frames", f"frames={size.frames} must be 1 with mode=image")
-        size.frames = 1
+    if mode is Mode.IMAGE and size.frames not in (None, 1):
+        faults.append(Fault("frames", f"frames={size.frames} must be 1 with mode=image"))
+    if faults:
+        return PLAIN, (), faults
+    size.frames = 1 if mode is Mode.IMAGE else size.frames
     blind = any(source is None for source in found.values())  # the run will look
     start, end = found.get(""), found.get("end_")
     if start is not None and start.clip_id and not size.asked and not _misfit(start, defaults):
@@ -223,43 +225,51 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
     )
     if blind:
         size.frames = size.frames or defaults.frames
-        return conditions, (), wanted.faults
-    return _plan(conditions, values, size, defaults, wanted)
+        return conditions, (), []
+    return _plan(conditions, values.get("overlap"), size, defaults)
 
 
 def _misfit(source: Source, defaults: Defaults) -> bool:
     return bool(source.width % defaults.multiple or source.height % defaults.multiple)
 
 
-def _plan(conditions: Conditions, values: dict[str, Any], size: Size, defaults: Defaults, wanted: Wanted) -> Settled:
-    """The clip's length, and the windows it is made in."""
+def _idle(overlap: int) -> Fault:
+    return Fault("overlap", f"overlap={overlap} does nothing here: the clip is made at once")
+
+
+def _plan(conditions: Conditions, asked: int | None, size: Size, defaults: Defaults) -> Settled:
+    """The clip's length, and the windows it is made in. `asked` is the overlap that the line wants."""
     from model.conditioning import Given, windows
+
+    faults: list[Fault] = []
+
+    def wrong(name: str, message: str) -> None:
+        faults.append(Fault(name, message))
 
     mode, step = conditions.mode, defaults.frame_step
     span = defaults.window or defaults.frames
     before = conditions.source.frames_at(size.fps) if conditions.source else 0
     after = conditions.end_source.frames_at(size.fps) if conditions.end_source else 0
-    overlap = values.get("overlap")
-    if overlap is not None and ((overlap - 1) % step or not 1 <= overlap <= max(1, span - step)):
-        bound = f"{step}n+1, at most {max(1, span - step)}"
-        wanted.wrong("overlap", f"overlap={overlap} must be {bound}: the model makes {span} frames at once")
-    overlap = overlap or min(step * max(1, span // 16) + 1, max(1, span - step))
+    most = max(1, span - step)
+    if asked is not None and ((asked - 1) % step or not 1 <= asked <= most):
+        wrong("overlap", f"overlap={asked} must be {step}n+1, at most {most}: the model makes {span} frames at once")
+    overlap = asked or min(step * max(1, span // 16) + 1, most)
     if mode is Mode.IMAGE_TO_VIDEO:
         before = 1
     frames = size.frames or _length(mode, before, after, span, overlap, defaults)
     least, why = _least(mode, before, after, step)
     if frames < least:
-        wanted.wrong("frames", f"frames={frames} must be at least {least}: {why}")
+        wrong("frames", f"frames={frames} must be at least {least}: {why}")
     if mode is Mode.EDIT and frames > before:
-        wanted.wrong("frames", f"frames={frames} must be at most {before}, which is what is edited")
+        wrong("frames", f"frames={frames} must be at most {before}, which is what is edited")
     if frames > MAX_FRAMES:
-        wanted.wrong("frames", f"frames={frames} must be at most {MAX_FRAMES}: give frames or a shorter source")
+        wrong("frames", f"frames={frames} must be at most {MAX_FRAMES}: give frames or a shorter source")
     backward = conditions.direction is Direction.BACKWARD
     if backward and before < step:
-        wanted.wrong("direction", f"direction=backward needs a source of {step} frames or more, this one has {before}")
+        wrong("direction", f"direction=backward needs a source of {step} frames or more, this one has {before}")
     size.frames = frames
-    if wanted.faults:
-        return PLAIN, (), wanted.faults
+    if faults:
+        return PLAIN, (), faults
     given = Given(
         frames=frames,
         start=0 if mode is Mode.EDIT or backward else before,
@@ -270,13 +280,13 @@ def _plan(conditions: Conditions, values: dict[str, Any], size: Size, defaults: 
     )
     plan = windows(given, step)
     several = len(plan) > 1
-    if not several and values.get("overlap") is not None and mode not in STITCHED:
-        wanted.wrong("overlap", f"overlap={overlap} does nothing here: the clip is made at once")
+    if asked is not None and not several and mode not in STITCHED:
+        return PLAIN, (), [_idle(asked)]
     if several or mode in STITCHED:
         made = sum(window.frames for window in plan)
         conditions = replace(conditions, overlap=overlap, window=defaults.window or None, made_frames=made)
     shapes = sorted({f"{size.width}x{size.height}x{window.frames}" for window in plan})
-    return conditions, tuple(shapes), wanted.faults
+    return conditions, tuple(shapes), []
 
 
 def _length(mode: Mode, before: int, after: int, span: int, overlap: int, defaults: Defaults) -> int:

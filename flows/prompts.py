@@ -32,7 +32,19 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast
 
-from flows.modes import PLAIN, STITCHED, Conditions, Fault, Find, Size, check_sources, mode_of, nowhere, settle
+from flows.modes import (
+    PLAIN,
+    STITCHED,
+    Conditions,
+    Fault,
+    Find,
+    Size,
+    check_sources,
+    mode_of,
+    nowhere,
+    settle,
+    with_request,
+)
 from flows.request import (
     CONDITIONS,
     MAX_FPS,
@@ -258,7 +270,8 @@ def check_defaults(defaults: Defaults) -> list[str]:
     given = {key: getattr(defaults, key) for key in _SETTINGS}
     stitched = Mode(defaults.conditions.get("mode", Mode.TEXT_TO_VIDEO)) in STITCHED
     _, faults = _settings(given, defaults, _Given(), any_length=stitched)
-    faults += check_sources(defaults.conditions)
+    if {"mode", *SOURCES} & defaults.conditions.keys():  # options alone are for lines that name a mode
+        faults += check_sources(defaults.conditions)
     return [fault.message for fault in faults]
 
 
@@ -645,8 +658,7 @@ def _conditions(values: dict[str, Any], defaults: Defaults, given: _Given) -> tu
             faults.append(Fault("overlap", f"overlap={given.show(values['overlap'])} must be a whole number"))
         else:
             good["overlap"] = overlap
-    if not faults and not {"mode", *SOURCES} & good.keys():
-        good = defaults.conditions | good
+    good = with_request(good, defaults.conditions)
     return good, faults or check_sources(good)
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch: planning and submitting a million prompts must not p
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,11 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"
+
+
+def frames_at(frames: int, rate: float, fps: float) -> int:
+    """How many frames a video of `frames` at `rate` has at `fps`, each the nearest one; a picture (rate 0) has one."""
+    return math.ceil((frames - 0.5) * fps / rate) if rate else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,11 +64,6 @@ def probe(data: bytes) -> Media:
     return Media(media_type=media_type, width=size[0], height=size[1], frames=count, fps=float(rate))
 
 
-def frames_at(frames: int, rate: float, fps: float) -> int:
-    """How many frames a video of `frames` at `rate` has at `fps`; a picture (rate 0) has one."""
-    return int((frames - 1) * fps / rate + 0.5) + 1 if rate else 1
-
-
 def read_frames(data: bytes, *, width: int, height: int, fps: float, most: int) -> Frames:
     """The first frames, at most `most`, at the size and rate of a clip: [T, height, width, 3]. Raises BadMedia."""
     if (picture := _picture(data)) is not None:

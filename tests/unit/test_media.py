@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.config import frames_at
 from model.encode import encode_mp4, encode_png
-from model.media import MAX_BYTES, BadMedia, Media, frames_at, probe, read_frames
+from model.media import MAX_BYTES, BadMedia, Media, probe, read_frames
 
 
 def numbered(count: int, width: int = 48, height: int = 32) -> np.ndarray:

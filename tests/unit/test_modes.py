@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.modes import BadSource, Source
-from flows.prompts import BadLine, Prompt, check_prompts, read_prompts, recipe, strange_shapes
+from flows.prompts import BadLine, Prompt, check_defaults, check_prompts, read_prompts, recipe, strange_shapes
 from flows.request import Defaults, GenerationRequest, Mode, PromptLine, PromptsFormat, request_key
 from tests.unit.test_prompts import DEFAULTS as PLAIN
 from tests.unit.test_request import CARD
@@ -157,6 +157,12 @@ def test_a_line_that_says_nothing_follows_the_request() -> None:
     assert (prompt.conditions.mode, prompt.conditions.strength, prompt.frames) == (Mode.EDIT, 0.3, 9)
     assert one(defaults=defaults, strength=0.5).conditions.strength == 0.5
     assert one(defaults=defaults, mode="text-to-video").conditions.source is None
+    assert one(defaults=defaults, mode="edit", clip="d").conditions.strength == 0.3, "an option that suits the line"
+    options = GenerationRequest(prompts=["a"], strength=0.3, overlap=9).resolve(CARD)
+    assert check_defaults(options) == []
+    assert one(defaults=replace(options, window=17), mode="extend", clip="c").conditions.overlap == 9
+    wrong = GenerationRequest(prompts=["a"], mode=Mode.EXTEND, image="ball.png").resolve(CARD)
+    assert check_defaults(wrong)[0] == "image=ball.png is not for mode=extend, which takes video or clip"
     line = PromptLine(prompt="a", mode=Mode.EXTEND, clip="c")
     assert json.loads(GenerationRequest(prompts=[line]).inline_bytes()) == {
         "prompt": "a",

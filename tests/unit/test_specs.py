@@ -1,0 +1,87 @@
+"""From a leased clip to what the ranks are told to make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from db.leases import LeasedClip, NewArtifact
+from db.tables import ClipDirection, ClipMode
+from flows.render import spec_of
+from model.encode import encode_mp4, encode_png
+from model.media import BadMedia
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
+STORED = {
+    "video": encode_mp4(FRAMES, 8, {}),
+    "picture": encode_png(FRAMES[0], {}),
+    "broken": b"nothing that can be seen",
+}
+
+
+def leased(mode: ClipMode, source: str | None = None, end: str | None = None, **changes: Any) -> LeasedClip:
+    values: dict[str, Any] = {
+        "clip_id": "clip",
+        "attempt_no": 1,
+        "prompt": "a red ball",
+        "negative_prompt": None,
+        "seed": 7,
+        "width": 32,
+        "height": 32,
+        "frames": 17,
+        "fps": 8,
+        "steps": 4,
+        "guidance": 3.0,
+        "solver": "ab2",
+        "shift": 3.0,
+        "recipe": "r",
+        "mode": mode,
+        "direction": None,
+        "strength": None,
+        "window": None,
+        "overlap": None,
+        "source": artifact(source),
+        "end_source": artifact(end),
+        **changes,
+    }
+    return LeasedClip(**values)
+
+
+def artifact(name: str | None) -> NewArtifact | None:
+    return name and NewArtifact(sha256=name, key=name, bytes=1, media_type="any/thing")  # pyright: ignore
+
+
+def fetch(source: NewArtifact) -> bytes:
+    return STORED[source.key]
+
+
+@pytest.mark.parametrize(
+    ("clip", "start", "end"),
+    [
+        (leased(ClipMode.TEXT_TO_VIDEO), 0, 0),
+        (leased(ClipMode.IMAGE_TO_VIDEO, "picture"), 1, 0),
+        (leased(ClipMode.IMAGE_TO_VIDEO, "video"), 1, 0),
+        (leased(ClipMode.EXTEND, "video", direction=ClipDirection.FORWARD), 9, 0),
+        (leased(ClipMode.EXTEND, "video", direction=ClipDirection.BACKWARD), 0, 9),
+        (leased(ClipMode.CONNECT, "video", "picture"), 9, 1),
+        (leased(ClipMode.LOOP, "video"), 9, 0),
+    ],
+)
+def test_sources_become_what_a_clip_begins_and_ends_with(clip: LeasedClip, start: int, end: int) -> None:
+    spec = spec_of(clip, fetch)
+    assert (spec.given.start, spec.given.end, spec.loop) == (start, end, clip.mode is ClipMode.LOOP)
+    for frames in (spec.start, spec.end):
+        assert frames is None or frames.shape[1:] == (32, 32, 3)
+
+
+def test_an_edit_keeps_nothing_but_starts_from_its_source() -> None:
+    spec = spec_of(leased(ClipMode.EDIT, "video", strength=0.5, frames=5, window=9, overlap=5), fetch)
+    assert spec.start is not None and len(spec.start) == 5
+    assert (spec.given.start, spec.strength, spec.window, spec.overlap) == (0, 0.5, 9, 5)
+
+
+def test_a_source_that_cannot_be_read_is_said_so() -> None:
+    with pytest.raises(BadMedia, match="neither a picture"):
+        spec_of(leased(ClipMode.EXTEND, "broken"), fetch)
