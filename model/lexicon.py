@@ -265,9 +265,13 @@ def settle(prompt: str, said: Said) -> Said:
     Where the word list is sure it wins, and what no word of the prompt speaks for is left out.
     """
     words = words_of(prompt)
-    known = frozenset(chain.from_iterable(meanings(word) for word in words))
-    kept = {name: value for name, value in asdict(said).items() if (KIND[name], value) in known}
     spotted = spot(words)
+    of_camera, of_solids = (set(chain(*map(meanings, some))) for some in (words, spotted.of_solids))
+    kept = {
+        name: value
+        for name, value in asdict(said).items()
+        if (KIND[name], value) in (of_camera if name == "camera" else of_solids)
+    }
     if len(spotted.solids) < 2:
         kept = {name: value for name, value in kept.items() if name not in ("shape2", "colour2")}
     others = dict(spotted.others)
@@ -301,6 +305,7 @@ class Spotted:
 
     solids: tuple[Solid, ...]  # the one that acts first
     others: dict[str, str]  # of these it is sure
+    of_solids: list[str]  # the words without those that tell of the camera
 
 
 def spot(words: Sequence[str]) -> Spotted:
@@ -309,6 +314,7 @@ def spot(words: Sequence[str]) -> Spotted:
     found: dict[str, set[str]] = {}
     solids: list[Solid] = []
     colour, colour_ends = "", -1
+    of_solids: list[str] = []
     behind_a_link = False  # "next to a blue cube a red ball bounces" begins with the second solid
     k = 0
     while k < len(words):
@@ -326,13 +332,15 @@ def spot(words: Sequence[str]) -> Spotted:
             solids.append(Solid(""))  # misspelt
         elif kind == "motion" and k and words[k - 1] in _WATCHING:
             sure = False
+        if kind != "camera":
+            of_solids += words[k : k + size]
         found.setdefault(kind, set()).add(value if sure else "")
         k += size
     if len(solids) == 2 and behind_a_link:
         solids.reverse()
     one = {kind: values.pop() for kind, values in found.items() if len(values) == 1}
     others = {kind: value for kind, value in one.items() if value and kind in ("camera", "floor", "sky", "motion")}
-    return Spotted(tuple(solids), others)
+    return Spotted(tuple(solids), others, of_solids)
 
 
 def _linked(words: Sequence[str], k: int) -> bool:
@@ -358,14 +366,21 @@ def unknown_words(prompt: str) -> list[str]:
 @lru_cache(maxsize=1 << 16)
 def meanings(word: str) -> frozenset[tuple[str, str]]:
     """The (kind of slot, value) that a word speaks for, also misspelt."""
-    if word in _MEANINGS or len(word) < 3 or word in _SMALL_CHANGE:
-        return _MEANINGS.get(word, frozenset())
-    near = difflib.get_close_matches(word, _MEANINGS, n=2, cutoff=ALIKE)
-    return frozenset(chain.from_iterable(_MEANINGS[each] for each in near))
+    return frozenset(chain.from_iterable(_MEANINGS[each] for each in _spelt(word)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _spelt(word: str) -> tuple[str, ...]:
+    """The words of the word list that this may be."""
+    if word in _MEANINGS:
+        return (word,)
+    if len(word) < 3 or word in _SMALL_CHANGE:
+        return ()
+    return tuple(difflib.get_close_matches(word, _MEANINGS, n=2, cutoff=ALIKE))
 
 
 def _is_known(word: str) -> bool:
-    return word in _SMALL_CHANGE or bool(meanings(word))
+    return word in _SMALL_CHANGE or bool(_spelt(word))
 
 
 def _motions() -> dict[str, list[str]]:
@@ -441,6 +456,10 @@ def _all_meanings() -> dict[str, frozenset[tuple[str, str]]]:
             found.setdefault(word, set()).update({("direction", "left"), ("direction", "right"), ("motion", side)})
     for word in ("nothing", "neither", "both", "none"):
         found.setdefault(word, set()).add(("motion", "still"))
+    for values in found.values():  # what may roll to the left, closer or away says nothing by rolling
+        motions = {meaning for meaning in values if meaning[0] == "motion"}
+        if len(motions) > 2:
+            values -= motions
     return {word: frozenset(values) for word, values in found.items()}
 
 

@@ -101,6 +101,8 @@ def test_every_synonym_speaks_for_what_it_stands_for(slot: str, value: str, phra
         ("purpel cyllinder slidng to the left", Said(shape="cylinder", colour="purple", motion="left"),
          ("cylinder", "purple", "left")),
         ("the camera rests quietly on a pink cone", Said(shape="cone", colour="pink"), ("cone", "pink", None)),
+        ("a ball rolling on sand", Said(shape="sphere", motion="closer"), ("sphere", None, None)),
+        ("a cube, the camera approaches", Said(shape="cube", motion="closer"), ("cube", None, None)),
         # words that mean something else as easily are not the word list's to judge
         ("can you show a blue cube", Said(shape="cube", colour="blue"), ("cube", "blue", None)),
         ("a pink ball on a green lawn", Said(shape="sphere", colour="pink"), ("sphere", "pink", None)),

@@ -85,7 +85,9 @@ def test_every_word_for_a_solid_or_a_camera_move_is_understood(rewriter: Rewrite
     for colour, words in COLOUR_WORDS.items():
         asked += [(f"There's {word} sphere", Said(colour=colour, shape="sphere")) for word in words]
     for shape, words in SHAPE_WORDS.items():
-        asked += [(f"a blue {word}, nothing moves", Said(colour="blue", shape=shape, motion="still")) for word in words]
+        asked += [
+            (f"a blue {word} that does not move", Said(colour="blue", shape=shape, motion="still")) for word in words
+        ]
     for camera, words in FILMED_AS.items():
         asked += [(f"a red cube, {word}", Said(colour="red", shape="cube", camera=camera)) for word in words]
     texts = rewriter.rewrite([prompt for prompt, _ in asked])
