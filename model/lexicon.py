@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import NamedTuple
 
 from model.words import (
@@ -103,6 +103,8 @@ class Said:
     def possible(self) -> Said:
         """The same without what cannot be said: a second solid without a first, a side without a second solid."""
         said = self
+        if said.shape is None:
+            said = replace(said, shape=said.shape2, colour=said.colour2, shape2=None, motion=None)
         if said.shape2 is None:
             said = replace(said, colour2=None, direction=None)
             said = replace(said, motion=None) if said.motion == "behind" else said
@@ -263,45 +265,47 @@ def settle(prompt: str, said: Said) -> Said:
     Where the word list is sure it wins, and what no word of the prompt speaks for is left out.
     """
     words = words_of(prompt)
-    known = frozenset(chain.from_iterable(meanings(word) for word in words))
-    kept = {name: value for name, value in asdict(said).items() if (KIND[name], value) in known}
     spotted = spot(words)
+    of_camera, of_solids = (set(chain(*map(meanings, some))) for some in (words, spotted.of_solids))
+    kept = {
+        name: value
+        for name, value in asdict(said).items()
+        if (KIND[name], value) in (of_camera if name == "camera" else of_solids)
+    }
+    if len(spotted.solids) < 2:
+        kept = {name: value for name, value in kept.items() if name not in ("shape2", "colour2")}
     others = dict(spotted.others)
     if kept.get("motion") == "behind" and others.get("motion") in ("left", "right"):
         del others["motion"]  # it says where to
     return Said(**{**kept, **_agree(kept, spotted.solids), **others}).possible()
 
 
-def _agree(kept: Mapping[str, str], solids: Sequence[Solid] | None) -> dict[str, str | None]:
-    """The solids as the word list has them; which of two comes first is for the network to say, if it knows both."""
-    there = [Solid(kept[f"shape{end}"], kept.get(f"colour{end}")) for end in ("", "2") if f"shape{end}" in kept]
-    if solids is None or not len(there) <= len(solids) <= 2:
+def _agree(kept: Mapping[str, str], solids: Sequence[Solid]) -> dict[str, str | None]:
+    """The solids as the word list has them, with the network's colours where it has none."""
+    if not 1 <= len(solids) <= 2 or not all(solid.shape for solid in solids):
         return {}
-    found = list(solids)
-    turned = [Solid(shape, colour or None) for shape, colour in reversed(found)]
-    if turned == there or (
-        turned[0].shape != turned[-1].shape and [s.shape for s in turned] == [s.shape for s in there]
-    ):
-        found.reverse()
-    values: dict[str, str | None] = {}
-    for end, solid, other in zip_longest(("", "2"), found, there):
-        same = solid and other and solid.shape == other.shape
-        values[f"shape{end}"] = solid and solid.shape
-        values[f"colour{end}"] = solid and (solid.colour or (other.colour if same else None))
+    values: dict[str, str | None] = {"shape2": None, "colour2": None}
+    for end, solid in zip(("", "2"), solids, strict=False):
+        same = kept.get(f"shape{end}") == solid.shape
+        values[f"shape{end}"] = solid.shape
+        values[f"colour{end}"] = solid.colour or (kept.get(f"colour{end}") if same else None)
     return values
 
 
 class Solid(NamedTuple):
+    """A solid as the word list sees it: "" is a shape it is not sure of."""
+
     shape: str
-    colour: str | None
+    colour: str | None = None  # right before the shape
 
 
 @dataclass(frozen=True, slots=True)
 class Spotted:
-    """What the word list is sure of."""
+    """What the word list finds."""
 
-    solids: tuple[Solid, ...] | None  # as mentioned, with the colours right before them; None: not sure of one
-    others: dict[str, str]
+    solids: tuple[Solid, ...]  # the one that acts first
+    others: dict[str, str]  # of these it is sure
+    of_solids: list[str]  # the words without those that tell of the camera
 
 
 def spot(words: Sequence[str]) -> Spotted:
@@ -309,32 +313,48 @@ def spot(words: Sequence[str]) -> Spotted:
     words = [word for word in words if word in _MEANINGS or not word.endswith("ly")]  # moves slowly away
     found: dict[str, set[str]] = {}
     solids: list[Solid] = []
-    colour: tuple[int, str] = (0, "")  # the last one: where it ends
+    colour, colour_ends = "", -1
+    of_solids: list[str] = []
+    behind_a_link = False  # "next to a blue cube a red ball bounces" begins with the second solid
     k = 0
     while k < len(words):
         size, kind, value = _phrase_at(words, k)
+        sure = " ".join(words[k : k + size]) not in UNSURE
         if kind == "colour":
-            colour = (k + size, value)
+            colour, colour_ends = value, k + size
         elif kind == "shape":
-            near = all(word in _BETWEEN for word in words[colour[0] : k])
-            solids.append(Solid(value, colour[1] if colour[1] and near else None))
-        found.setdefault(kind, set()).add(value)
+            ends = next((n for n in range(k, -1, -1) if n == colour_ends or words[n - 1] not in _BETWEEN), k)
+            tinted = colour if ends == colour_ends else None
+            if not solids:
+                behind_a_link = _linked(words, k)
+            solids.append(Solid(value if sure or tinted else "", tinted))
+        elif not kind and any(kind == "shape" for kind, _ in meanings(words[k])):
+            solids.append(Solid(""))  # misspelt
+        elif kind == "motion" and k and words[k - 1] in _WATCHING:
+            sure = False
+        if kind != "camera":
+            of_solids += words[k : k + size]
+        found.setdefault(kind, set()).add(value if sure else "")
         k += size
-    sure = {kind: values.pop() for kind, values in found.items() if len(values) == 1}
-    others = {kind: value for kind, value in sure.items() if value and kind in ("camera", "floor", "sky", "motion")}
-    return Spotted(tuple(solids) if all(solid.shape for solid in solids) else None, others)
+    if len(solids) == 2 and behind_a_link:
+        solids.reverse()
+    one = {kind: values.pop() for kind, values in found.items() if len(values) == 1}
+    others = {kind: value for kind, value in one.items() if value and kind in ("camera", "floor", "sky", "motion")}
+    return Spotted(tuple(solids), others, of_solids)
+
+
+def _linked(words: Sequence[str], k: int) -> bool:
+    """Does the noun at place k follow "next to", "behind" or the like, with nothing but its own words between?"""
+    while k and (words[k - 1] in _BETWEEN or words[k - 1] in _COLOURING):
+        k -= 1
+    return bool(k) and words[k - 1] in _LINKS
 
 
 def _phrase_at(words: Sequence[str], k: int) -> tuple[int, str, str]:
-    """How many words the longest phrase from place k on has, its kind, and what it means, "" if that is not sure.
-
-    A colour is, since it counts right before a shape only.
-    """
+    """How many words the longest phrase from place k on has, its kind, and what it means."""
     for size in range(min(_LONGEST_PHRASE, len(words) - k), 0, -1):
-        phrase = " ".join(words[k : k + size])
-        if phrase in _PHRASES:
-            kind, value = _PHRASES[phrase]
-            return size, kind, "" if phrase in UNSURE and kind != "colour" else value
+        if (phrase := " ".join(words[k : k + size])) in _PHRASES:
+            return size, *_PHRASES[phrase]
     return 1, "", ""
 
 
@@ -346,14 +366,21 @@ def unknown_words(prompt: str) -> list[str]:
 @lru_cache(maxsize=1 << 16)
 def meanings(word: str) -> frozenset[tuple[str, str]]:
     """The (kind of slot, value) that a word speaks for, also misspelt."""
-    if word in _MEANINGS or len(word) < 3 or word in _SMALL_CHANGE:
-        return _MEANINGS.get(word, frozenset())
-    near = difflib.get_close_matches(word, _MEANINGS, n=2, cutoff=ALIKE)
-    return frozenset(chain.from_iterable(_MEANINGS[each] for each in near))
+    return frozenset(chain.from_iterable(_MEANINGS[each] for each in _spelt(word)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _spelt(word: str) -> tuple[str, ...]:
+    """The words of the word list that this may be."""
+    if word in _MEANINGS:
+        return (word,)
+    if len(word) < 3 or word in _SMALL_CHANGE:
+        return ()
+    return tuple(difflib.get_close_matches(word, _MEANINGS, n=2, cutoff=ALIKE))
 
 
 def _is_known(word: str) -> bool:
-    return word in _SMALL_CHANGE or bool(meanings(word))
+    return word in _SMALL_CHANGE or bool(_spelt(word))
 
 
 def _motions() -> dict[str, list[str]]:
@@ -429,11 +456,18 @@ def _all_meanings() -> dict[str, frozenset[tuple[str, str]]]:
             found.setdefault(word, set()).update({("direction", "left"), ("direction", "right"), ("motion", side)})
     for word in ("nothing", "neither", "both", "none"):
         found.setdefault(word, set()).add(("motion", "still"))
+    for values in found.values():  # what may roll to the left, closer or away says nothing by rolling
+        motions = {meaning for meaning in values if meaning[0] == "motion"}
+        if len(motions) > 2:
+            values -= motions
     return {word: frozenset(values) for word, values in found.items()}
 
 
 KIND = {name: name.rstrip("2") for name in SLOTS}
 _BETWEEN = frozenset(chain(DECOR, ("coloured", "colored", "hued", "tinted", "thing", "shaped")))
+_COLOURING = frozenset(chain(("a", "an", "the", "one", "this", "to"), *map(str.split, chain(*COLOUR_WORDS.values()))))
+_LINKS = frozenset(("next", "beside", "near", "behind", "by", "alongside"))
+_WATCHING = frozenset(("camera", "view", "shot", "we"))  # what these do is no motion of a solid
 _PHRASES = _all_phrases()
 _LONGEST_PHRASE = max(phrase.count(" ") + 1 for phrase in _PHRASES)
 _MEANINGS = _all_meanings()

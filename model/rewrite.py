@@ -204,7 +204,7 @@ class Rewriter:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     seed: int = 0
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 96
     rate: float = 1.5e-3
     warmup: int = 200
@@ -316,7 +316,7 @@ def main() -> None:
     command = commands.add_parser("train", help="train from nothing and write a folder")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=int, default=4000)
+    command.add_argument("--steps", type=int, default=3000)
     command = commands.add_parser("evaluate", help="score a folder on the hand-written prompts")
     command.add_argument("folder", type=Path)
     command = commands.add_parser("serve", help="rewrite what standard input asks for, a JSON object a line")

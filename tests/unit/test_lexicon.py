@@ -100,6 +100,9 @@ def test_every_synonym_speaks_for_what_it_stands_for(slot: str, value: str, phra
         # misspelt, which the word list lets the network judge
         ("purpel cyllinder slidng to the left", Said(shape="cylinder", colour="purple", motion="left"),
          ("cylinder", "purple", "left")),
+        ("the camera rests quietly on a pink cone", Said(shape="cone", colour="pink"), ("cone", "pink", None)),
+        ("a ball rolling on sand", Said(shape="sphere", motion="closer"), ("sphere", None, None)),
+        ("a cube, the camera approaches", Said(shape="cube", motion="closer"), ("cube", None, None)),
         # words that mean something else as easily are not the word list's to judge
         ("can you show a blue cube", Said(shape="cube", colour="blue"), ("cube", "blue", None)),
         ("a pink ball on a green lawn", Said(shape="sphere", colour="pink"), ("sphere", "pink", None)),
@@ -110,11 +113,18 @@ def test_network_and_word_list_agree(prompt: str, network: Said, wanted: tuple[s
     assert (said.shape, said.colour, said.motion) == wanted
 
 
-def test_of_two_solids_the_network_says_which_comes_first() -> None:
-    network = Said(shape="cube", colour="red", motion="bounce", shape2="cone", colour2="blue")
-    assert settle("next to a sapphire cone a scarlet box bounces", network) == network
-    two = settle("a rose cone and a teal cone", Said(shape="cone", colour="red", shape2="cone", colour2="cyan"))
-    assert (two.colour, two.colour2) == ("pink", "cyan")
+def test_of_two_solids_the_one_that_acts_comes_first() -> None:
+    box, cone = {"shape": "cube", "colour": "red"}, {"shape2": "cone", "colour2": "blue"}
+    wanted = Said(**box, **cone, motion="bounce")
+    mistaken = Said(shape="cone", colour="red", motion="bounce", shape2="cube", colour2="red")
+    assert settle("next to a sapphire cone a scarlet box bounces", mistaken) == wanted
+    assert settle("a scarlet box bounces next to a sapphire cone", mistaken) == wanted
+    assert settle("a scarlet box bounces next to a sapphre conee", wanted) == wanted
+
+
+def test_one_solid_is_not_two() -> None:
+    two = Said(shape="sphere", colour="red", motion="still", shape2="sphere", colour2="red")
+    assert settle("a red ball, nothing moves", two) == Said(shape="sphere", colour="red", motion="still")
 
 
 def test_words_that_mean_nothing_are_named_once_and_small_change_is_not() -> None:
