@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class NoCaptioner(ValueError):
-    """The model has no captioner of its own. Name one that has (mini), or a vision-language model."""
+    """The model has no captioner of its own. Name one that has, or let a vision-language model write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +168,7 @@ def captioner_digest(model: Path) -> str:
 
 def _check(model: Path) -> None:
     if not (model / CAPTIONER / WEIGHTS).is_file():
-        raise NoCaptioner(f"{model} has no {CAPTIONER}/{WEIGHTS}: name a model with a captioner, such as mini")
+        raise NoCaptioner(f"{model} has no {CAPTIONER}/{WEIGHTS}: name a model that was published with a captioner")
 
 
 def load_captioner(folder: Path) -> Captioner:
