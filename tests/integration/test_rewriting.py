@@ -108,7 +108,7 @@ def submitted(
     """A request recorded as the flow records it: its id, and what the flow said."""
     request = GenerationRequest(model=str(model), prompts=prompts, **options)
     store, said = settings.open_store(), []
-    source = generate.find_source(settings, store, request)
+    source = generate.find_source(settings, ledgers, store, request)
     with rewriter_of(settings, source.card) as rewriter:
         wanted = rewriter if request.rewrite else None
         return generate.record(settings, ledgers, store, source, request, wanted, say=said.append).id, said
@@ -241,7 +241,7 @@ def test_a_run_that_was_killed_goes_on_with_the_words_it_had(
     settings: Settings, server: Server, ledger: sessionmaker[Session], tiny: ModelCard
 ) -> None:
     request = GenerationRequest(model=str(tiny.path), prompts=["a red ball", "a blue ball"])
-    source = generate.find_source(settings, settings.open_store(), request)
+    source = generate.find_source(settings, ledger, settings.open_store(), request)
     lines = list(generate.lines_of(io.BytesIO(request.inline_bytes()), source, request))
     with Endpoint(settings, tiny) as endpoint:
         rewrite_all(ledger, endpoint, tiny, lines)  # killed here: the request is not open yet
