@@ -188,8 +188,9 @@ class Canvas:
     def paint(self, window: Window, video: Frames) -> None:
         """Puts a decoded window [B, T, H, W, 3] in its place, faded into what is known already.
 
-        The known frame next to the new ones is the decoder's own, so that nothing steps where they meet; from there
-        the fade leads back to the pixels that were given.
+        The last known frame before new ones is the decoder's own, so that nothing steps where they meet; from there
+        the fade leads back to the pixels that were given. After new ones the decoder makes less of known latents, since
+        it looks back at what was made: there the fade begins with a part of the given pixels.
         """
         for k in range(window.frames):
             place = self._place(window.first + k)
@@ -197,7 +198,7 @@ class Canvas:
                 continue  # what did not fit the time line
             share = min(1.0, (k + 1) / window.head if window.head else 1.0)
             if window.tail:
-                share = min(share, (window.frames - k) / window.tail)
+                share = min(share, (window.frames - k) / (window.tail + 0.5))
             old, new = self.pixels[:, place].astype(np.float32), video[:, k].astype(np.float32)
             self.pixels[:, place] = np.rint(old + share * (new - old))
 

@@ -148,13 +148,20 @@ def _kept(
     new = length - overlap
     bridge = new - (overlap - 1)
     others = [*clips[1:], clips[0]]
+    own = list(zip(clips, restored, strict=True))
+    neighbours = [*own[1:], own[0]]
     begin, end = slice(0, overlap), slice(length - overlap, length)
-    # mode: what is given, how long it gets, which source frames are faded, and where frames that are made begin or end
-    modes: dict[str, tuple[dict[str, Any], int, slice, list[int]]] = {
-        "image-to-video": ({"start": 1}, length, slice(0, 1), [1]),
-        "extend": ({"start": length}, length + new, end, [length]),
-        "extend backward": ({"end": length}, length + new, begin, [new]),
-        "connect": ({"start": length, "end": length}, 2 * length + bridge, end, [length, length + bridge]),
+    # mode: what is given, how long it gets, source frames that are faded and by how much they moved, where it is joined
+    modes: dict[str, tuple[dict[str, int], int, list[tuple[Any, slice, int]], list[int]]] = {
+        "image-to-video": ({"start": 1}, length, [(own, slice(0, 1), 0)], [1]),
+        "extend": ({"start": length}, length + new, [(own, end, 0)], [length]),
+        "extend backward": ({"end": length}, length + new, [(own, begin, new)], [new]),
+        "connect": (
+            {"start": length, "end": length},
+            2 * length + bridge,
+            [(own, end, 0), (neighbours, begin, length + bridge)],
+            [length, length + bridge],
+        ),
     }
     figures: dict[str, Any] = {}
     for mode, (given, frames, faded, joins) in modes.items():
@@ -168,15 +175,17 @@ def _kept(
             for spec, clip, other in zip(plain, clips, others, strict=True)
         ]
         made = _render(engine, specs)
-        moved = frames - length if mode == "extend backward" else 0
-        at = slice(faded.start + moved, faded.stop + moved)
         seams = [seam(each, join) for each in made for join in joins]
-        kept = mean(psnr(each[at], clip[faded]) for each, clip in zip(made, clips, strict=True))
-        own = mean(psnr(each[faded], clip[faded]) for each, clip in zip(restored, clips, strict=True))
+        kept: list[float] = []
+        alone: list[float] = []
+        for pairs, at, moved in faded:
+            for each, (source, through) in zip(made, pairs, strict=True):
+                kept.append(psnr(each[at.start + moved : at.stop + moved], source[at]))
+                alone.append(psnr(through[at], source[at]))
         figures[mode] = {
-            "kept_psnr": kept,
-            "autoencoder_psnr": own,
-            "kept": kept >= own - MOST_BELOW_AUTOENCODER,
+            "kept_psnr": mean(kept),
+            "autoencoder_psnr": mean(alone),
+            "kept": mean(kept) >= mean(alone) - MOST_BELOW_AUTOENCODER,
             "seam": mean(seams),
             "seams_within": mean(each <= MOST_SEAM for each in seams),
         }
