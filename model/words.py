@@ -304,7 +304,9 @@ FUNCTION_WORDS = _list(
     two, here, there, now, please, like, want, need, make, see, look, show, get, got, go, goes, going, way, thing,
     things, something, object, objects, coloured, colored, hued, tinted, colour, color, bright, deep, pale, light,
     vivid, dull, soft, warm, slowly, quickly, fast, slow, gently, smoothly, own, same, other, another, more, most,
-    much, many, little, bit, lot, exactly, ever, still, yet, kind, sort, somewhere, entire, whole"""
+    much, many, little, bit, lot, exactly, ever, still, yet, kind, sort, somewhere, entire, whole, single, lit,
+    against, empty, wide, endless, bathed, set, place, scene, world, shot, both, together,
+    few, long, short"""
 )
 
 # Words that mean something else as easily: "can you", "depth of field", "a beach ball", "a marble floor", "all day".
