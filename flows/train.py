@@ -53,7 +53,7 @@ REPORT = 5.0  # seconds between two reports to the UI, at least
 ROWS = 200  # of a loss curve that the page shows
 TAIL = 30  # lines of a failed stage's output that its error quotes
 SCORES = "score.json"  # in the work folder
-JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world, where it is shipped
+JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world
 OF_WORLD = ("render", "vae", "latents", "dit", "captioner", "look")
 OF_DATA = ("read", "vae", "latents", "dit", "look")
 
@@ -74,6 +74,9 @@ class Training(BaseModel):
     )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads of a process")
     ranks: int = Field(default=1, ge=1, le=64, description="Processes that divide every batch of the transformer's")
+    prompts: int = Field(
+        default=256, ge=0, le=4096, description="On how many a model of the world is measured; 0: not at all"
+    )
 
 
 class StageFailed(RuntimeError):
@@ -108,7 +111,7 @@ def train(request: Training) -> State[Any]:
                 for stage in OF_WORLD if of_world(dataset) else OF_DATA:
                     as_task(stage, partial(run_stage, stage, command_of(stage, request, work), work, key))
                 as_task("publish", partial(run_stage, "publish", publishing(request, work, out), work, key))
-                if of_world(dataset) and JUDGE.is_dir():
+                if of_world(dataset) and request.prompts:
                     as_task("evaluate", partial(evaluate, request, work, out, key))
                 as_task("record", partial(record, ledgers, request, dataset, work, out, key))
     except (BadData, DatasetNotFound, WrongSetting) as error:
@@ -283,7 +286,8 @@ def evaluate(request: Training, work: Path, out: Path, key: str) -> None:
     if scores.exists() and json.loads(scores.read_text())["digest"] == find_model(out).digest:
         return
     command = [sys.executable, "-u", "-m", "model.score", "--model", str(out), "--judge", str(JUDGE)]
-    run_stage("evaluate", [*command, "--threads", str(request.threads), "--out", str(scores)], work, key)
+    command += ["--prompts", str(request.prompts), "--threads", str(request.threads), "--out", str(scores)]
+    run_stage("evaluate", command, work, key)
 
 
 def record(

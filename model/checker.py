@@ -25,9 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import world
+from model.config import VAEConfig
 from model.data import BUCKETS
 from model.train import Recipe, scene_of, to_video, trained_vae
-from model.vae import PositionNorm
+from model.vae import VAE, PositionNorm
+from model.weights import WEIGHTS as VAE_WEIGHTS
+from model.weights import read_json
 
 SHAPE = BUCKETS[0].shape  # 64x64 with 17 frames: what every score is taken at
 CELLS = (5, 8, 8)  # its latent frames, rows and columns
@@ -97,6 +100,13 @@ def load_checker(folder: Path) -> Checker:
     return checker.eval().requires_grad_(False)
 
 
+def load_eyes(folder: Path) -> VAE:
+    """The autoencoder that the checker of this folder was trained with: its latents mean nothing in another's."""
+    vae = VAE(VAEConfig.from_json(read_json(folder / "vae" / "config.json")))
+    vae.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "vae" / VAE_WEIGHTS).items()})
+    return vae.eval().requires_grad_(False)
+
+
 def labels_of(scenes: list[world.Scene]) -> dict[str, Tensor]:
     """For each attribute the index [B] of its class; -1 where a scene has none."""
     rows = [world.labels(scene) for scene in scenes]
@@ -152,9 +162,16 @@ def train(recipe: Recipe, out: Path, steps: int, batch: int = 64) -> None:
             right = accuracy(checker, latents[: recipe.held_back], {n: t[: recipe.held_back] for n, t in truth.items()})
             row = {"step": step + 1, "of": steps, "seconds": round(time.monotonic() - started), "loss": loss.item()}
             print(json.dumps(row | right), flush=True)
-            out.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.detach().cpu().bfloat16() for name, tensor in checker.state_dict().items()}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS)
+            save(checker, trained_vae(recipe), out)
+
+
+def save(checker: Checker, eyes: VAE, out: Path) -> None:
+    """Both networks in bfloat16."""
+    (out / "vae").mkdir(parents=True, exist_ok=True)
+    (out / "vae" / "config.json").write_text(json.dumps(eyes.config.to_json(), indent=2) + "\n", encoding="utf-8")
+    for module, file in ((checker, out / WEIGHTS), (eyes, out / "vae" / VAE_WEIGHTS)):
+        tensors = {name: tensor.detach().cpu().bfloat16() for name, tensor in module.state_dict().items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def accuracy(checker: Checker, latents: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import world
-from model.checker import SHAPE, labels_of, load_checker
+from model.checker import SHAPE, labels_of, load_checker, load_eyes
 from model.diffusion import denoise, guide, noise, schedule
 from model.dit import DiT
 from model.text import TextEncoder
@@ -115,7 +115,7 @@ def in_batches(function: Callable[..., Tensor], *columns: Sequence[Any] | Tensor
 # --- does it do what its prompt says ----------------------------------------------------------------------------------
 
 
-def adherence(said: dict[str, Tensor], asked: Sequence[Asked]) -> dict[str, float]:
+def adherence(said: dict[str, Tensor], asked: Sequence[Asked]) -> dict[str, float | None]:
     """Shares of clips in which an attribute of the prompt is to be seen; floor and sky where the prompt names them."""
     truth = labels_of([one.scene for one in asked])
     right = {name: said[name] == truth[name] for name in truth}
@@ -150,9 +150,9 @@ def _names(prompt: str, phrases: dict[str, tuple[str, ...]]) -> bool:
     return any(phrase in prompt for choices in phrases.values() for phrase in choices)
 
 
-def _share(right: Tensor, of: Tensor | None = None) -> float:
+def _share(right: Tensor, of: Tensor | None = None) -> float | None:
     counted = right if of is None else right[of]
-    return round(counted.float().mean().item(), 3)  # nan of none
+    return round(counted.float().mean().item(), 3) if len(counted) else None
 
 
 # --- is it steady -----------------------------------------------------------------------------------------------------
@@ -168,16 +168,18 @@ def frozen(clips: Tensor, frame: int) -> Tensor:
     return clips[:, :, frame : frame + 1].expand_as(clips)
 
 
-def identity(look: Callable[[Tensor], dict[str, Tensor]], clips: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
+def identity(
+    look: Callable[[Tensor], dict[str, Tensor]], clips: Tensor, asked: Sequence[Asked]
+) -> dict[str, float | None]:
     """One solid: are its colour and shape at the last frame those of the first?"""
     alone = [k for k, one in enumerate(asked) if len(one.scene.solids) == 1]
-    first, last = (look(frozen(clips[alone], k)) for k in (0, -1 % SHAPE.frames))
+    first, last = (look(frozen(clips[alone], k)) for k in (0, SHAPE.frames - 1))
     return {name: _share(first[name] == last[name]) for name in ("colour", "shape")}
 
 
 def permanence(
     look: Callable[[Tensor], dict[str, Tensor]], clips: Tensor, scenes: Sequence[world.Scene]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """A solid passes behind another: has it the same colour, shape and size after as before?
 
     Two solids held still are named from left to right, so the one that goes right is the first before and the second
@@ -221,7 +223,7 @@ PATCH = 4  # half the side of a floor patch, pixels
 REACH = 4  # how far a patch is looked for, pixels
 
 
-def reprojection(clips: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
+def reprojection(clips: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float | None]:
     """Orbits over a checkered floor: how far each patch of it is from where the known camera would see it, in pixels.
 
     The middle frame is warped onto the others by the plane's homography, and each patch with corners in it is looked
@@ -238,7 +240,7 @@ def reprojection(clips: Tensor, scenes: Sequence[world.Scene]) -> dict[str, floa
             plain = _saturation(moved) < 0.4  # a solid's own pixels are no floor
             errors += _offsets(moved.mean(0), grey[frame], seen & plain)
     if not errors:
-        return {"median": float("nan"), "within one pixel": float("nan"), "patches": 0}
+        return {"median": None, "within one pixel": None, "patches": 0}
     array = np.array(errors)
     return {
         "median": round(float(np.median(array)), 2),
@@ -303,8 +305,10 @@ def _between(line: Tensor, peak: int) -> float:
 # --- is it like the real thing ----------------------------------------------------------------------------------------
 
 
-def frechet(left: Tensor, right: Tensor) -> float:
-    """Fréchet distance (Heusel et al. 2017) between two sets of features [B, D], as Gaussians."""
+def frechet(left: Tensor, right: Tensor) -> float | None:
+    """Fréchet distance (Heusel et al. 2017) between two sets of features [B, D], as Gaussians; None of single ones."""
+    if min(len(left), len(right)) < 2:
+        return None
     a, b = left.double(), right.double()
     ca, cb = torch.cov(a.T), torch.cov(b.T)
     root = torch.linalg.eigvals(ca @ cb).real.clamp(min=0).sqrt().sum()
@@ -315,18 +319,22 @@ def frechet(left: Tensor, right: Tensor) -> float:
 
 
 def evaluate(folder: str | Path = "mini", *, count: int = PROMPTS, judge: Path = SHIPPED / "checker") -> dict[str, Any]:
-    """Every figure of a model folder; `count` prompts, of which a third are of held-out combinations."""
+    """Every figure of a model folder; `count` prompts, of which a third are of held-out combinations.
+
+    The judge sees through the autoencoder that it was trained with, whichever the model brings.
+    """
     card = find_model(folder)
     studio, checker = Studio(card), load_checker(judge)
+    eyes = load_eyes(judge)
     asked = questions(count)
 
     def look(clips: Tensor) -> dict[str, Tensor]:
-        answers = [checker.look_at(studio.vae.encode(some)) for some in clips.split(BATCH)]
+        answers = [checker.look_at(eyes.encode(some)) for some in clips.split(BATCH)]
         return {name: torch.cat([a[name] for a in answers]) for name in world.CLASSES}
 
     def features(clips: Tensor) -> Tensor:
         with torch.no_grad():
-            return in_batches(lambda some: checker.features(studio.vae.encode(some))[:, 0, -128:], clips)
+            return in_batches(lambda some: checker.features(eyes.encode(some))[:, 0, -128:], clips)
 
     scenes = [one.scene for one in asked]
     real = filmed(scenes)
@@ -336,8 +344,9 @@ def evaluate(folder: str | Path = "mini", *, count: int = PROMPTS, judge: Path =
     made = in_batches(studio.render, [one.prompt for one in asked], [one.seed for one in asked])
     seconds = (time.monotonic() - started) / count
 
-    behind = [one for one in _scenes_with(lambda s: s.motion == "behind", 48)]
-    orbits = [one for one in _scenes_with(lambda s: s.camera.startswith("orbit") and s.floor == "checkered", 32)]
+    few, fewer = max(1, 3 * count // 16), max(1, count // 8)
+    behind = _scenes_with(lambda s: s.motion == "behind", few)
+    orbits = _scenes_with(lambda s: s.camera.startswith("orbit") and s.floor == "checkered", fewer)
     made_behind, made_orbits = (
         in_batches(studio.render, [o.prompt for o in some], [o.seed for o in some]) for some in (behind, orbits)
     )
@@ -347,7 +356,7 @@ def evaluate(folder: str | Path = "mini", *, count: int = PROMPTS, judge: Path =
     said, truth = look(made), look(restored)
     hidden = torch.tensor([one.held_out for one in asked])
 
-    def part(answers: dict[str, Tensor], of: Tensor) -> dict[str, float]:
+    def part(answers: dict[str, Tensor], of: Tensor) -> dict[str, float | None]:
         chosen = of.nonzero().flatten()
         return adherence({n: t[chosen] for n, t in answers.items()}, [asked[int(k)] for k in chosen])
 
@@ -425,8 +434,8 @@ def tables(figures: dict[str, Any]) -> str:
         ("orbit: floor patches within one pixel", "reprojection", "within one pixel"),
         ("Fréchet distance to real clips (of mirrored real clips)", "frechet", None),
     ):
-        made, true = (figures[key][of] for of in ("generated", "real"))
-        lines.append(f"| {title} | | {made if part is None else made[part]} | {true if part is None else true[part]} |")
+        made, true = (figures[key][of] if part is None else figures[key][of][part] for of in ("generated", "real"))
+        lines.append(f"| {title} | | {made} | {true} |")
     for name, words in figures["by word"].items():
         lines += ["", f"{name}: " + ", ".join(f"{word} {count}" for word, count in words.items()) + "."]
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def find_model(name: str | Path) -> ModelCard:
     shipped = SHIPPED / name
     path = shipped if len(Path(name).parts) == 1 and shipped.is_dir() else Path(name)
     if not (path / "transformer" / "config.json").is_file():
-        names = ", ".join(sorted(p.name for p in SHIPPED.iterdir() if p.is_dir())) if SHIPPED.is_dir() else "none"
+        names = ", ".join(sorted(index.parent.name for index in SHIPPED.glob("*/model_index.json"))) or "none"
         raise ModelNotFound(
             f"model {str(name)!r} is neither shipped ({names}) nor a folder with transformer/config.json"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from fractions import Fraction
 
 import av
@@ -82,18 +83,24 @@ def sound_only() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "is neither a picture"),
-        (b"a red ball\n" * 50, "is neither a picture"),
-        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "is neither a picture"),
-        (cut_off(encode_png(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), {})), "cannot be read"),
-        (cut_off(encode_mp4(np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8), 8, {})), "cannot be"),
-        (sound_only(), "holds no video"),
-        (bytes(MAX_BYTES + 1), "has 256,000,001 bytes, the most is 256,000,000"),
-    ],
-)
-def test_what_cannot_be_read_to_its_end_is_refused(data: bytes, message: str) -> None:
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+
+
+UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (bytes, "is neither a picture"),
+    "text": (lambda: b"a red ball\n" * 50, "is neither a picture"),
+    "playlist": (lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "is neither a picture"),
+    "half a picture": (lambda: cut_off(encode_png(noise(64, 64, 3), {})), "cannot be read"),
+    "half a video": (lambda: cut_off(encode_mp4(noise(9, 64, 64, 3), 8, {})), "cannot be"),
+    "sound": (sound_only, "holds no video"),
+    "too large": (lambda: bytes(MAX_BYTES + 1), "has 256,000,001 bytes, the most is 256,000,000"),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_cannot_be_read_to_its_end_is_refused(what: str) -> None:
+    make, message = UNREADABLE[what]
+    data = make()
     with pytest.raises(BadMedia, match=message):
         probe(data)
