@@ -29,7 +29,7 @@ SAID = [
     ("bad.jsonl:3: ", "prompt is blank"),
     ("bad.jsonl:5: ", 'custom_id="one" is already the id of line 4'),
     ("bad.jsonl:6: ", "guidance=NaN must be a number between 1 and 30"),
-    ("bad.jsonl:7: ", 'unknown key "colour": known are custom_id,'),
+    ("bad.jsonl:7: ", 'unknown key "colour": known are clip, custom_id,'),
     ("bad.jsonl:8: ", "byte 0xe9 at column 16 is not UTF-8"),
     ("bad.jsonl:9: ", "prompt=7 must be a text"),
 ]

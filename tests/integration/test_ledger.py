@@ -606,6 +606,12 @@ from generate_series(0, 2) as n;
 insert into attempts (clip_id, number, shard_id, shard_attempt, owner, engine, partition, code_version)
 values ('clip-0', 1, 1, 1, 'a', 'e', 'p', '1');
 insert into takes (recipe, sha256, clip_id) values ('{digest("r9")}', '{digest("a")}', 'clip-0');
+insert into datasets (id, key, name, source, fps, captions)
+values ('set_000000000001', 'k', 'n', 'file:///v', 8, 'files');
+insert into dataset_clips (dataset_id, index, file, sha256, start, width, height, frames, caption)
+values ('set_000000000001', 0, 'a.mp4', '{digest("a")}', 0, 64, 48, 5, 'a ball');
+insert into rewrites (key, rewriter, prompt, moving, rewritten)
+values ('{digest("w")}', 'r', 'a crimson ball', true, 'a red ball');
 """
 
 REFUSED = {
@@ -654,6 +660,28 @@ REFUSED = {
     "fk_edges_child": "insert into edges values ('unknown', 'clip-0', 'extend')",
     "fk_edges_parent": "insert into edges values ('clip-0', 'unknown', 'extend')",
     "ck_edges_loop": "insert into edges values ('clip-0', 'clip-0', 'extend')",
+    "ck_clips_mode": "update clips set mode = 'extend', direction = 'forward' where id = 'clip-0'",
+    "ck_clips_windows": "update clips set \"window\" = 5, overlap = 5 where id = 'clip-0'",
+    "fk_clips_source": f"update clips set mode = 'loop', source = '{digest('b')}' where id = 'clip-0'",
+    "fk_clips_end_source": f"update clips set mode = 'connect', source = '{digest('a')}',"
+    f" end_source = '{digest('b')}' where id = 'clip-0'",
+    "fk_models_dataset_id": "update models set dataset_id = 'set_000000000002'",
+    "uq_datasets_key": "insert into datasets (id, key, name, source, fps, captions)"
+    " select 'set_000000000002', key, name, source, fps, captions from datasets",
+    "fk_datasets_parent": "update datasets set captions = 'vision', author = 'v', parent = 'set_000000000002'",
+    "ck_datasets_id": "insert into datasets (id, key, name, source, fps, captions)"
+    " select 'by hand', 'two', name, source, fps, captions from datasets",
+    "ck_datasets_digest": "update datasets set digest = 'short', clips = 1, sealed_at = now()",
+    "ck_datasets_sealed": "update datasets set clips = 1",
+    "ck_datasets_author": "update datasets set author = 'somebody'",
+    "ck_datasets_seed": "update datasets set seed = 1",
+    "ck_datasets_fps": "update datasets set fps = 0",
+    "fk_dataset_clips_dataset_id": "update dataset_clips set dataset_id = 'set_000000000002'",
+    "ck_dataset_clips_position": "update dataset_clips set start = -1",
+    "ck_dataset_clips_sha256": "update dataset_clips set sha256 = 'short'",
+    "ck_dataset_clips_shape": "update dataset_clips set frames = 0",
+    "ck_rewrites_key": "update rewrites set key = 'short'",
+    "ck_rewrites_rewritten": "update rewrites set rewritten = ''",
 }
 
 ALSO_NOT_RENDERABLE = [
