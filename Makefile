@@ -8,7 +8,7 @@ JOBS   ?= 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint types eval clean
+.PHONY: help demo up down test lint types clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,9 +32,6 @@ lint: $(VENV)/.set-up-dev   ## ruff, and who may import whom
 
 types: $(VENV)/.set-up-dev  ## pyright over flows, model, db and infra
 	$(BIN)/pyright
-
-eval: $(VENV)/.set-up   ## measure the shipped model (docs/mini.md); about 15 minutes on two cores
-	$(BIN)/python -m model.score --out build/eval.json $(ARGS)
 
 clean: down             ## stop the stack and remove what set-up and the tools made (never RUSHES_HOME)
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

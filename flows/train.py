@@ -53,7 +53,7 @@ REPORT = 5.0  # seconds between two reports to the UI, at least
 ROWS = 200  # of a loss curve that the page shows
 TAIL = 30  # lines of a failed stage's output that its error quotes
 SCORES = "score.json"  # in the work folder
-JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world
+JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world, where it is shipped
 OF_WORLD = ("render", "vae", "latents", "dit", "captioner", "look")
 OF_DATA = ("read", "vae", "latents", "dit", "look")
 
@@ -75,7 +75,10 @@ class Training(BaseModel):
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads of a process")
     ranks: int = Field(default=1, ge=1, le=64, description="Processes that divide every batch of the transformer's")
     prompts: int = Field(
-        default=256, ge=0, le=4096, description="On how many a model of the world is measured; 0: not at all"
+        default=256,
+        ge=0,
+        le=4096,
+        description="On how many a model of the world is measured, where a judge is shipped; 0: not at all",
     )
 
 
@@ -111,7 +114,7 @@ def train(request: Training) -> State[Any]:
                 for stage in OF_WORLD if of_world(dataset) else OF_DATA:
                     as_task(stage, partial(run_stage, stage, command_of(stage, request, work), work, key))
                 as_task("publish", partial(run_stage, "publish", publishing(request, work, out), work, key))
-                if of_world(dataset) and request.prompts:
+                if of_world(dataset) and request.prompts and JUDGE.is_dir():
                     as_task("evaluate", partial(evaluate, request, work, out, key))
                 as_task("record", partial(record, ledgers, request, dataset, work, out, key))
     except (BadData, DatasetNotFound, WrongSetting) as error:

@@ -1,8 +1,8 @@
 """How often mini does what its prompt says, and how steady, rigid and like the real thing its clips are.
 
-    python -m model.score [--model mini] [--out build/eval.json]
+    python -m model.score --judge DIR/checker [--model mini] [--out eval.json]
 
-prints the tables of docs/mini.md. Every prompt and every seed is fixed, so that two models are asked the same. Each
+prints tables. Every prompt and every seed is fixed, so that two models are asked the same. Each
 figure stands beside the same figure of *real* clips (rendered by `model.world`, then through the autoencoder and back):
 what such a clip falls short of a perfect score by is the judge's own error, not the model's.
 """
@@ -30,11 +30,11 @@ from model.diffusion import denoise, guide, noise, schedule
 from model.dit import DiT
 from model.text import TextEncoder
 from model.vae import VAE
-from model.weights import SHIPPED, ModelCard, find_model, load_dit, load_text, load_vae
+from model.weights import ModelCard, find_model, load_dit, load_text, load_vae
 
 PROMPTS = 256
 BATCH = 16
-TARGETS = {  # what docs/mini.md is measured against, for weights trained on two CPU cores
+TARGETS = {  # for weights trained on two CPU cores
     "psnr": 27.5,
     "colour": 0.95,
     "shape": 0.88,
@@ -318,7 +318,7 @@ def frechet(left: Tensor, right: Tensor) -> float | None:
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def evaluate(folder: str | Path = "mini", *, count: int = PROMPTS, judge: Path = SHIPPED / "checker") -> dict[str, Any]:
+def evaluate(folder: str | Path = "mini", *, judge: Path, count: int = PROMPTS) -> dict[str, Any]:
     """Every figure of a model folder; `count` prompts, of which a third are of held-out combinations.
 
     The judge sees through the autoencoder that it was trained with, whichever the model brings.
@@ -454,7 +454,7 @@ def write_tables(document: Path, figures: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.score", description="Measures what mini can do.")
     parser.add_argument("--model", default="mini", help="a shipped model or a folder")
-    parser.add_argument("--judge", type=Path, default=SHIPPED / "checker")
+    parser.add_argument("--judge", type=Path, required=True, help="a folder that model.checker wrote")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")

@@ -54,7 +54,8 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, pag
             continue
 
     def submitted() -> str | None:
-        runs = house.api("POST", "/flow_runs/filter", {"flows": {"name": {"any_": ["generate"]}}})
+        wanted = {"flows": {"name": {"any_": ["generate"]}}, "sort": "EXPECTED_START_TIME_DESC"}
+        runs = house.api("POST", "/flow_runs/filter", wanted)
         return next((run["id"] for run in runs if run["id"] not in before), None)
 
     run_id = wait_for(submitted, "the form's flow run")
