@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Locator, Page, TimeoutError, sync_playwright
+from playwright.sync_api import Locator, Page, TimeoutError, expect, sync_playwright
 
 from tests.end_to_end.house import House, wait_for
 
@@ -41,8 +41,13 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, pag
 
     page.goto(f"{ui}/deployments/deployment/{deployment}/run")
     field(page, "Name (Optional)").fill("from a browser")
+    field(page, "Seed (Optional)").wait_for()
+    page.wait_for_timeout(2000)  # editors are drawn late: count them when all are there
+    editors = page.locator(".p-code-input__textarea")
+    count = editors.count()
     page.get_by_role("button", name="Add item").first.click()
-    page.locator(".p-code-input__textarea").first.fill('"a red ball moves left"')
+    expect(editors).to_have_count(count + 1, timeout=60_000)
+    editors.first.fill('"a red ball moves left"')
     field(page, "Model (Optional)").fill(str(house.model))
     field(page, "Seed (Optional)").fill(str(house.seed()))
     for _ in range(3):  # Prefect on SQLite may answer 503 when two of its transactions meet: one clicks again
