@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import world
 from model.text import word_tokenizer
-from model.vae import VAE
+from model.vae import VAE, to_video
 from model.weights import CAPTIONER, folder_digest, load_vae, read_json
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ class Reporter:
     def captions(self, clips: NDArray[np.uint8]) -> list[str]:
         """One caption for each of the clips [B, T, H, W, 3] of a shape that the captioner has seen."""
         assert isinstance(self.vae, VAE)
-        video = torch.from_numpy(clips).to(self.device).movedim(-1, 1).float() / 127.5 - 1
-        return self.captioner.write(self.vae.encode(video))
+        return self.captioner.write(self.vae.encode(to_video(clips, self.device)))
 
 
 def captioner_digest(model: Path) -> str:
@@ -276,9 +275,9 @@ def _longest(text: str, phrases: Iterator[tuple[str, T]] | Sequence[tuple[str, T
 
 def train_captioner(recipe: Recipe) -> None:
     """Cross entropy of the plain captions, on the latents of the training clips of every shape."""
-    from model.train import Checkpoint, run, scene_of
+    from model.train import Checkpoint, latents_of, run, scene_of
 
-    latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in recipe.buckets}
+    latents = {bucket.name: latents_of(recipe, bucket) for bucket in recipe.buckets}
     torch.manual_seed(recipe.seed)
     captioner = Captioner(CaptionerConfig(words=tuple(world.vocabulary()))).to(recipe.device)
     spelt = {

@@ -25,12 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import world
-from model.config import VAEConfig
 from model.data import BUCKETS
-from model.train import Recipe, scene_of, to_video, trained_vae
-from model.vae import VAE, PositionNorm
+from model.train import Recipe, latents_of, scene_of, trained_vae
+from model.vae import VAE, PositionNorm, to_video
 from model.weights import WEIGHTS as VAE_WEIGHTS
-from model.weights import read_json
 
 SHAPE = BUCKETS[0].shape  # 64x64 with 17 frames: what every score is taken at
 CELLS = (5, 8, 8)  # its latent frames, rows and columns
@@ -100,13 +98,6 @@ def load_checker(folder: Path) -> Checker:
     return checker.eval().requires_grad_(False)
 
 
-def load_eyes(folder: Path) -> VAE:
-    """The autoencoder that the checker of this folder was trained with: its latents mean nothing in another's."""
-    vae = VAE(VAEConfig.from_json(read_json(folder / "vae" / "config.json")))
-    vae.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "vae" / VAE_WEIGHTS).items()})
-    return vae.eval().requires_grad_(False)
-
-
 def labels_of(scenes: list[world.Scene]) -> dict[str, Tensor]:
     """For each attribute the index [B] of its class; -1 where a scene has none."""
     rows = [world.labels(scene) for scene in scenes]
@@ -131,7 +122,7 @@ def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
 def train(recipe: Recipe, out: Path, steps: int, batch: int = 64) -> None:
     """Cross-entropy over all attributes; the first `held_back` clips are for validation. Writes `out`."""
     bucket = recipe.buckets[0]
-    latents = load_file(recipe.work / "latents" / f"{bucket.name}.safetensors")["latents"]
+    latents = latents_of(recipe, bucket)
     others, scenes = unseen_latents(recipe)
     scenes = [scene_of(recipe.seed, bucket, k) for k in range(len(latents))] + scenes
     latents, truth = torch.cat((latents, others)), labels_of(scenes)
@@ -166,7 +157,7 @@ def train(recipe: Recipe, out: Path, steps: int, batch: int = 64) -> None:
 
 
 def save(checker: Checker, eyes: VAE, out: Path) -> None:
-    """Both networks in bfloat16."""
+    """Both networks in bfloat16. The autoencoder lies where `load_vae` looks: another's latents would mean nothing."""
     (out / "vae").mkdir(parents=True, exist_ok=True)
     (out / "vae" / "config.json").write_text(json.dumps(eyes.config.to_json(), indent=2) + "\n", encoding="utf-8")
     for module, file in ((checker, out / WEIGHTS), (eyes, out / "vae" / VAE_WEIGHTS)):

@@ -220,11 +220,12 @@ class Rank:
         """[B, T, H, W, 3] -> latents on the CPU, clip by clip to bound memory."""
         import torch
 
+        from model.vae import to_video
+
         assert self.vae is not None
         latents: list[Tensor] = []
         for clip in pixels:
-            video = torch.from_numpy(np.ascontiguousarray(clip)).to(self.device).movedim(-1, 0).float() / 127.5 - 1
-            latents.append(self.vae.encode(video[None])[0].float().cpu())
+            latents.append(self.vae.encode(to_video(clip[None], self.device))[0].float().cpu())
         return torch.stack(latents)
 
     def _agree(self, job: int, specs: list[ClipSpec]) -> set[str]:
@@ -268,6 +269,8 @@ class Rank:
 
     def _decode(self, specs: list[ClipSpec], window: Window, latents: Tensor, stopped: set[str]) -> Frames:
         """[B, C, T, H, W] -> frames [B, T, H, W, 3], clip by clip; black where a clip was cancelled."""
+        from model.vae import to_pixels
+
         assert self.vae is not None
         frames: Frames = np.zeros((len(specs), window.frames, specs[0].height, specs[0].width, 3), np.uint8)
         for k, (spec, latent) in enumerate(zip(specs, latents, strict=True)):
@@ -276,8 +279,7 @@ class Rank:
             if not bool(latent.isfinite().all()):
                 reason = f"the model computed latents that are not finite (guidance={spec.guidance})"
                 raise Unrenderable(spec.clip_id, reason)
-            video = self.vae.decode(latent[None])[0]  # [3, T, H, W] in -1..1
-            pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+            pixels = to_pixels(self.vae.decode(latent[None]))[0]
             if pixels.shape != frames.shape[1:]:
                 raise Unrenderable(spec.clip_id, f"the decoder gave {pixels.shape} for {window.frames} frames")
             frames[k] = pixels

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import world
-from model.checker import SHAPE, labels_of, load_checker, load_eyes
-from model.diffusion import denoise, guide, noise, schedule
+from model.checker import SHAPE, labels_of, load_checker
 from model.dit import DiT
 from model.text import TextEncoder
-from model.vae import VAE
+from model.train import sample
+from model.vae import VAE, to_video
 from model.weights import ModelCard, find_model, load_dit, load_text, load_vae
 
 PROMPTS = 256
@@ -79,21 +79,21 @@ class Studio:
         self.dit: DiT = load_dit(card.path, torch.float32)
         self.text: TextEncoder = load_text(card.path, torch.float32)
 
-    @torch.no_grad()
-    def render(self, prompts: Sequence[str], seeds: Iterable[int], guidance: float | None = None) -> Tensor:
+    def render(self, prompts: Sequence[str], seeds: Iterable[int]) -> Tensor:
         """Clips [B, 3, T, H, W] in -1..1, of the model's own settings at 64x64 with 17 frames."""
-        scale = self.card.guidance if guidance is None else guidance
-        x = torch.stack([noise(seed, self.vae.latent_shape(SHAPE)) for seed in seeds])
-        text = self.text.encode([*prompts, *("" for _ in prompts)])
-
-        def velocity(x: Tensor, now: float) -> Tensor:
-            both = self.dit(torch.cat((x, x)), torch.full((2 * len(x),), now), text)
-            with_text, without = both.chunk(2)
-            return guide(with_text, without, scale)
-
-        for latents in denoise(velocity, x, schedule(self.card.steps, self.card.shift), self.card.solver):
-            x = latents
-        return self.vae.decode(x)
+        card = self.card
+        return sample(
+            self.dit,
+            self.text,
+            self.vae,
+            prompts,
+            SHAPE,
+            seeds,
+            steps=card.steps,
+            guidance=card.guidance,
+            solver=card.solver,
+            shift=card.shift,
+        )
 
     @torch.no_grad()
     def round_trip(self, clips: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Studio:
 def filmed(scenes: Sequence[world.Scene]) -> Tensor:
     """Real clips [B, 3, T, H, W] in -1..1."""
     clips = [world.render(s, width=SHAPE.width, height=SHAPE.height, frames=SHAPE.frames) for s in scenes]
-    return torch.from_numpy(np.stack(clips)).movedim(-1, 1).float() / 127.5 - 1
+    return to_video(np.stack(clips))
 
 
 def in_batches(function: Callable[..., Tensor], *columns: Sequence[Any] | Tensor) -> Tensor:
@@ -325,7 +325,8 @@ def evaluate(folder: str | Path = "mini", *, judge: Path, count: int = PROMPTS) 
     """
     card = find_model(folder)
     studio, checker = Studio(card), load_checker(judge)
-    eyes = load_eyes(judge)
+    eyes = load_vae(judge, torch.float32)
+    assert isinstance(eyes, VAE)
     asked = questions(count)
 
     def look(clips: Tensor) -> dict[str, Tensor]:
@@ -403,8 +404,6 @@ def _scenes_with(wanted: Callable[[world.Scene], bool], count: int) -> list[Aske
 
 # --- as tables --------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- measured by model.score -->", "<!-- end of what was measured -->"
-
 
 def tables(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
@@ -441,16 +440,6 @@ def tables(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_tables(document: Path, figures: dict[str, Any]) -> None:
-    """Puts the tables between the two marks of a Markdown file."""
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise ValueError(f"{document}: the marks {BEGIN!r} and {END!r} must stand in it, in this order")
-    document.write_text(f"{before}{BEGIN}\n{tables(figures)}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.score", description="Measures what mini can do.")
     parser.add_argument("--model", default="mini", help="a shipped model or a folder")
@@ -458,7 +447,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--document", type=Path, help="a Markdown file whose tables to write anew")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     figures = evaluate(given.model, count=given.prompts, judge=given.judge)
@@ -466,8 +454,6 @@ def main() -> None:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    if given.document:
-        write_tables(given.document, figures)
 
 
 if __name__ == "__main__":

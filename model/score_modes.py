@@ -76,15 +76,15 @@ def through_autoencoder(model: ModelCard, clips: Sequence[Frames]) -> list[Frame
     """What is left of clips after the autoencoder alone: nothing that is made can be closer to its source."""
     import torch
 
+    from model.vae import to_pixels, to_video
     from model.weights import load_vae
 
     vae = load_vae(model.path, torch.float32)
     restored: list[Frames] = []
     for clip in clips:
-        video = torch.from_numpy(np.array(clip)).movedim(-1, 0)[None].float() / 127.5 - 1
         with torch.no_grad():
-            decoded = vae.decode(vae.encode(video))[0]
-        restored.append(((decoded.movedim(0, -1) + 1) * 127.5).round().byte().numpy())
+            decoded = vae.decode(vae.encode(to_video(np.array(clip)[None])))
+        restored.append(to_pixels(decoded)[0])
     return restored
 
 

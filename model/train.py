@@ -47,7 +47,7 @@ from model.diffusion import blend, denoise, guide, noise, schedule
 from model.dit import DiT
 from model.layers import Attention, attention, short_attention
 from model.text import TextEncoder, small_encoder, split_words, word_tokenizer
-from model.vae import VAE
+from model.vae import VAE, to_pixels, to_video
 from model.weights import CAPTIONER, save_model
 
 PROMPT_TOKENS = 40
@@ -223,11 +223,6 @@ def clips_of(recipe: Recipe, bucket: Bucket) -> list[NDArray[np.uint8]]:
     return [np.load(_chunk(recipe, bucket, f), mmap_mode="r") for f in firsts]
 
 
-def to_video(clips: NDArray[np.uint8], device: str) -> Tensor:
-    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in -1..1."""
-    return torch.from_numpy(clips).to(device).movedim(-1, 1).float() / 127.5 - 1
-
-
 # --- the autoencoder --------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +324,11 @@ def encode_latents(recipe: Recipe) -> None:
         print(f"latents {bucket.name} {tuple(latents.shape)}", flush=True)
 
 
+def latents_of(recipe: Recipe, bucket: Bucket) -> Tensor:
+    """[clips, C, T, H, W], float16, normalised: what the stage `latents` made of a shape's clips."""
+    return load_file(recipe.work / "latents" / f"{bucket.name}.safetensors")["latents"]
+
+
 # --- the transformer --------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +386,7 @@ def join(recipe: Recipe) -> Recipe:
 
 def train_dit(recipe: Recipe) -> None:
     """Flow matching over all shapes; the rate warms up, stays, and falls to 0 over the last quarter."""
-    latents = {b.name: load_file(recipe.work / "latents" / f"{b.name}.safetensors")["latents"] for b in recipe.buckets}
+    latents = {bucket.name: latents_of(recipe, bucket) for bucket in recipe.buckets}
     torch.manual_seed(recipe.seed)
     writer = Writer(recipe.dit, recipe.words)
     writer.dit.init_weights()
@@ -484,20 +484,30 @@ def step_of(
 
 @torch.no_grad()
 def sample(
-    writer: Writer, vae: VAE, prompts: list[str], shape: Shape, seeds: Iterable[int], guidance: float = 4.0
+    dit: DiT,
+    text: TextEncoder,
+    vae: VAE,
+    prompts: Sequence[str],
+    shape: Shape,
+    seeds: Iterable[int],
+    *,
+    steps: int,
+    guidance: float,
+    solver: str,
+    shift: float,
 ) -> Tensor:
-    """Clips [B, 3, T, H, W] in -1..1 for a look during training."""
-    device = next(writer.parameters()).device
+    """Clips [B, 3, T, H, W] in -1..1 of one batch on one device, without an engine: for a look, or a score."""
+    device = next(dit.parameters()).device
     size = vae.latent_shape(shape)
     x = torch.stack([noise(seed, size) for seed in seeds]).to(device)
-    text = writer.text.encode(prompts + [""] * len(prompts))
+    encoded = text.encode([*prompts, *("" for _ in prompts)])
 
     def velocity(x: Tensor, now: float) -> Tensor:
-        both = writer.dit(torch.cat((x, x)), torch.full((2 * len(x),), now, device=device), text)
+        both = dit(torch.cat((x, x)), torch.full((2 * len(x),), now, device=device), encoded)
         with_text, without = both.chunk(2)
         return guide(with_text, without, guidance)
 
-    for latents in denoise(velocity, x, schedule(25, 2.0), "ab2"):
+    for latents in denoise(velocity, x, schedule(steps, shift), solver):
         x = latents
     return vae.decode(x)
 
@@ -711,14 +721,15 @@ def look(recipe: Recipe, out: Path) -> None:
     writer, vae = trained_writer(recipe), trained_vae(recipe)
     bucket = recipe.buckets[0]
     prompts = _kinds() if recipe.captions is None else list(recipe.captions[bucket.name][: min(recipe.held_back, 12)])
+    settings: dict[str, Any] = {name: DEFAULTS[name] for name in ("steps", "guidance", "solver", "shift")}
     rows: list[SheetRow] = []
     for first in range(0, len(prompts), 8):
         some = prompts[first : first + 8]
-        video = sample(writer, vae, some, bucket.shape, range(first, first + len(some)))
-        frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+        seeds = range(first, first + len(some))
+        video = sample(writer.dit, writer.text, vae, some, bucket.shape, seeds, **settings)
         rows += [
             SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=list(clip[::4]))
-            for k, (prompt, clip) in enumerate(zip(some, frames, strict=True))
+            for k, (prompt, clip) in enumerate(zip(some, to_pixels(video), strict=True))
         ]
     out.write_bytes(contact_sheet(rows))
 

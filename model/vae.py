@@ -11,15 +11,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.config import Shape, VAEConfig
 
 STRIDE_TIME, STRIDE_SPACE = 4, 8
 FOLD = 2  # pixels folded into channels at the border, on each spatial axis
+
+
+def to_video(pixels: NDArray[np.uint8], device: str = "cpu") -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).to(device).movedim(-1, 1).float() / 127.5 - 1
+
+
+def to_pixels(video: Tensor) -> NDArray[np.uint8]:
+    """[B, 3, T, H, W] in -1..1 -> uint8 [B, T, H, W, 3]."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).contiguous().cpu().numpy()
 
 
 class CausalConv(nn.Conv3d):

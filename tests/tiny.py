@@ -9,6 +9,7 @@ import torch
 from model.captioner import Captioner, CaptionerConfig, save_captioner
 from model.config import DiTConfig, VAEConfig
 from model.dit import DiT
+from model.engine import ClipSpec
 from model.text import TextEncoder, small_encoder, word_tokenizer
 from model.vae import VAE
 from model.weights import CAPTIONER, save_model
@@ -25,6 +26,20 @@ DEFAULTS = {
     "solver": "ab2",
     "shift": 3.0,
 }
+CLIP = ClipSpec(
+    clip_id="one",
+    prompt="a red ball moves left",
+    negative_prompt="",
+    seed=7,
+    width=48,
+    height=32,
+    frames=9,
+    fps=8,
+    steps=4,
+    guidance=3.0,
+    solver="ab2",
+    shift=3.0,
+)
 WORDS = ["a", "red", "green", "blue", "ball", "cube", "moves", "left", "right", "slowly"]
 
 

@@ -22,25 +22,11 @@ import pytest
 
 from model.config import Partition
 from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
-from tests.tiny import tiny_model
+from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
-SPEC = ClipSpec(
-    clip_id="one",
-    prompt="a red ball moves left",
-    negative_prompt="",
-    seed=7,
-    width=48,
-    height=32,
-    frames=9,
-    fps=8,
-    steps=4,
-    guidance=3.0,
-    solver="ab2",
-    shift=3.0,
-)
-LONG = replace(SPEC, clip_id="long", steps=5000)
+LONG = replace(CLIP, clip_id="long", steps=5000)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +79,9 @@ def test_every_rank_holds_its_part_and_tested_it(engine: Engine) -> None:
 
 def test_clips_come_with_frames_times_and_steps(engine: Engine) -> None:
     seen: list[tuple[str, int, int]] = []
-    image = replace(SPEC, clip_id="image", frames=1, width=32, steps=2, guidance=1.0)
+    image = replace(CLIP, clip_id="image", frames=1, width=32, steps=2, guidance=1.0)
     before = time.time()
-    clips = list(engine.render([SPEC, image], on_step=lambda *step: seen.append(step)))
+    clips = list(engine.render([CLIP, image], on_step=lambda *step: seen.append(step)))
     assert [clip.clip_id for clip in clips] == ["one", "image"]
     assert [clip.frames.shape for clip in clips] == [(9, 32, 48, 3), (1, 32, 32, 3)]
     assert seen == [("one", k, 4) for k in range(5)] + [("image", k, 2) for k in range(3)]
@@ -107,17 +93,17 @@ def test_clips_come_with_frames_times_and_steps(engine: Engine) -> None:
 
 
 def test_same_recipe_same_bytes_whatever_the_neighbours(engine: Engine) -> None:
-    other = replace(SPEC, clip_id="other", seed=8, prompt="a blue cube", negative_prompt="red")
-    large = replace(SPEC, clip_id="large", width=64, height=64, frames=17, steps=3, solver="euler", guidance=1.0)
-    first, elsewhere = frames(engine, SPEC, other)
+    other = replace(CLIP, clip_id="other", seed=8, prompt="a blue cube", negative_prompt="red")
+    large = replace(CLIP, clip_id="large", width=64, height=64, frames=17, steps=3, solver="euler", guidance=1.0)
+    first, elsewhere = frames(engine, CLIP, other)
     assert first != elsewhere, "a seed and a prompt must matter"
-    assert frames(engine, large, other, SPEC, large, SPEC)[1:] == [elsewhere, first, frames(engine, large)[0], first]
-    assert frames(engine, replace(SPEC, prompt="a green cube"))[0] != first
-    assert frames(engine, replace(SPEC, negative_prompt="red"))[0] != first
+    assert frames(engine, large, other, CLIP, large, CLIP)[1:] == [elsewhere, first, frames(engine, large)[0], first]
+    assert frames(engine, replace(CLIP, prompt="a green cube"))[0] != first
+    assert frames(engine, replace(CLIP, negative_prompt="red"))[0] != first
 
 
 def test_the_ranks_work_while_the_caller_looks(engine: Engine) -> None:
-    clips = engine.render([replace(SPEC, clip_id=f"clip{k}", steps=20) for k in range(3)])
+    clips = engine.render([replace(CLIP, clip_id=f"clip{k}", steps=20) for k in range(3)])
     for _ in range(2):
         next(clips)
         time.sleep(1)  # as encoding and storing would take
@@ -126,7 +112,7 @@ def test_the_ranks_work_while_the_caller_looks(engine: Engine) -> None:
 
 
 def test_frames_have_no_name_that_could_be_left_behind(engine: Engine) -> None:
-    frames(engine, SPEC)
+    frames(engine, CLIP)
     for info in engine.ready:
         held = Path(f"/proc/{info.pid}/maps").read_text()
         held += " ".join(os.readlink(fd) for fd in Path(f"/proc/{info.pid}/fd").iterdir())
@@ -136,12 +122,12 @@ def test_frames_have_no_name_that_could_be_left_behind(engine: Engine) -> None:
 
 def test_cancel_stops_at_a_step_and_leaves_the_engine_usable(engine: Engine) -> None:
     steps: list[int] = []
-    wanted = frames(engine, SPEC)
+    wanted = frames(engine, CLIP)
     queued = replace(LONG, clip_id="queued")
     started = time.monotonic()
     clips = list(
         engine.render(
-            [LONG, SPEC, queued],
+            [LONG, CLIP, queued],
             on_step=lambda clip_id, step, _: steps.append(step) if clip_id == "long" else None,
             cancelled=lambda: {"long", "queued"} if len(steps) >= 5 else set(),
         )
@@ -149,24 +135,24 @@ def test_cancel_stops_at_a_step_and_leaves_the_engine_usable(engine: Engine) -> 
     assert [clip.frames.tobytes() for clip in clips] == wanted, "the cancelled are not yielded, the other is unharmed"
     assert 5 <= len(steps) < 2000
     assert time.monotonic() - started < 30
-    assert list(engine.render([SPEC], cancelled=lambda: {"one"})) == []
+    assert list(engine.render([CLIP], cancelled=lambda: {"one"})) == []
 
 
 def test_a_caller_that_leaves_stops_the_work(engine: Engine) -> None:
-    clips = engine.render([SPEC, LONG, LONG])
+    clips = engine.render([CLIP, LONG, LONG])
     wanted = next(clips).frames.tobytes()
     clips.close()
-    assert frames(engine, SPEC) == [wanted]
+    assert frames(engine, CLIP) == [wanted]
 
 
 def test_a_killed_rank_ends_all_and_the_next_start_gives_the_same_bytes(engine: Engine) -> None:
-    wanted, pids = frames(engine, SPEC), pids_of(engine)
+    wanted, pids = frames(engine, CLIP), pids_of(engine)
     threading.Timer(1.0, os.kill, (pids[1], signal.SIGKILL)).start()
     with pytest.raises(RankDied, match=r"rank 1 of 2 died \(killed by SIGKILL\)"):
         list(engine.render([LONG]))
     assert not engine.running and gone(pids, 0.1)
     engine.start()
-    assert frames(engine, SPEC) == wanted
+    assert frames(engine, CLIP) == wanted
 
 
 def test_a_stopped_rank_counts_as_hung(engine: Engine) -> None:
@@ -180,7 +166,7 @@ def test_a_stopped_rank_counts_as_hung(engine: Engine) -> None:
 
 def test_a_clip_that_the_model_refuses_is_named(engine: Engine) -> None:
     with pytest.raises(RenderFailed, match=r"clip odd: ValueError: frames=8 must be 4n\+1") as failure:
-        list(engine.render([SPEC, replace(SPEC, clip_id="odd", frames=8)]))
+        list(engine.render([CLIP, replace(CLIP, clip_id="odd", frames=8)]))
     assert failure.value.clip_id == "odd" and not engine.running
 
 
@@ -215,7 +201,7 @@ def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
 
 
 def test_one_rank_renders_micro_batches_and_names_a_clip_without_pixels(model: Path) -> None:
-    specs = [replace(SPEC, clip_id=f"clip{k}", seed=k, prompt=p) for k, p in enumerate(("a ball", "a cube", "a ball"))]
+    specs = [replace(CLIP, clip_id=f"clip{k}", seed=k, prompt=p) for k, p in enumerate(("a ball", "a cube", "a ball"))]
     with Engine(model, Partition(), micro_batch=2, log=model / "ranks.log") as engine:
         together = list(engine.render(specs))
         seen: list[str] = []
@@ -228,7 +214,7 @@ def test_one_rank_renders_micro_batches_and_names_a_clip_without_pixels(model: P
         engine.micro_batch = 1
         alone = list(engine.render(specs))
         with pytest.raises(RenderFailed, match=r"clip wild: .*not finite"):
-            list(engine.render([replace(SPEC, clip_id="wild", guidance=1e38)]))
+            list(engine.render([replace(CLIP, clip_id="wild", guidance=1e38)]))
     assert [clip.clip_id for clip in together] == ["clip0", "clip1", "clip2"] == [clip.clip_id for clip in alone]
     assert [clip.clip_id for clip in kept] == ["clip1"], "clip0 was cancelled under way"
     assert np.array_equal(kept[0].frames, together[1].frames)

@@ -13,9 +13,9 @@ import torch
 
 from model.conditioning import Frames
 from model.config import Partition
-from model.engine import ClipSpec, Engine, RenderFailed
+from model.engine import Engine, RenderFailed
 from model.weights import load_vae
-from tests.tiny import tiny_model
+from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
 
@@ -28,21 +28,7 @@ def video(seed: int, frames: int) -> Frames:
     return np.ascontiguousarray(np.stack(waves, -1).transpose(2, 0, 1, 3) * 100 + 128).astype(np.uint8)
 
 
-SPEC = ClipSpec(
-    clip_id="words",
-    prompt="a red ball moves left",
-    negative_prompt="",
-    seed=7,
-    width=48,
-    height=32,
-    frames=9,
-    fps=8,
-    steps=4,
-    guidance=3.0,
-    solver="ab2",
-    shift=3.0,
-    overlap=5,
-)
+SPEC = replace(CLIP, clip_id="words", overlap=5)
 START, END = video(1, 10), video(2, 11)
 MODES: dict[str, dict[str, Any]] = {
     "image-to-video": {"start": START[:1]},
