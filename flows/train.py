@@ -1,4 +1,4 @@
-"""Training as a flow: data ▶ autoencoder ▶ latents ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
+"""Training as a flow: data ▶ autoencoder ▶ latents ▶ decoder ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
 
 Every stage is a Prefect task that runs `python -m model.train STAGE` in a process of its own, so this one never loads
 torch. A model of the world is then measured (`model.score`); of other videos nobody knows the truth. The work folder
@@ -54,8 +54,8 @@ ROWS = 200  # of a loss curve that the page shows
 TAIL = 30  # lines of a failed stage's output that its error quotes
 SCORES = "score.json"  # in the work folder
 JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world, where it is shipped
-OF_WORLD = ("render", "vae", "latents", "dit", "captioner", "look")
-OF_DATA = ("read", "vae", "latents", "dit", "look")
+OF_WORLD = ("render", "vae", "latents", "decoder", "dit", "captioner", "look")
+OF_DATA = ("read", "vae", "latents", "decoder", "dit", "look")
 
 
 class Training(BaseModel):
@@ -310,7 +310,7 @@ def record(
 
 def scores_of(work: Path, digest: str) -> dict[str, Any]:
     """What the stages measured on clips that were held back, and the evaluation of the model of this digest."""
-    last = {stage: curve_of(work / f"{stage}.jsonl")[-1:] for stage in ("vae", "dit", "captioner")}
+    last = {stage: curve_of(work / f"{stage}.jsonl")[-1:] for stage in ("vae", "decoder", "dit", "captioner")}
     scores: dict[str, Any] = {
         stage: {name: value for name, value in rows[0].items() if name.startswith("held_out")}
         for stage, rows in last.items()

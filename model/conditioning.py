@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Frames: TypeAlias = "npt.NDArray[np.uint8]"  # [T, H, W, 3]
 
+FADE = 6  # new frames beside a known one that take on what it lost in the autoencoder
+STILL = 12.0  # levels of 255: a pixel that differs by more from the known frame's shows something else
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -186,21 +189,26 @@ class Canvas:
         return self.pixels[:, [self._place(window.first + k) for k in places]]
 
     def paint(self, window: Window, video: Frames) -> None:
-        """Puts a decoded window [B, T, H, W, 3] in its place, faded into what is known already.
+        """Puts the new frames of a decoded window [B, T, H, W, 3] in their place. What was known stays as it is.
 
-        The last known frame before new ones is the decoder's own, so that nothing steps where they meet; from there
-        the fade leads back to the pixels that were given. After new ones the decoder makes less of known latents, since
-        it looks back at what was made: there the fade begins with a part of the given pixels.
+        The decoder never gives back quite what it was given. What a known frame lost in it is added to the new frames
+        beside it, less with every frame, so that nothing steps where they meet; but only where the picture stands
+        still, since a moving edge would leave a ghost.
         """
-        for k in range(window.frames):
+        made = video.astype(np.float32)
+        new = range(window.head, window.frames - window.tail)
+        borders = [window.head - 1] * (window.head > 0) + [new.stop] * (window.tail > 0)
+        lost = {k: self.pixels[:, self._place(window.first + k)] - made[:, k] for k in borders}
+        for k in new:
             place = self._place(window.first + k)
             if not 0 <= place < self.pixels.shape[1]:
                 continue  # what did not fit the time line
-            share = min(1.0, (k + 1) / window.head if window.head else 1.0)
-            if window.tail:
-                share = min(share, (window.frames - k) / (window.tail + 0.5))
-            old, new = self.pixels[:, place].astype(np.float32), video[:, k].astype(np.float32)
-            self.pixels[:, place] = np.rint(old + share * (new - old))
+            shares = {border: max(0.0, 1 - abs(k - border) / (FADE + 1)) for border in borders}
+            painted = made[:, k].copy()
+            for border, share in shares.items():
+                moved = np.abs(made[:, k] - made[:, border]).mean(-1, keepdims=True)
+                painted += share / max(1.0, sum(shares.values())) * np.exp(-np.square(moved / STILL)) * lost[border]
+            self.pixels[:, place] = np.rint(painted).clip(0, 255)
 
     def _place(self, frame: int) -> int:
         return frame - self.given.frames if self.given.loop and frame >= self.given.frames else frame

@@ -64,13 +64,15 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(shape=Shape(64, 64, 17), clips=24_000, share=0.60, batch=20),
-    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.12, batch=12),
+    Bucket(shape=Shape(64, 64, 17), clips=24_000, share=0.54, batch=20),
+    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.11, batch=12),
     Bucket(shape=Shape(64, 96, 17), clips=1_500, share=0.06, batch=12),
     Bucket(shape=Shape(64, 64, 9), clips=2_000, share=0.08, batch=32),
     Bucket(shape=Shape(96, 64, 9), clips=1_000, share=0.04, batch=20),
-    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.06, batch=48),
-    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.04, batch=32),
+    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.05, batch=48),
+    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.03, batch=32),
+    Bucket(shape=Shape(64, 64, 33), clips=1_500, share=0.05, batch=10),
+    Bucket(shape=Shape(128, 128, 17), clips=1_000, share=0.04, batch=5),
 )
 
 

@@ -8,6 +8,7 @@ render     clips of the procedural world, by shape, in chunk files (a file that 
 read       the same, cut from a folder of one's own videos and images (--data)
 vae        the autoencoder, on crops of the clips of the first shape
 latents    every clip encoded once, and the latents' mean and spread
+decoder    the autoencoder's decoder goes on alone: the latents stay what they are
 dit        transformer and text encoder together, by flow matching, over all shapes
 captioner  latents to captions, where the truth is known: for the world alone
 publish    the averaged weights in the diffusers layout
@@ -51,6 +52,7 @@ from model.vae import VAE, to_pixels, to_video
 from model.weights import CAPTIONER, save_model
 
 PROMPT_TOKENS = 40
+DECODED = 6  # clips a step of the decoder that goes on alone
 SPOKEN = tuple(world.vocabulary())
 WORDS = 8000  # of a data set's captions that its text encoder learns, the most frequent ones
 FEWEST = 8  # clips of one shape that are worth a training
@@ -80,9 +82,11 @@ class Recipe:
     device: str = "cpu"
     bfloat16: bool = False  # on a CPU without instructions of its own for it, half as fast as float32
     vae_steps: int = 2400
+    decoder_steps: int = 1200
     dit_steps: int = 4500
     captioner_steps: int = 2000
     vae_rate: float = 2e-3
+    decoder_rate: float = 6e-4
     dit_rate: float = 1e-3
     text_rate: float = 2e-4  # at the transformer's, the encoder's constant part grows until it drowns the words
     captioner_rate: float = 1.5e-3
@@ -286,15 +290,59 @@ def psnr(error: Tensor) -> float:
     return 10 * math.log10(4 / max(error.square().mean().item(), 1e-12))
 
 
-def trained_vae(recipe: Recipe) -> VAE:
+def trained_vae(recipe: Recipe, *, finished: bool = True) -> VAE:
+    """The autoencoder of the last checkpoint; finished: with the decoder that went on alone, once there is one."""
     config = VAEConfig()
     spread = recipe.work / "latents" / "spread.json"
     if spread.exists():
         config = replace(config, **{k: tuple(v) for k, v in json.loads(spread.read_text()).items()})
     vae = VAE(config)
-    state = load_file(recipe.work / "vae.safetensors")
-    vae.load_state_dict({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
+    vae.load_state_dict(_part(recipe.work / "vae.safetensors", "vae"))
+    if finished and (alone := recipe.work / "decoder.safetensors").exists():
+        vae.decoder.load_state_dict(_part(alone, "average"))
     return in_memory_order(vae).to(recipe.device).eval().requires_grad_(False)
+
+
+def train_decoder(recipe: Recipe) -> None:
+    """The decoder alone, from where the autoencoder's training left it, on the latents of the first shape.
+
+    Whatever was trained on the latents stays true. Published is the running average of the weights.
+    """
+    bucket = recipe.buckets[0]
+    chunks, latents = clips_of(recipe, bucket), latents_of(recipe, bucket)
+    average = trained_vae(recipe, finished=False)
+    vae = copy.deepcopy(average)
+    optimizer = torch.optim.AdamW(
+        vae.decoder.requires_grad_().parameters(), recipe.decoder_rate, betas=(0.9, 0.98), fused=True
+    )
+    modules = {"decoder": vae.decoder, "average": average.decoder}
+    checkpoint = Checkpoint(recipe.work / "decoder.safetensors", modules, optimizer)
+
+    def error_of(vae: VAE, chosen: Sequence[int]) -> Tensor:
+        video = np.stack([chunks[k // recipe.chunk][k % recipe.chunk] for k in chosen])
+        plain = latents[list(chosen)].float().to(recipe.device) * vae.std + vae.mean
+        with recipe.autocast():
+            return vae.reconstruct(plain) - to_video(video, recipe.device)
+
+    def learn(step: int) -> dict[str, float]:
+        share = step / recipe.decoder_steps
+        _set_rate(optimizer, recipe.decoder_rate * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * share)))
+        rng = random.Random(f"{recipe.seed}/decoder/{step}")
+        error = error_of(vae, [rng.randrange(recipe.held_back, len(latents)) for _ in range(DECODED)])
+        loss = 0.5 * error.abs().mean() + error.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        _follow(average.decoder, vae.decoder, min(0.99, (1 + step) / (10 + step)))
+        return {"psnr": psnr(error.detach()), "loss": loss.item()}
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        each = [psnr(error_of(average, [k])) for k in range(min(64, recipe.held_back))]
+        return {"held_out_psnr": sum(each) / len(each)}
+
+    run(recipe, "decoder", recipe.decoder_steps, checkpoint, learn, validate)
 
 
 def encode_latents(recipe: Recipe) -> None:
@@ -367,13 +415,21 @@ def draw_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
-    """[B, T] True where a latent frame is given: the first (10 % of clips), or any of them at random (8 %)."""
+    """[B, T] True where a latent frame is given.
+
+    As many at the start, at the end or at both as the modes give (25 % of clips), or any at random (3 %); never all.
+    """
     which, some = torch.rand(count, generator=generator), torch.rand(count, frames, generator=generator)
+    length = torch.randint(1, max(2, frames - 1), (2, count, 1), generator=generator)
+    place = torch.arange(frames)
     known = torch.zeros(count, frames, dtype=torch.bool)
     if frames > 1:
-        known[which < 0.10, 0] = True
-        scattered = (which > 0.92)[:, None] & (some < torch.rand(count, 1, generator=generator))
-        known |= scattered
+        known[which < 0.08, 0] = True
+        starts = ((which >= 0.08) & (which < 0.14)) | ((which >= 0.20) & (which < 0.25))
+        ends = (which >= 0.14) & (which < 0.25)
+        known |= starts[:, None] & (place < length[0])
+        known |= ends[:, None] & (place >= frames - length[1])
+        known |= (which > 0.97)[:, None] & (some < torch.rand(count, 1, generator=generator))
         known[known.all(1)] = False
     return known
 
@@ -429,9 +485,7 @@ def train_dit(recipe: Recipe) -> None:
         nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
         optimizer.step()
         keep = min(recipe.average, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), writer.parameters(), strict=True):
-                kept.lerp_(new, 1 - keep)
+        _follow(average, writer, keep)
         return {"loss": loss.item()}
 
     @torch.no_grad()
@@ -515,8 +569,7 @@ def sample(
 def trained_writer(recipe: Recipe) -> Writer:
     """The averaged weights of the last checkpoint."""
     writer = Writer(recipe.dit, recipe.words)
-    state = load_file(recipe.work / "dit.safetensors")
-    writer.load_state_dict({k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")})
+    writer.load_state_dict(_part(recipe.work / "dit.safetensors", "average"))
     writer.attend_with(attention)
     return writer.to(recipe.device).eval().requires_grad_(False)
 
@@ -531,7 +584,7 @@ def publish(recipe: Recipe, out: Path) -> None:
     if recipe.captions is not None:
         defaults["name"] = out.name
     save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=defaults, dtype=torch.bfloat16)
-    record = {stage: _last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "dit")}
+    record = {stage: _last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "decoder", "dit")}
     record["data"] = {"clips": {b.name: b.clips for b in recipe.buckets}}
     if recipe.captions is None:
         record["data"]["world_seed"] = recipe.seed
@@ -626,6 +679,18 @@ def run(
         print(json.dumps(row), flush=True)
 
 
+def _part(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The weights of one module of a checkpoint."""
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in load_file(checkpoint).items() if k.startswith(prefix)}
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, learning: nn.Module, keep: float) -> None:
+    for kept, new in zip(average.parameters(), learning.parameters(), strict=True):
+        kept.lerp_(new, 1 - keep)
+
+
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
@@ -643,7 +708,7 @@ def _last(log: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.train", description="Trains mini, or a model of your own.")
-    stages = ("all", "render", "read", "vae", "latents", "dit", "captioner", "publish", "look")
+    stages = ("all", "render", "read", "vae", "latents", "decoder", "dit", "captioner", "publish", "look")
     parser.add_argument("stage", nargs="?", default="all", choices=stages)
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for clips, latents and checkpoints (about 6 GB)"
@@ -694,6 +759,8 @@ def main() -> None:
         train_vae(recipe)
     if stage in ("all", "latents"):
         encode_latents(recipe)
+    if stage in ("all", "decoder"):
+        train_decoder(recipe)
     if stage in ("all", "dit"):
         train_dit(recipe)
     if stage == "captioner" or (stage == "all" and not own):

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from model.conditioning import Frames
 from model.config import Partition
 from model.engine import Engine, RenderFailed
-from model.weights import load_vae
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
@@ -60,34 +58,20 @@ def made(engine: Engine) -> dict[str, Frames]:
     return {clip.clip_id: clip.frames for clip in engine.render(SPECS)}
 
 
-def through_the_autoencoder(model: Path, frames: Frames) -> Frames:
-    vae = load_vae(model, torch.float32)
-    with torch.no_grad():
-        restored = vae.decode(vae.encode(torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1))[0]
-    return ((restored.movedim(0, -1) + 1) * 127.5).round().byte().numpy()
-
-
 def test_every_mode_gives_the_frames_that_were_asked_for(made: dict[str, Frames]) -> None:
     for spec in SPECS:
         frames = made[spec.clip_id]
         assert frames.shape == (spec.frames, 32, 48, 3) and frames.std() > 1, spec.clip_id
 
 
-def test_given_frames_are_kept_but_where_they_are_faded_into_the_new_ones(made: dict[str, Frames]) -> None:
-    assert np.array_equal(made["extend"][:5], START[:5])
-    assert np.array_equal(made["extend backward"][-7:], END[-7:])
-    assert np.array_equal(made["connect"][:5], START[:5])
-    assert np.array_equal(made["connect"][-6:], END[-6:])
-    assert np.array_equal(made["loop of a source"][4:5], START[4:5])
-
-
-def test_the_known_frame_beside_new_ones_is_what_the_decoder_makes_of_it(made: dict[str, Frames], model: Path) -> None:
-    """Its latents were not touched, and the decoder looks back only: the source went through the autoencoder alone."""
-    image = through_the_autoencoder(model, START[:1])
-    assert difference(made["image-to-video"][:1], image) <= 1
-    assert difference(made["connect two images"][:1], image) <= 1
-    known = through_the_autoencoder(model, START[5:10])
-    assert difference(made["connect"][9], known[4]) <= 1
+def test_given_frames_are_kept_to_the_bit(made: dict[str, Frames]) -> None:
+    assert np.array_equal(made["image-to-video"][:1], START[:1])
+    assert np.array_equal(made["extend"][:10], START)
+    assert np.array_equal(made["extend backward"][-11:], END)
+    assert np.array_equal(made["connect"][:10], START)
+    assert np.array_equal(made["connect"][-11:], END)
+    assert np.array_equal(made["connect two images"][[0, -1]], np.concatenate((START[:1], END[:1])))
+    assert np.array_equal(made["loop of a source"][:10], START)
 
 
 def test_what_is_given_matters_and_so_do_words_and_seed(engine: Engine, made: dict[str, Frames]) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.conditioning import Canvas, Given, hold, seed_of, times_from, windows
+from model.conditioning import FADE, Canvas, Given, Window, hold, seed_of, times_from, windows
 from model.diffusion import SOLVERS, denoise, schedule
 
 STEP = 4
@@ -63,22 +63,43 @@ def test_windows_make_every_unknown_frame_from_frames_that_are_known_by_then(giv
 
 @given(time_lines(), st.integers(0, 2**31))
 def test_a_canvas_keeps_what_it_was_given_and_is_whole_in_the_end(given: Given, seed: int) -> None:
-    """With a decoder that gives known frames back exactly, given frames stay as they are."""
+    """Whatever the decoder makes of it."""
     random = np.random.default_rng(seed)
     start, end = (random.integers(1, 200, (2, n, 2, 2, 3), np.uint8) for n in (given.start, given.end))
     canvas = Canvas(given, start, end, STEP)
+    assert not canvas.frames[:, given.start : given.frames - given.end].any()
     for window in windows(given, STEP):
-        video = np.full((2, window.frames, 2, 2, 3), 255, np.uint8)
         seen = canvas.known(window)
         assert seen.shape[1] == (window.frames if window.tail else window.head)
-        video[:, : window.head] = seen[:, : window.head]
-        if window.tail:
-            video[:, -window.tail :] = seen[:, -window.tail :]
-        canvas.paint(window, video)
+        canvas.paint(window, random.integers(240, 255, (2, window.frames, 2, 2, 3), np.uint8))
     assert canvas.frames.shape == (2, given.frames, 2, 2, 3)
     assert np.array_equal(canvas.frames[:, : given.start], start)
     assert np.array_equal(canvas.frames[:, given.frames - given.end :], end)
-    assert (canvas.frames[:, given.start : given.frames - given.end] == 255).all()
+    assert canvas.frames.all(), "every frame was painted"
+
+
+@given(st.integers(0, 2**31), st.booleans())
+def test_what_stands_still_does_not_step_at_a_join(seed: int, backward: bool) -> None:
+    """A decoder that loses something of every pixel, and makes nothing of time: the loss comes in little by little."""
+    random = np.random.default_rng(seed)
+    picture = random.integers(60, 200, (1, 1, 4, 4, 3)).astype(np.uint8)
+    decoded = (picture + random.integers(-40, 40, picture.shape)).astype(np.uint8).repeat(17, 1)
+    given = Given(frames=17, start=0 if backward else 5, end=8 if backward else 0)
+    canvas = Canvas(given, picture.repeat(given.start, 1), picture.repeat(given.end, 1), STEP)
+    (window,) = windows(given, STEP)
+    canvas.paint(window, decoded)
+    steps = np.abs(np.diff(canvas.frames.astype(int), axis=1)).max(-1)
+    assert steps.max() <= 40 / FADE + 1
+    assert np.array_equal(canvas.frames[:, 0 if backward else -1], decoded[:, 0]), "and is all there in the end"
+
+
+def test_what_moves_leaves_no_ghost() -> None:
+    picture = np.full((1, 5, 4, 4, 3), 100, np.uint8)
+    canvas = Canvas(Given(frames=17, start=5), picture, picture[:, :0], STEP)
+    decoded = np.full((1, 17, 4, 4, 3), 60, np.uint8)
+    decoded[:, 5:] = 150
+    canvas.paint(Window(0, 17, 5), decoded)
+    assert (canvas.frames[:, 5:] == 150).all()
 
 
 @given(

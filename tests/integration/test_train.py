@@ -27,8 +27,10 @@ from model.train import (
     encode_latents,
     publish,
     render,
+    train_decoder,
     train_dit,
     train_vae,
+    trained_vae,
 )
 from model.weights import find_model, folder_digest, load_dit, load_text, load_vae
 
@@ -52,6 +54,7 @@ def small(work: Path) -> Recipe:
         chunk=8,
         held_back=4,
         vae_steps=6,
+        decoder_steps=4,
         dit_steps=9,
         every=2,
     )
@@ -63,6 +66,7 @@ def train_all(recipe: Recipe) -> None:
     render(recipe, processes=1)
     train_vae(recipe)
     encode_latents(recipe)
+    train_decoder(recipe)
     train_dit(recipe)
 
 
@@ -100,7 +104,7 @@ def test_a_killed_training_ends_with_the_same_weights(trained: Path, tmp_path: P
     kill_after_first_line(work, "vae.jsonl")
     kill_after_first_line(work, "dit.jsonl")
     assert start(work).wait(300) == 0
-    for stage in ("vae", "dit"):
+    for stage in ("vae", "decoder", "dit"):
         whole, resumed = (load_file(folder / f"{stage}.safetensors") for folder in (trained, work))
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), stage
@@ -110,6 +114,13 @@ def test_a_killed_training_ends_with_the_same_weights(trained: Path, tmp_path: P
             again = curve[row["step"]]
             held_out = [key for key in row if key.startswith("held_out")]
             assert [again[key] for key in held_out] == [row[key] for key in held_out]
+
+
+def test_the_decoder_goes_on_alone(trained: Path) -> None:
+    before, after = (trained_vae(small(trained), finished=done).state_dict() for done in (False, True))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("encoder.")} <= same  # what was trained on its latents holds
+    assert not {name for name in before if name.startswith("decoder.") and name.endswith("weight")} <= same
 
 
 def test_publish_writes_a_model_that_loads(trained: Path, tmp_path: Path) -> None:
@@ -137,6 +148,9 @@ def test_known_frames_never_leave_nothing_to_learn() -> None:
     known = draw_known(5000, 5, torch.Generator().manual_seed(0))
     assert not known.all(1).any()
     assert 0.05 < known[:, 0].float().mean() < 0.25
+    assert 0.05 < known[:, -1].float().mean() < 0.25
+    both = known[:, 0] & known[:, -1] & ~known[:, 2]
+    assert 0.02 < both.float().mean() < 0.10  # clips between two others
     assert not draw_known(100, 1, torch.Generator().manual_seed(0)).any()
 
 
