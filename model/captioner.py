@@ -51,7 +51,7 @@ class CaptionerConfig:
     decoder_layers: int = 2
     length: int = 33  # tokens of a caption with the mark for its end
     latent_channels: int = 16
-    cells: tuple[int, int, int] = (5, 6, 6)  # most patches along time, height and width
+    cells: tuple[int, int, int] = (9, 8, 8)  # most patches along time, height and width
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> CaptionerConfig:

@@ -374,7 +374,7 @@ def encode_latents(recipe: Recipe) -> None:
 
 def latents_of(recipe: Recipe, bucket: Bucket) -> Tensor:
     """[clips, C, T, H, W], float16, normalised: what the stage `latents` made of a shape's clips."""
-    return load_file(recipe.work / "latents" / f"{bucket.name}.safetensors")["latents"]
+    return load_file(recipe.work / "latents" / f"{bucket.name}.safetensors")["latents"][: bucket.clips]
 
 
 # --- the transformer --------------------------------------------------------------------------------------------------
