@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 Frames: TypeAlias = "npt.NDArray[np.uint8]"  # [T, H, W, 3]
 
 FADE = 6  # new frames beside a known one that take on what it lost in the autoencoder
-STILL = 12.0  # levels of 255: a pixel that differs by more from the known frame's shows something else
+STILL = 30.0  # levels of 255: a pixel that differs by more from the known frame's shows something else
+CUT = 1.5  # times the clip's own steps: what is more between two frames looks like a cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,22 +194,39 @@ class Canvas:
 
         The decoder never gives back quite what it was given. What a known frame lost in it is added to the new frames
         beside it, less with every frame, so that nothing steps where they meet; but only where the picture stands
-        still, since a moving edge would leave a ghost.
+        still, since a moving edge would leave a ghost. Where the model did not arrive at what it was given, and its
+        last step would be a cut, the new frames dissolve into the known one, as far as it takes to hide that.
         """
+        first, last = window.head, window.frames - window.tail  # of the new frames
         made = video.astype(np.float32)
-        new = range(window.head, window.frames - window.tail)
-        borders = [window.head - 1] * (window.head > 0) + [new.stop] * (window.tail > 0)
-        lost = {k: self.pixels[:, self._place(window.first + k)] - made[:, k] for k in borders}
-        for k in new:
+        borders = [first - 1] * (window.head > 0) + [last] * (window.tail > 0)
+        away = np.array([[abs(k - border) for k in range(first, last)] for border in borders])
+        shares = np.cos(np.minimum(away / (FADE + 1), 1.0) * np.pi) / 2 + 0.5
+        shares /= np.maximum(shares.sum(0), 1.0)  # the same [borders, new frames]
+        new = made[:, first:last].copy()
+        given = [self.pixels[:, self._place(window.first + border)].astype(np.float32) for border in borders]
+        for border, known, share in zip(borders, given, shares, strict=True):
+            moved = np.abs(made[:, first:last] - made[:, [border]]).mean(-1, keepdims=True)
+            lost = (known - made[:, border])[:, None]
+            new += share[:, None, None, None] * np.exp(-np.square(moved / STILL)) * lost
+        for border, known, share in zip(borders, given, shares, strict=True):
+            missed = _missed(new if border < first else new[:, ::-1], known)
+            new += missed[:, None, None, None, None] * share[:, None, None, None] * (known[:, None] - new)
+        for k in range(first, last):
             place = self._place(window.first + k)
-            if not 0 <= place < self.pixels.shape[1]:
-                continue  # what did not fit the time line
-            shares = {border: max(0.0, 1 - abs(k - border) / (FADE + 1)) for border in borders}
-            painted = made[:, k].copy()
-            for border, share in shares.items():
-                moved = np.abs(made[:, k] - made[:, border]).mean(-1, keepdims=True)
-                painted += share / max(1.0, sum(shares.values())) * np.exp(-np.square(moved / STILL)) * lost[border]
-            self.pixels[:, place] = np.rint(painted).clip(0, 255)
+            if 0 <= place < self.pixels.shape[1]:  # else it did not fit the time line
+                self.pixels[:, place] = np.rint(new[:, k - first]).clip(0, 255)
 
     def _place(self, frame: int) -> int:
         return frame - self.given.frames if self.given.loop and frame >= self.given.frames else frame
+
+
+def _missed(new: npt.NDArray[np.float32], known: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[B] how far new frames [B, T, H, W, 3] must dissolve into the known one [B, H, W, 3] before them, 0..1.
+
+    Not at all where the step between them is like the clip's own, wholly where it is a cut.
+    """
+    steps = np.abs(np.diff(new[:, : FADE + 1], axis=1)).mean((2, 3, 4))
+    usual = np.maximum(steps.mean(1) if steps.shape[1] else 0.0, 1.0)
+    ratio = np.maximum(np.abs(new[:, 0] - known).mean((1, 2, 3)) / usual, 1.0)
+    return (1 - 1 / ratio) * np.minimum(1.0, (ratio - 1) / (CUT - 1))

@@ -7,7 +7,7 @@
 render     clips of the procedural world, by shape, in chunk files (a file that exists is whole)
 read       the same, cut from a folder of one's own videos and images (--data)
 vae        the autoencoder, on crops of the clips of the first shape
-latents    every clip encoded once, and the latents' mean and spread
+latents    every clip encoded once, and the latents' mean and spread; ends of clips as requests bring them
 decoder    the autoencoder's decoder goes on alone: the latents stay what they are
 dit        transformer and text encoder together, by flow matching, over all shapes
 captioner  latents to captions, where the truth is known: for the world alone
@@ -32,6 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ from model.diffusion import blend, denoise, guide, noise, schedule
 from model.dit import DiT
 from model.layers import Attention, attention, short_attention
 from model.text import TextEncoder, small_encoder, split_words, word_tokenizer
-from model.vae import VAE, to_pixels, to_video
+from model.vae import STRIDE_TIME, VAE, to_pixels, to_video
 from model.weights import CAPTIONER, save_model
 
 PROMPT_TOKENS = 40
+PAIRS_OFTEN = 3  # times as often as others do clips with two solids come up
+WITH_ENDS = 9600  # clips of which the ends are encoded once more, behind a standing picture
 DECODED = 6  # clips a step of the decoder that goes on alone
 SPOKEN = tuple(world.vocabulary())
 WORDS = 8000  # of a data set's captions that its text encoder learns, the most frequent ones
@@ -88,7 +91,7 @@ class Recipe:
     vae_rate: float = 2e-3
     decoder_rate: float = 6e-4
     dit_rate: float = 1e-3
-    text_rate: float = 2e-4  # at the transformer's, the encoder's constant part grows until it drowns the words
+    text_rate: float = 3e-4  # at the transformer's, the encoder's constant part grows until it drowns the words
     captioner_rate: float = 1.5e-3
     average: float = 0.998  # of the exponential moving average that is published
     buckets: tuple[Bucket, ...] = BUCKETS  # the autoencoder learns from the first
@@ -315,7 +318,7 @@ def train_decoder(recipe: Recipe) -> None:
     optimizer = torch.optim.AdamW(
         vae.decoder.requires_grad_().parameters(), recipe.decoder_rate, betas=(0.9, 0.98), fused=True
     )
-    modules = {"decoder": vae.decoder, "average": average.decoder}
+    modules: dict[str, nn.Module] = {"decoder": vae.decoder, "average": average.decoder}
     checkpoint = Checkpoint(recipe.work / "decoder.safetensors", modules, optimizer)
 
     def error_of(vae: VAE, chosen: Sequence[int]) -> Tensor:
@@ -370,6 +373,26 @@ def encode_latents(recipe: Recipe) -> None:
         latents = torch.cat([((encode(chunk) - mean) / std).half() for chunk in clips_of(recipe, bucket)])
         _write({"latents": latents}, path)
         print(f"latents {bucket.name} {tuple(latents.shape)}", flush=True)
+    bucket = recipe.buckets[0]
+    if not ends_path(recipe, bucket).exists() and (lengths := end_lengths(bucket)):
+        ends: list[Tensor] = []
+        for number, chunk in enumerate(clips_of(recipe, bucket)[: -(-WITH_ENDS // recipe.chunk)]):
+            clips = np.array(chunk)
+            for k, clip in enumerate(clips, number * recipe.chunk):
+                border = len(clip) - STRIDE_TIME * lengths[k % len(lengths)]
+                clip[:border] = clip[border]
+            ends.append(((encode(clips) - mean) / std)[:, :, -len(lengths) :].half())
+        _write({"ends": torch.cat(ends)}, ends_path(recipe, bucket))
+
+
+def end_lengths(bucket: Bucket) -> range:
+    """How many latent frames an end has that was encoded once more; clip k has the (k mod all of them)th."""
+    return range(1, min(3, (bucket.shape.frames - 1) // STRIDE_TIME - 1) + 1)
+
+
+def ends_path(recipe: Recipe, bucket: Bucket) -> Path:
+    """[clips, C, E, H, W], float16: the ends of the first clips of the first shape, behind a standing picture."""
+    return recipe.work / "latents" / f"{bucket.name}.ends.safetensors"
 
 
 def latents_of(recipe: Recipe, bucket: Bucket) -> Tensor:
@@ -434,6 +457,41 @@ def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
     return known
 
 
+class Stock:
+    """The clips of one shape that the transformer is trained on, as latents."""
+
+    def __init__(self, recipe: Recipe, bucket: Bucket) -> None:
+        self.latents = latents_of(recipe, bucket)
+        path = ends_path(recipe, bucket)
+        self.ends = load_file(path)["ends"] if path.exists() else self.latents[:0]
+        self.lengths = end_lengths(bucket)
+        self.clips = range(recipe.held_back, len(self.latents))
+        # Which colour and shape belong to which of two solids is learnt last: at the world's own share, a quarter of
+        # the clips, a model that had learnt the rest still mixed them up.
+        pairs = recipe.captions is None
+        often = (PAIRS_OFTEN if pairs and len(scene_of(recipe.seed, bucket, k).solids) == 2 else 1 for k in self.clips)
+        self.turns = list(accumulate(often))
+
+    def draw(self, known: Tensor, rng: random.Random) -> tuple[list[int], Tensor]:
+        """The numbers of B clips, and their latents [B, C, T, H, W], of which the frames `known` [B, T] are given.
+
+        A request knows the end of its clip but not what leads to it: the encoded end is of a picture that stood still
+        before (as `Canvas.known` has it), while what is to be made did lead to it. Where such ends lie ready they are
+        taken.
+        """
+        chosen = rng.choices(self.clips, cum_weights=self.turns, k=len(known))
+        at_end: list[int] = known.flip(1).cumprod(1).sum(1).tolist()
+        count = len(self.lengths)
+        rows = [row for row, length in enumerate(at_end) if length in self.lengths and len(self.ends)]
+        for row in rows:
+            place = rng.randrange(-(-self.clips.start // count), len(self.ends) // count)
+            chosen[row] = place * count + self.lengths.index(at_end[row])
+        clean = self.latents[chosen].float()
+        for row in rows:
+            clean[row, :, -at_end[row] :] = self.ends[chosen[row], :, -at_end[row] :].float()
+        return chosen, clean
+
+
 def join(recipe: Recipe) -> Recipe:
     """The recipe of one of the processes that torchrun started."""
     distributed.init_process_group("gloo" if recipe.device == "cpu" else "nccl")
@@ -442,7 +500,7 @@ def join(recipe: Recipe) -> Recipe:
 
 def train_dit(recipe: Recipe) -> None:
     """Flow matching over all shapes; the rate warms up, stays, and falls to 0 over the last quarter."""
-    latents = {bucket.name: latents_of(recipe, bucket) for bucket in recipe.buckets}
+    stocks = {bucket.name: Stock(recipe, bucket) for bucket in recipe.buckets}
     torch.manual_seed(recipe.seed)
     writer = Writer(recipe.dit, recipe.words)
     writer.dit.init_weights()
@@ -466,12 +524,10 @@ def train_dit(recipe: Recipe) -> None:
         rng = random.Random(f"{recipe.seed}/dit/{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         bucket = rng.choices(recipe.buckets, shares)[0]
-        stock = latents[bucket.name]
-        chosen = [rng.randrange(recipe.held_back, len(stock)) for _ in range(bucket.batch)]
+        known = draw_known(bucket.batch, stocks[bucket.name].latents.shape[2], generator)
+        chosen, clean = stocks[bucket.name].draw(known, rng)
         prompts = [caption(recipe, bucket, k, rng) for k in chosen]
         prompts = ["" if rng.random() < 0.1 else p for p in prompts]
-        clean = stock[chosen].float()
-        known = draw_known(len(clean), clean.shape[2], generator)
         times = draw_times(len(clean), generator)[:, None].expand_as(known).masked_fill(known, 0.0)
         disturbance = torch.randn(clean.shape, generator=generator)
         # Every rank draws the whole batch and computes its part: however many they are, the step is the same.
@@ -491,7 +547,7 @@ def train_dit(recipe: Recipe) -> None:
     @torch.no_grad()
     def validate() -> dict[str, float]:
         bucket = recipe.buckets[0]
-        stock = latents[bucket.name][: recipe.held_back].float()
+        stock = stocks[bucket.name].latents[: recipe.held_back].float()
         generator = torch.Generator().manual_seed(1)
         rng = random.Random(1)
         losses: list[float] = []

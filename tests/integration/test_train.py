@@ -1,6 +1,7 @@
 """Training can be killed at any moment and goes on as if nothing had happened."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -15,23 +16,27 @@ import torch
 from safetensors.torch import load_file
 
 from model.captioner import Reporter, train_captioner
+from model.conditioning import Canvas, Given, windows
 from model.config import DiTConfig, Shape
 from model.diffusion import noise
 from model.train import (
     Bucket,
     Checkpoint,
     Recipe,
+    Stock,
     clips_of,
     draw_known,
     draw_times,
     encode_latents,
     publish,
     render,
+    scene_of,
     train_decoder,
     train_dit,
     train_vae,
     trained_vae,
 )
+from model.vae import to_video
 from model.weights import find_model, folder_digest, load_dit, load_text, load_vae
 
 SMALL = """
@@ -152,6 +157,38 @@ def test_known_frames_never_leave_nothing_to_learn() -> None:
     both = known[:, 0] & known[:, -1] & ~known[:, 2]
     assert 0.02 < both.float().mean() < 0.10  # clips between two others
     assert not draw_known(100, 1, torch.Generator().manual_seed(0)).any()
+
+
+def test_a_known_end_comes_as_a_request_brings_it(trained: Path) -> None:
+    """Behind a standing picture; what is to be made is what truly led to it."""
+    recipe = small(trained)
+    bucket, vae = recipe.buckets[0], trained_vae(recipe)
+    stock = Stock(recipe, bucket)
+    known = torch.tensor([[False, False, True], [True, False, False], [True, False, True], [False, True, False]] * 8)
+    chosen, clean = stock.draw(known, random.Random(0))
+    assert min(chosen) >= recipe.held_back
+    clips = np.concatenate([np.array(chunk) for chunk in clips_of(recipe, bucket)])
+    for row, clip in enumerate(chosen):
+        assert torch.equal(clean[row, :, :2], stock.latents[clip, :, :2].float())
+        if known[row, 2]:
+            given = Given(frames=9, end=4)
+            canvas = Canvas(given, clips[clip : clip + 1, :0], clips[clip : clip + 1, 5:], 4)
+            seen = vae.encode(to_video(canvas.known(windows(given, 4)[0])))[0, :, 2]
+            assert torch.allclose(clean[row, :, 2], seen, atol=0.02)
+            assert not torch.allclose(clean[row, :, 2], stock.latents[clip, :, 2].float(), atol=0.02)
+        else:
+            assert torch.equal(clean[row], stock.latents[clip].float())
+
+
+def test_clips_with_two_solids_come_up_more_often(trained: Path) -> None:
+    recipe = small(trained)
+    bucket = recipe.buckets[0]
+    two = [len(scene_of(recipe.seed, bucket, k).solids) == 2 for k in range(bucket.clips)]
+    chosen, _ = Stock(recipe, bucket).draw(torch.zeros(4000, 3, dtype=torch.bool), random.Random(0))
+    own = sum(two[recipe.held_back :]) / (bucket.clips - recipe.held_back)
+    assert 0 < own < 1, "this seed has both"
+    share = sum(two[k] for k in chosen) / len(chosen)
+    assert share == pytest.approx(3 * own / (3 * own + 1 - own), abs=0.03)
 
 
 def test_the_captioner_resumes_and_is_published(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
