@@ -19,6 +19,7 @@ RECIPE = {
     "dit": {"layers": 1, "heads": 2, "head_dim": 12, "ffn_dim": 32, "text_dim": 16},
     "chunk": 8,
     "vae_steps": 6,
+    "decoder_steps": 4,
     "dit_steps": 200,
     "every": 20,
 }
