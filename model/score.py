@@ -51,7 +51,7 @@ from model.score_prompts import (
     wanted_by_users,
     wanted_of,
 )
-from model.score_report import Shown, sheet, tables
+from model.score_report import TARGETS, Shown, sheet, tables
 from model.text import TextEncoder
 from model.train import end_with_input, sample
 from model.vae import VAE, to_pixels, to_video
@@ -198,6 +198,7 @@ def evaluate(
         "model": card.name,
         "digest": card.digest,
         "judge": jury.digest,
+        "targets": TARGETS,
         "prompts": count,
         "seconds a clip": round(seconds, 2),
         "autoencoder": {"psnr": round(psnr.mean().item(), 2), "worst": round(psnr.min().item(), 2)},

@@ -210,8 +210,6 @@ def misses(shown: Labels, wanted: Labels) -> list[list[Miss]]:
 
 # --- and can the judge tell -------------------------------------------------------------------------------------------
 
-BAR = 0.97  # what a judge must name rightly of real clips, of every attribute
-
 
 def proof(said: Labels, truth: Labels) -> dict[str, dict[str, float | int | str | None]]:
     """For each attribute: the share of real clips that the judge names rightly, of how many; and its weakest class."""

@@ -20,7 +20,7 @@ from model.weights import REWRITER, SHIPPED, find_model, folder_digest
 from tests.tiny import tiny_captioner, tiny_judge, tiny_model
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 @dataclass
@@ -61,23 +61,23 @@ def test_what_is_measured_is_printed_and_recorded(scene: Scene) -> None:
         register_model(session, card.digest, "mine", "/before", {"training": {"seed": 3}})
         record_scores(session, card.digest, {"dit": {"held_out_loss": 0.2}})
 
-    said = scene.rushes("tiny", "--judge", "judge", "--prompts", "6", "--modes", "1", "--sheet", "out/failures.png")
-    assert "| colour | 6 | 0.95" in said and "### In people's own words" in said and "### Can the judge tell?" in said
+    said = scene.rushes("tiny", "--judge", "judge", "--prompts", "4", "--modes", "1", "--sheet", "out/failures.png")
+    assert "| colour | 4 | 0.95" in said and "### In people's own words" in said and "### Can the judge tell?" in said
     assert "| extend backward |" in said
     assert (scene.folder / "out" / "failures.png").read_bytes().startswith(b"\x89PNG")
     known = scene.card()
     assert known["training"] == {"seed": 3} and known["scores"]["dit"] == {"held_out_loss": 0.2}
     assert known["path"] == str(scene.model)
     figures = known["scores"]["evaluation"]
-    assert (figures["digest"], figures["judge"], figures["prompts"]) == (card.digest, folder_digest(scene.judge), 6)
+    assert (figures["digest"], figures["judge"], figures["prompts"]) == (card.digest, folder_digest(scene.judge), 4)
     assert set(figures["users"]) == {"prompts", "clips", "as written", "rewritten", "of ordinary prompts"}
-    assert figures["proof"]["direction"]["clips"] == 3 and figures["captioner"]["clips"]["all"] == 6
+    assert figures["proof"]["colour"]["clips"] >= 8 and figures["captioner"]["clips"]["all"] == 4
     (file,) = (scene.folder / "home" / "evaluations").iterdir()
     assert str(file) in said and json.loads(file.read_text()) == figures
 
-    scene.rushes("tiny", "--judge", "judge", "--prompts", "2", "--modes", "0")
+    scene.rushes("tiny", "--judge", "judge", "--prompts", "1", "--modes", "0")
     again = scene.card()
-    assert again["scores"]["evaluation"]["prompts"] == 2 and "modes" not in again["scores"]["evaluation"]
+    assert again["scores"]["evaluation"]["prompts"] == 1 and "modes" not in again["scores"]["evaluation"]
     again["scores"]["evaluation"] = figures
     assert again == known  # nothing else was touched
 

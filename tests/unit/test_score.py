@@ -43,7 +43,7 @@ from model.score_prompts import (
     wanted_by_users,
     wanted_of,
 )
-from model.score_report import Shown, sheet, tables, varied
+from model.score_report import TARGETS, Shown, sheet, tables, varied
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,7 @@ def figures(colour: float) -> dict[str, object]:
     kinds = ("generated", "seen combinations", "held-out combinations", "real")
     both = ("generated", "real")
     return {
+        "targets": TARGETS,
         "prompts": 30,
         "seconds a clip": 0.7,
         "digest": "d" * 64,
