@@ -931,6 +931,7 @@ def eval_(
     model: Annotated[str, typer.Argument(help="A shipped name or a folder.")] = "mini",
     prompts: Annotated[int, typer.Option(min=1, help="How many; all else that is measured grows with it.")] = 256,
     modes: Annotated[int, typer.Option(min=0, help="Clips of every mode; 0 leaves modes out.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     judge: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What looks at the clips (default: the one that is shipped).")
     ] = None,
@@ -952,7 +953,7 @@ def eval_(
     if settings.database_url is None or settings.stack_file.exists():
         _up(settings)
         settings = _settings()  # again: they now know where the stack is
-    figures = evaluate(settings, card, jury, prompts=prompts, modes=modes, sheet=sheet)
+    figures = evaluate(settings, card, jury, prompts=prompts, modes=modes, threads=threads, sheet=sheet)
     typer.echo("")
     typer.echo(f"Figures  {figures}")
     if sheet:

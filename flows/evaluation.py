@@ -48,14 +48,13 @@ def measuring(
     out: Path,
     *,
     prompts: int,
-    threads: int | None = None,
+    threads: int,
     modes: int = 0,
     sheet: Path | None = None,
 ) -> list[str]:
     """The command that measures a model and writes the figures to `out`. It ends when its standard input does."""
     command = [sys.executable, "-u", "-m", "model.score", "--attached", "--model", str(model), "--judge", str(judge)]
-    command += ["--out", str(out), "--prompts", str(prompts), "--modes", str(modes)]
-    command += ["--threads", str(threads)] if threads else []
+    command += ["--out", str(out), "--prompts", str(prompts), "--threads", str(threads), "--modes", str(modes)]
     return command + (["--sheet", str(sheet.absolute())] if sheet else [])
 
 
@@ -66,7 +65,14 @@ def figures_of(out: Path, digest: str) -> dict[str, Any] | None:
 
 
 def evaluate(
-    settings: Settings, card: ModelCard, judge: Path, *, prompts: int, modes: int, sheet: Path | None = None
+    settings: Settings,
+    card: ModelCard,
+    judge: Path,
+    *,
+    prompts: int,
+    modes: int,
+    threads: int,
+    sheet: Path | None = None,
 ) -> Path:
     """Measures, shows what is said meanwhile, and records the figures; returns the file that holds them too.
 
@@ -77,7 +83,7 @@ def evaluate(
         with ledgers.begin() as session:  # an hour of measuring for a ledger that is down would be sad
             facts = {**asdict(card), "path": str(card.path)}
             register_model(session, card.digest, card.name, str(card.path), facts)
-        run(measuring(card.path, judge, out, prompts=prompts, modes=modes, sheet=sheet))
+        run(measuring(card.path, judge, out, prompts=prompts, threads=threads, modes=modes, sheet=sheet))
         figures = figures_of(out, card.digest)
         if figures is None:
             raise EvaluationFailed(f"{card.path} changed while it was measured: nothing was recorded")
