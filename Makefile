@@ -8,13 +8,16 @@ JOBS   ?= 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint types clean
+.PHONY: help demo eval up down test lint types clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.set-up   ## set up, start the stack, render examples/prompts.jsonl, say where to look
 	@$(BIN)/rushes demo $(ARGS)
+
+eval: $(VENV)/.set-up   ## set up, measure what mini can do, print the tables (ARGS='--prompts 64 --modes 0')
+	@$(BIN)/rushes eval $(ARGS)
 
 up: $(VENV)/.set-up     ## start the local stack (or mend it)
 	@$(BIN)/rushes up

@@ -631,6 +631,13 @@ def register_model(session: Session, digest: str, name: str, path: str, card: Ma
     )
 
 
+def record_scores(session: Session, digest: str, scores: Mapping[str, Any]) -> None:
+    """Add to what was measured of the weights of this digest; what has the same name is replaced, all else stays."""
+    known = func.coalesce(Model.card["scores"], literal({}, JSONB))
+    card = Model.card.concat(func.jsonb_build_object("scores", known.concat(dict(scores)), type_=JSONB))
+    change(session, update(Model).where(Model.digest == digest).values(card=card))
+
+
 def register_engine(
     session: Session,
     owner: str,

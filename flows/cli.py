@@ -34,6 +34,8 @@ EXITS = {
     "db.datasets.DatasetNotFound": BAD_INPUT,
     "flows.prefect_api.PrefectRefused": FAILED,
     "flows.rewriting.RewriterFailed": FAILED,
+    "flows.evaluation.NoJudge": BAD_INPUT,
+    "flows.evaluation.EvaluationFailed": FAILED,
     "flows.prefect_api.PrefectUnavailable": FAILED,
     "model.weights.ModelNotFound": BAD_INPUT,
     "model.engine.EngineError": FAILED,
@@ -922,6 +924,42 @@ def _submit_run(deployment: str, request: dict[str, Any], watch: bool) -> None:
     if watch:
         typer.echo(f"{run.state_name}: {run.message}")
         raise typer.Exit(BAD_INPUT if run.state_name == "BadInput" else DONE if run.state == "COMPLETED" else FAILED)
+
+
+@app.command(name="eval", rich_help_panel=TRAINING)
+def eval_(
+    model: Annotated[str, typer.Argument(help="A shipped name or a folder.")] = "mini",
+    prompts: Annotated[int, typer.Option(min=1, help="How many; all else that is measured grows with it.")] = 256,
+    modes: Annotated[int, typer.Option(min=0, help="Clips of every mode; 0 leaves modes out.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    judge: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What looks at the clips (default: the one that is shipped).")
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to put a PNG of clips that fail.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure a model of mini's world: how often it does what a prompt says, and how steady its clips are.
+
+    Renders several hundred clips, which takes minutes. The tables are printed
+    and the figures recorded in the model's row of the ledger; the local stack
+    is started unless the ledger is elsewhere.
+    """
+    from flows.evaluation import JUDGE, evaluate, find_judge
+    from model.weights import find_model
+
+    card, jury = find_model(model), find_judge(judge or JUDGE)
+    settings = _settings()
+    if settings.database_url is None or settings.stack_file.exists():
+        _up(settings)
+        settings = _settings()  # again: they now know where the stack is
+    figures = evaluate(settings, card, jury, prompts=prompts, modes=modes, threads=threads, sheet=sheet)
+    typer.echo("")
+    typer.echo(f"Figures  {figures}")
+    if sheet:
+        typer.echo(f"Sheet    {sheet}")
+    query = f"select card->'scores'->'evaluation' from models where digest = '{card.digest}'"
+    typer.echo(f'Ask      rushes sql "{query}"')
 
 
 @app.command(name="datasets", rich_help_panel=TRAINING)

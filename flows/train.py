@@ -1,4 +1,4 @@
-"""Training as a flow: data ▶ autoencoder ▶ latents ▶ decoder ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
+"""Training as a flow: data ▶ autoencoder ▶ latents ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
 
 Every stage is a Prefect task that runs `python -m model.train STAGE` in a process of its own, so this one never loads
 torch. A model of the world is then measured (`model.score`); of other videos nobody knows the truth. The work folder
@@ -43,17 +43,17 @@ from db import datasets, ledger
 from db.datasets import DatasetNotFound, DatasetRow
 from db.tables import CaptionOrigin
 from flows.datasets import cuts_of, find_dataset, source_of
+from flows.evaluation import EVALUATION, JUDGE, figures_of, measuring
 from flows.ledgers import ledger as ledger_of
 from flows.settings import Settings, WrongSetting, load_settings
 from infra.tracing import flush, setup_tracing
 from model.data import BUCKETS, LIST, BadData, Bucket, save_list
-from model.weights import SHIPPED, find_model
+from model.weights import find_model
 
 REPORT = 5.0  # seconds between two reports to the UI, at least
 ROWS = 200  # of a loss curve that the page shows
 TAIL = 30  # lines of a failed stage's output that its error quotes
 SCORES = "score.json"  # in the work folder
-JUDGE = SHIPPED / "checker"  # what judges the clips of a model of the world, where it is shipped
 OF_WORLD = ("render", "vae", "latents", "decoder", "dit", "captioner", "look")
 OF_DATA = ("read", "vae", "latents", "decoder", "dit", "look")
 
@@ -285,12 +285,9 @@ def publishing(request: Training, work: Path, out: Path) -> list[str]:
 
 def evaluate(request: Training, work: Path, out: Path, key: str) -> None:
     """Measures the published folder, unless that was done."""
-    scores = work / SCORES
-    if scores.exists() and json.loads(scores.read_text())["digest"] == find_model(out).digest:
-        return
-    command = [sys.executable, "-u", "-m", "model.score", "--model", str(out), "--judge", str(JUDGE)]
-    command += ["--prompts", str(request.prompts), "--threads", str(request.threads), "--out", str(scores)]
-    run_stage("evaluate", command, work, key)
+    if figures_of(work / SCORES, find_model(out).digest) is None:
+        command = measuring(out, JUDGE, work / SCORES, prompts=request.prompts, threads=request.threads)
+        run_stage("evaluate", command, work, key)
 
 
 def record(
@@ -302,8 +299,9 @@ def record(
     trained = {"recipe": recipe, "dataset": dataset.id, "data_digest": dataset.digest, "key": key}
     scores = scores_of(work, card.digest)
     with ledgers.begin() as session:
-        facts = {**asdict(card), "path": str(card.path), "training": trained, "scores": scores}
+        facts = {**asdict(card), "path": str(card.path), "training": trained}
         ledger.register_model(session, card.digest, request.name, str(card.path), facts)
+        ledger.record_scores(session, card.digest, scores)
         datasets.trained_on(session, card.digest, dataset.id)
     create_markdown_artifact(summary(request, card.digest, out, dataset, scores), key=f"{key}-model")
 
@@ -316,15 +314,13 @@ def scores_of(work: Path, digest: str) -> dict[str, Any]:
         for stage, rows in last.items()
         if rows
     }
-    measured = json.loads((work / SCORES).read_text()) if (work / SCORES).exists() else {}
-    if measured.get("digest") == digest:
-        scores["evaluation"] = measured
-    return scores
+    measured = figures_of(work / SCORES, digest)
+    return scores | ({EVALUATION: measured} if measured else {})
 
 
 def summary(request: Training, digest: str, out: Path, dataset: DatasetRow, scores: Mapping[str, Any]) -> str:
-    held_back = [(stage, values) for stage, values in scores.items() if stage != "evaluation"]
-    held_back += [(f"adherence, {of}", v) for of, v in scores.get("evaluation", {}).get("adherence", {}).items()]
+    held_back = [(stage, values) for stage, values in scores.items() if stage != EVALUATION]
+    held_back += [(f"adherence, {of}", v) for of, v in scores.get(EVALUATION, {}).get("adherence", {}).items()]
     lines = [f"| {stage} | {name} | {value} |" for stage, values in held_back for name, value in values.items()]
     return "\n".join(
         [

@@ -21,13 +21,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from model import world
 from model.captioner import load_captioner, plainly
-from model.checker import SHAPE, load_checker
-from model.score import Asked, adherence, in_batches
+from model.checker import SHAPE
+from model.score import Judge, in_batches
+from model.score_prompts import Asked, adherence, wanted_of
 from model.train import DEFAULTS, Recipe, Writer, latents_of, sample, scene_of, train_dit, trained_vae, trained_writer
-from model.weights import CAPTIONER, find_model, load_vae
+from model.vae import VAE
+from model.weights import CAPTIONER, find_model
 
 CLIPS, STEPS, PROMPTS = 8000, 600, 96
 WRONG = 0.2  # of alt texts that belong to another clip
@@ -89,18 +92,16 @@ def questions(count: int) -> list[Asked]:
     return asked
 
 
-def measure(recipe: Recipe, judge: Path, vae_of: Recipe, asked: Sequence[Asked]) -> dict[str, float | None]:
+def measure(recipe: Recipe, jury: Judge, vae: VAE, asked: Sequence[Asked]) -> dict[str, float | None]:
     """The adherence of a finished training."""
-    writer, vae, checker = trained_writer(recipe), trained_vae(vae_of), load_checker(judge)
-    eyes = load_vae(judge, torch.float32)
+    writer = trained_writer(recipe)
     settings: dict[str, Any] = {name: DEFAULTS[name] for name in ("steps", "guidance", "solver", "shift")}
 
-    def render(prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
-        return eyes.encode(sample(writer.dit, writer.text, vae, prompts, SHAPE, seeds, **settings))
+    def render(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        return sample(writer.dit, writer.text, vae, prompts, SHAPE, seeds, **settings)
 
-    with torch.no_grad():
-        seen = in_batches(render, [one.prompt for one in asked], [one.seed for one in asked])
-    return adherence(checker.look_at(seen), asked)
+    clips = in_batches(render, [one.prompt for one in asked], [one.seed for one in asked])
+    return adherence(jury.look(clips), wanted_of(asked))
 
 
 def run_trial(
@@ -156,8 +157,9 @@ def main() -> None:
     if given.only:
         captions = {given.only: captions[given.only]}
     asked = questions(given.prompts)
+    jury, vae = Judge(given.judge), trained_vae(recipe)
     folder = given.work / "recaption-trial"
-    figures = run_trial(recipe, captions, lambda short: measure(short, given.judge, recipe, asked), folder)
+    figures = run_trial(recipe, captions, lambda short: measure(short, jury, vae, asked), folder)
     print(table(figures))
 
 

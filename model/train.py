@@ -782,7 +782,7 @@ def main() -> None:
     parser.add_argument("--attached", action="store_true", help="end when standard input does: with the parent")
     given = parser.parse_args()
     if given.attached:
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        end_with_input()
     given.work.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {"device": "cuda" if gpu else "cpu", "bfloat16": gpu}
@@ -831,10 +831,15 @@ def main() -> None:
         publish(recipe, given.out)
 
 
-def _end_with_input() -> None:
-    while os.read(0, 1):  # not sys.stdin: its lock would be held when the interpreter ends
-        pass
-    os._exit(1)
+def end_with_input() -> None:
+    """From now on this process ends when its standard input does, as it does when its parent is killed."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin: its lock would be held when the interpreter ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def look(recipe: Recipe, out: Path) -> None:

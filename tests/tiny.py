@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from model import checker
 from model.captioner import Captioner, CaptionerConfig, save_captioner
 from model.config import DiTConfig, VAEConfig
 from model.dit import DiT
@@ -65,3 +66,10 @@ def tiny_captioner(model: Path) -> None:
     torch.manual_seed(0)
     config = CaptionerConfig(words=tuple(WORDS), width=16, heads=2, encoder_layers=1, decoder_layers=1, length=8)
     save_captioner(Captioner(config), model / CAPTIONER)
+
+
+def tiny_judge(path: Path) -> Path:
+    """Writes a judge with random weights, who says something, always the same of the same clip."""
+    torch.manual_seed(1)
+    checker.save(checker.Checker(), VAE(VAEConfig(channels=(8, 8, 8))), path)
+    return path

@@ -41,6 +41,7 @@ from db.ledger import (
     live_engines,
     open_request,
     progress,
+    record_scores,
     register_engine,
     register_model,
     request_by,
@@ -426,6 +427,21 @@ def test_engines_come_go_and_fall_silent(ledger: Ledger) -> None:
         assert live_engines(session, 30, model_digest="another") == []
         register_engine(session, "c", **register)
         assert [engine.id for engine in live_engines(session, 30)] == ["a", "b", "c"]
+
+
+def test_scores_are_added_to_what_is_known_of_a_model(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        register_model(session, MODEL, "mini", "/weights", {"steps": 4, "training": {"seed": 1}})
+        record_scores(session, MODEL, {"dit": {"loss": 0.2}, "evaluation": {"old": 1}})
+        register_model(session, MODEL, "mini", "/weights", {"steps": 4})  # as every engine does
+        record_scores(session, MODEL, {"evaluation": {"colour": 0.9}})
+    with ledger() as session:
+        card = session.scalar(text("select card from models where digest = :digest"), {"digest": MODEL})
+    assert card == {
+        "steps": 4,
+        "training": {"seed": 1},
+        "scores": {"dit": {"loss": 0.2}, "evaluation": {"colour": 0.9}},
+    }
 
 
 def test_the_store_can_be_swept_by_what_the_ledger_knows(ledger: Ledger) -> None:

@@ -114,7 +114,7 @@ def test_help_is_a_manual_page(home: Path) -> None:
     ):
         assert word in done.stdout
     commands = """up down status doctor demo submit watch cancel retry export requests history show sql audit worker
-        engine migrate deploy train recaption datasets"""
+        engine migrate deploy train recaption eval datasets"""
     for command in commands.split():
         assert f"│ {command} " in done.stdout
     assert rushes().stdout.split() == done.stdout.split()  # no arguments: the same page

@@ -1,30 +1,54 @@
 """The measures, measured: each is near its best on real clips and far from it where something is wrong."""
 
 import random
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from model import world
 from model.checker import Checker, labels_of
-from model.score import (
-    Asked,
-    _scenes_with,
-    adherence,
-    by_word,
-    filmed,
+from model.lexicon import Said, caption, read
+from model.rewrite import examples
+from model.score import filmed
+from model.score_clips import (
+    Labels,
+    _area,
     flicker,
     frechet,
     frozen,
-    questions,
+    identity,
+    permanence,
     reprojection,
 )
+from model.score_prompts import (
+    Asked,
+    Miss,
+    UsersPrompt,
+    adherence,
+    as_named,
+    by_word,
+    counts,
+    judges_scenes,
+    misses,
+    proof,
+    questions,
+    questions_with,
+    ratio,
+    users_prompts,
+    wanted_by_users,
+    wanted_of,
+)
+from model.score_report import TARGETS, Shown, sheet, tables, varied
 
 
 @pytest.fixture(scope="module")
 def orbits() -> tuple[list[world.Scene], Tensor]:
-    some = _scenes_with(lambda s: s.camera.startswith("orbit") and s.floor == "checkered", 4)
+    some = questions_with(lambda s: s.camera.startswith("orbit") and s.floor == "checkered", 4)
     scenes = [one.scene for one in some]
     return scenes, filmed(scenes)
 
@@ -54,15 +78,24 @@ def test_frechet_distance_of_known_gaussians() -> None:
 
 
 def test_a_perfect_judge_of_a_perfect_model_gives_ones() -> None:
-    asked = questions(60)
-    truth = labels_of([one.scene for one in asked])
-    assert set(adherence(truth, asked).values()) == {1.0}
-    wrong = truth | {"colour": (truth["colour"] + 1) % 8}
-    scores = adherence(wrong, asked)
+    wanted = wanted_of(questions(60))
+    assert set(adherence(wanted, wanted).values()) == {1.0}
+    wrong = wanted | {"colour": (wanted["colour"] + 1) % 8}
+    scores = adherence(wrong, wanted)
     assert scores["colour"] == scores["everything"] == 0 and scores["shape"] == 1
-    for word, count in by_word(truth, asked, "motion").items():
+    for word, count in by_word(wanted, wanted, "motion").items():
         right, of = map(int, count.split("/"))
         assert right == of, word
+
+
+def test_every_share_says_of_how_many_clips_it_is() -> None:
+    asked = questions(60)
+    wanted = wanted_of(asked)
+    of = counts(wanted)
+    assert of["colour"] == of["everything"] == 60
+    assert of["second solid"] == sum(len(one.scene.solids) == 2 for one in asked)
+    assert of["left or right"] == sum(one.scene.motion in ("left", "right") for one in asked)
+    assert 0 < of["side it passes to"] < of["second solid"] and 0 < of["sky"] < 60
 
 
 def test_a_third_of_the_questions_are_of_held_out_combinations() -> None:
@@ -79,8 +112,214 @@ def test_the_judge_answers_every_question() -> None:
 
 
 def test_only_what_a_prompt_names_is_scored() -> None:
+    scene = world.sample_scene(random.Random(0))
+    truth, wanted = labels_of([scene]), wanted_of([Asked(scene, "a red ball", 0)])
+    scores = adherence(truth | {"sky": (truth["sky"] + 1) % 3}, wanted)
+    assert scores["sky"] is None and scores["everything"] == 1  # nobody asked for one
+
+
+# --- what people ask for in their own words ---------------------------------------------------------------------------
+
+
+def shown(*scenes: world.Scene) -> Labels:
+    return labels_of([*scenes])
+
+
+def users(*said: Said) -> list[UsersPrompt]:
+    return [UsersPrompt("", one, k) for k, one in enumerate(said)]
+
+
+def test_users_prompts_ask_for_what_they_say_and_nothing_else() -> None:
+    asked = users_prompts(64)
+    wanted, of = wanted_by_users(asked), counts(wanted_by_users(asked))
+    assert len(asked) == len(examples()) == 64 and len({one.seed for one in asked}) == 64
+    assert [of[name] for name in ("colour", "floor", "sky", "camera")] == [
+        sum(getattr(one.said, name) is not None for one in asked) for name in ("colour", "floor", "sky", "camera")
+    ]
+    (crimson,) = (k for k, one in enumerate(asked) if one.prompt.startswith("a crimson ball"))
+    named = {
+        name: classes[wanted[name][crimson]] for name, classes in world.CLASSES.items() if wanted[name][crimson] >= 0
+    }
+    assert named == {"colour": "red", "shape": "sphere", "motion": "left", "count": "one"}
+
+
+def test_a_clip_of_a_prompts_own_caption_does_what_the_user_said() -> None:
+    """Whatever a prompt says of a scene, the scene's clip shows."""
     rng = random.Random(0)
-    scene = world.sample_scene(rng)
-    asked = [Asked(scene, "a red ball", 0)]
-    truth = labels_of([scene])
-    assert adherence(truth | {"sky": (truth["sky"] + 1) % 3}, asked)["sky"] is None  # nobody asked for one
+    scenes = [world.sample_scene(rng) for _ in range(200)]
+    said = [read(world.describe(scene, rng)) for scene in scenes]
+    assert all(said)
+    asked = users(*(one for one in said if one))
+    wanted, free = wanted_by_users(asked), torch.tensor([one.in_any_order for one in asked])
+    scores = adherence(as_named(labels_of(scenes), wanted, free), wanted)
+    assert set(scores.values()) == {1.0}
+
+
+def test_two_solids_may_stand_in_any_order_unless_the_prompt_says_where() -> None:
+    ball, cube = world.Solid("red", "sphere", 0.8), world.Solid("blue", "cube", 0.8)
+    one, other = (shown(world.Scene(solids, "still")) for solids in ((ball, cube), (cube, ball)))
+    together = Said(shape="sphere", colour="red", shape2="cube", colour2="blue")
+    for said, right in (
+        (together, [1.0, 1.0]),
+        (replace(together, motion="still"), [1.0, 1.0]),
+        (replace(together, direction="left"), [1.0, 0.0]),
+        (replace(together, direction="right"), [0.0, 1.0]),
+        (replace(together, motion="bounce"), [1.0, 0.0]),  # the first is the one that does it
+    ):
+        asked = users(said)
+        wanted, free = wanted_by_users(asked), torch.tensor([each.in_any_order for each in asked])
+        scores = [adherence(as_named(clip, wanted, free), wanted) for clip in (one, other)]
+        assert [each["second solid"] for each in scores] == right, caption(said)
+        assert [each["colour"] for each in scores] == right, caption(said)
+
+
+def test_a_ratio_needs_both_figures() -> None:
+    assert ratio({"a": 0.9, "b": None, "c": 0.5, "d": 1.0}, {"a": 0.6, "b": 1.0, "c": 0.0}) == {
+        "a": 1.5,
+        "b": None,
+        "c": None,
+        "d": None,
+    }
+
+
+# --- the judge's proof ------------------------------------------------------------------------------------------------
+
+
+def test_the_judges_scenes_show_every_class_of_every_attribute() -> None:
+    scenes = judges_scenes(512, 153)
+    assert scenes == judges_scenes(512, 153)
+    assert len(scenes) > 512 and sum(scene.motion == "behind" for scene in scenes) == 153
+    truth = labels_of(scenes)
+    for name, classes in world.CLASSES.items():
+        seen = Counter(truth[name].tolist())
+        assert all(seen[k] >= 5 for k in range(len(classes))), name
+        assert len(scenes) - seen[-1] >= 150, name
+    assert not {scene.to_json() for scene in scenes} & {one.scene.to_json() for one in questions()}
+
+
+def test_a_proof_finds_the_class_that_the_judge_cannot_tell() -> None:
+    truth = labels_of(judges_scenes(200, 20))
+    perfect = proof(truth, truth)
+    assert {row["right"] for row in perfect.values()} == {1.0}
+    assert perfect["direction"]["clips"] == int((truth["motion"] == world.MOTIONS.index("behind")).sum())
+    cones = truth["shape"] == world.SHAPES.index("cone")
+    rows = proof(truth | {"shape": truth["shape"].masked_fill(cones, 0)}, truth)
+    assert (rows["shape"]["weakest class"], rows["shape"]["right of it"]) == ("cone", 0.0)
+    assert rows["shape"]["right"] == pytest.approx(1 - int(cones.sum()) / len(cones), abs=0.001)
+    assert rows["colour"] == perfect["colour"]
+
+
+# --- identity and permanence ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def passings() -> tuple[list[world.Scene], Tensor]:
+    scenes = [one.scene for one in questions_with(lambda s: s.motion == "behind", 3)]
+    return scenes, filmed(scenes)
+
+
+def perfect_look(scenes: list[world.Scene]) -> dict[bool, Labels]:
+    """What a perfect judge says of the first and last frames, held still: solids from left to right."""
+    ends = {}
+    for last in (False, True):
+        mover_left = [(scene.direction > 0) != last for scene in scenes]
+        seen = [scene.solids if left else scene.solids[::-1] for scene, left in zip(scenes, mover_left, strict=True)]
+        ends[last] = labels_of([world.Scene(solids, "still") for solids in seen])
+    return ends
+
+
+def test_what_comes_out_changed_from_behind_another_is_noticed(passings: tuple[list[world.Scene], Tensor]) -> None:
+    scenes, clips = passings
+    ends = perfect_look(scenes)
+    last = clips[:, :, -1:].expand_as(clips)
+
+    def look(held: Tensor) -> Labels:
+        return ends[torch.equal(held, last)]
+
+    assert set(permanence(look, clips, scenes).values()) == {1.0}
+    shrunk = clips.clone()
+    shrunk[:, :, -1] = clips[:, :, 8]  # it has not come out yet
+    assert (_area(shrunk[:, :, -1], scenes) < 0.75 * _area(clips[:, :, 0], scenes)).all()
+    last = shrunk[:, :, -1:].expand_as(clips)
+    assert permanence(look, shrunk, scenes)["size"] == 0
+    ends[True] = {name: (values + 1) % len(world.CLASSES[name]) for name, values in ends[True].items()}
+    scores = permanence(look, shrunk, scenes)
+    assert scores["colour"] == scores["shape"] == scores["all"] == 0
+
+
+def test_identity_compares_the_first_frame_with_the_last() -> None:
+    scenes = [world.Scene((world.Solid("red", "cone", 0.9),), "spin" if k else "left") for k in range(2)]
+    clips = torch.zeros(2, 3, 17, 8, 8)
+    clips[1, :, -1] = 1  # the second one ends as another
+
+    def look(held: Tensor) -> Labels:
+        mean = held.mean((1, 2, 3, 4)).long()
+        return {"colour": mean, "shape": torch.zeros_like(mean)}
+
+    assert identity(look, clips, scenes) == {"colour": 0.5, "shape": 1.0}
+    assert identity(look, clips[:0], []) == {"colour": None, "shape": None}
+
+
+# --- as tables and pictures -------------------------------------------------------------------------------------------
+
+
+def figures(colour: float) -> dict[str, object]:
+    wanted = wanted_of(questions(30))
+    scores = adherence(wanted, wanted) | {"colour": colour}
+    kinds = ("generated", "seen combinations", "held-out combinations", "real")
+    both = ("generated", "real")
+    return {
+        "targets": TARGETS,
+        "prompts": 30,
+        "seconds a clip": 0.7,
+        "digest": "d" * 64,
+        "judge": "e" * 64,
+        "clips": counts(wanted),
+        "adherence": dict.fromkeys(kinds, scores),
+        "by word": {},
+        "users": {"prompts": 1, "clips": counts(wanted), "as written": scores},
+        "autoencoder": {"psnr": 28.0, "worst": 22.0},
+        "flicker": dict.fromkeys(both, 1.0),
+        "identity": {of: {"colour": 1.0, "shape": 1.0} for of in both},
+        "permanence": {of: {"colour": 1.0, "shape": 1.0, "size": 1.0, "all": 1.0} for of in both},
+        "reprojection": {of: {"median": 0.1, "within one pixel": 1.0, "patches": 50} for of in both},
+        "frechet": dict.fromkeys(both, 1.0),
+        "captioner": None,
+        "proof": proof(wanted, wanted),
+    }
+
+
+def test_tables_mark_the_targets_that_were_missed() -> None:
+    def marked(colour: float) -> set[str]:
+        return {line for line in tables(figures(colour)).splitlines() if "missed" in line}
+
+    assert marked(0.95) == set()
+    assert marked(0.949) == {"| colour | 30 | 0.95 missed | 0.949 | 0.949 | 0.949 | 0.949 |"}
+
+
+def test_misses_name_what_was_asked_and_what_is_seen() -> None:
+    solids = (world.Solid("red", "sphere", 0.8), world.Solid("blue", "cube", 0.8))
+    pair, alone = world.Scene(solids, "bounce"), world.Scene(solids[1:], "left")
+    assert misses(shown(pair, alone), shown(pair, alone)) == [[], []]
+    (wrong,) = misses(shown(alone), shown(pair))
+    assert wrong[:3] == [
+        Miss("colour", "red", "blue"),
+        Miss("shape", "sphere", "cube"),
+        Miss("motion", "bounce", "left"),
+    ]
+    assert Miss("colour2", "blue", "none") in wrong  # there is no second one, whatever the judge says of it
+
+
+def test_a_sheet_shows_one_miss_of_every_kind_before_a_second(tmp_path_factory: pytest.TempPathFactory) -> None:
+    kinds = [["colour"]] * 5 + [["shape"], [], ["motion", "colour"]]
+    wrong = [[Miss(kind, "a", "b") for kind in some] for some in kinds]
+    assert varied(wrong, 3) == [0, 5, 7]
+    assert sorted(varied(wrong, 99)) == [0, 1, 2, 3, 4, 5, 7]
+    clips = [np.full((17, 64, 64, 3), 30 * k, np.uint8) for k in range(len(wrong))]
+    picture = tmp_path_factory.mktemp("sheet") / "sheet.png"
+    heights = {}
+    for passing in (False, True):
+        picture.write_bytes(sheet(Shown(["a red ball"] * 8, range(8), clips, wrong), passing=passing, most=3))
+        with Image.open(picture) as image:
+            heights[passing] = image.height
+    assert heights[False] > 2 * heights[True]  # three that fail, one that does not
