@@ -27,9 +27,11 @@ from flows.datasets import as_rows, cuts_of, find_dataset, source_of
 from flows.recaption import caption_shard, seal, shards_of
 from flows.settings import Settings, WrongSetting, load_settings
 from infra.store import open_store
+from model import chat
+from model.chat import ChatFailed
 from model.config import Shape
 from model.data import BadData, Bucket, digest, scan
-from model.vision import FRAMES, VisionFailed, VisionModel
+from model.vision import FRAMES, VisionModel
 from tests.integration.s3 import S3Server
 from tests.ledger import MODEL
 from tests.videos import clip_of, write_folder, write_video
@@ -236,22 +238,31 @@ def test_every_clip_gets_the_caption_of_its_own_frames(
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.vision.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(chat, "WAIT", 0.001)
+    monkeypatch.setattr(chat, "TRIES", 3)
     clip = clip_of(1)
     turns = iter([(503, "busy"), (429, "slow down"), (200, completion("a  red\nball"))])
     with answering(lambda _: next(turns)) as there:
         assert VisionModel(there.url, "eye").caption(clip) == "a red ball"
         assert len(there.asked) == 3 and set(there.keys) == {None}
         there.answer = lambda _: (503, "busy")
-        with pytest.raises(VisionFailed, match="503"):
+        with pytest.raises(ChatFailed, match="503"):
             VisionModel(there.url, "eye").caption(clip)
         assert len(there.asked) == 6
         there.answer = lambda _: (401, {"error": "no such key"})
-        with pytest.raises(VisionFailed, match=r"401.*no such key"):
+        with pytest.raises(ChatFailed, match=r"401.*no such key"):
             VisionModel(there.url, "eye").caption(clip)
         assert len(there.asked) == 7
         there.answer = lambda _: (200, completion("   "))
-        with pytest.raises(VisionFailed, match="without a caption"):
+        with pytest.raises(ChatFailed, match="without a caption"):
             VisionModel(there.url, "eye").caption(clip)
-    with pytest.raises(VisionFailed, match="eye at"):
+    with pytest.raises(ChatFailed, match="eye at"):
         VisionModel(there.url, "eye").caption(clip)
+
+
+def test_an_endpoint_on_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setattr(chat, "TRIES", 1)
+    with answering(lambda _: (200, completion("a red ball"))) as there:
+        for url in (there.url, there.url.replace("127.0.0.1", "localhost")):
+            assert VisionModel(url, "eye").caption(clip_of(1)) == "a red ball"
