@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from db import datasets
 from db.datasets import DatasetNotFound, DatasetNotReady, NewDataset
 from db.ledger import register_model
 from db.tables import CaptionOrigin
+from flows import recaption
 from flows.datasets import as_rows, cuts_of, find_dataset, source_of
 from flows.recaption import caption_shard, seal, shards_of
 from flows.settings import Settings, WrongSetting, load_settings
@@ -235,6 +237,22 @@ def test_every_clip_gets_the_caption_of_its_own_frames(
     for k, _, now in beside:
         frames = clip_of(k)[np.linspace(0, 8, FRAMES).round().astype(int)]
         assert float(now.removeprefix("a clip of brightness ")) == pytest.approx(frames.mean(), abs=4)
+
+
+def test_another_question_is_another_author(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eye = load_settings(home=tmp_path, vision_url="http://host/v1/", vision_model="eye")
+
+    def author() -> str:
+        return recaption.pen_of(eye, recaption.Recaption(data="videos", author="vision")).name
+
+    first = author()
+    assert re.fullmatch(r"eye at http://host/v1, told [0-9a-f]{12}", first) and author() == first
+    for what, other in (("QUESTION", "What is it?"), ("OF_AN_IMAGE", "What is it?"), ("FRAMES", 5), ("ENLARGED", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(recaption, what, other)
+            assert author() != first
+    with pytest.raises(WrongSetting, match="must not hold a password: RUSHES_VISION_KEY"):
+        load_settings(home=tmp_path, vision_url="http://me:secret@host/v1", vision_model="eye")
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
