@@ -500,7 +500,8 @@ class Dataset(Base):
     seed: Mapped[int | None] = mapped_column(BigInteger)  # of the world
     fps: Mapped[int]
     captions: Mapped[CaptionOrigin]
-    author: Mapped[str | None]  # who wrote the captions: digest of a captioner, name of a vision-language model
+    # who wrote the captions: digest of a captioner, or a vision-language model and a digest of what it was asked
+    author: Mapped[str | None]
     parent: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))  # prevents the old captions from going
     digest: Mapped[str | None]  # null until all clips are in: nothing is trained on before that
     clips: Mapped[int | None]

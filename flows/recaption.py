@@ -28,11 +28,12 @@ from db.datasets import ClipOfDataset, DatasetNotFound, DatasetRow, NewDataset
 from db.tables import CaptionOrigin
 from flows.datasets import as_cut, cuts_of, find_dataset, source_of
 from flows.ledgers import ledger as ledger_of
+from flows.request import digest_of
 from flows.settings import PREFIX, Settings, WrongSetting, load_settings
 from infra.tracing import flush, setup_tracing
 from model.config import Shape
 from model.data import BadData, Cut, Source, digest
-from model.vision import VisionModel
+from model.vision import FRAMES, OF_AN_IMAGE, QUESTION, VisionModel
 from model.weights import ModelNotFound, find_model
 
 SHARD = 64  # clips
@@ -66,7 +67,7 @@ class Pen:
     """Who writes, under which name in the ledger."""
 
     origin: CaptionOrigin
-    name: str  # digest of the captioner, or name of the vision-language model
+    name: str  # digest of the captioner, or the vision-language model, where it is and a digest of what it is asked
     open: Callable[[], Author]  # loads it: only when there is something to do
     shard: int = SHARD
     enlarged: int = 1
@@ -106,7 +107,9 @@ def pen_of(settings: Settings, request: Recaption) -> Pen:
         if not url or not name:
             raise WrongSetting(f"{PREFIX}VISION_URL and {PREFIX}VISION_MODEL must name a vision-language model")
         secret = key.get_secret_value() if key else None
-        return Pen(CaptionOrigin.VISION, name, lambda: VisionModel(url, name, secret), QUESTIONS, ENLARGED)
+        told = digest_of([QUESTION, OF_AN_IMAGE, FRAMES, ENLARGED])[:12]
+        author = f"{name} at {url}, told {told}"
+        return Pen(CaptionOrigin.VISION, author, lambda: VisionModel(url, name, secret), QUESTIONS, ENLARGED)
     folder = find_model(request.model).path
     from model.captioner import NoCaptioner, Reporter, captioner_digest
 

@@ -99,7 +99,7 @@ Overlap = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 
 
 def _flatten(schema: dict[str, Any]) -> None:
-    """Shows an optional value as one plain field of the form, not as a choice between a value and None."""
+    """What the form shows: an optional value as one plain field, not as a choice between a value and None."""
     shown = schema.get("properties", {})
     for each in shown.values():
         kinds = [kind for kind in each.get("anyOf", []) if kind != {"type": "null"}]
@@ -110,6 +110,8 @@ def _flatten(schema: dict[str, Any]) -> None:
             del each["default"]  # Prefect accepts null for an optional field exactly when it shows no default
     for name in CONDITIONS:  # inherited, and so ahead of what every request has
         shown[name] = shown.pop(name)
+    if "files" in shown:  # a form shows `properties`; what is in neither is refused
+        schema["patternProperties"] = {"^files$": shown.pop("files")}
 
 
 class Conditioned(BaseModel):
@@ -231,8 +233,7 @@ class GenerationRequest(Conditioned):
     files: dict[str, str] = Field(
         default_factory=dict[str, str],
         max_length=MAX_FILES,
-        title="Files",
-        description="Where the files that prompts name lie in the store; `rushes submit` fills it in",
+        description="Where the files that prompts name lie in the store; `rushes submit` fills it in, no form shows it",
     )
 
     @field_validator("name", "prompts_uri", "key", "negative_prompt", *SOURCES, mode="before")

@@ -13,17 +13,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
-import httpx
 from sqlalchemy.orm import Session, sessionmaker
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from db import rewrites
 from db.rewrites import Words
@@ -31,13 +29,13 @@ from flows.prompts import BadLine, Prompt
 from flows.request import MAX_PROMPT, digest_of
 from flows.settings import Settings
 from model import lexicon
+from model.chat import Chat, ChatFailed
 from model.weights import REWRITER, ModelCard
 
 CHUNK = 1000  # lines looked up, rewritten and recorded together
 PARALLEL = 8  # questions that an endpoint is asked at once
-TRIES = 5
-WAIT = 0.2  # seconds before the second try, at most; twice as long before each further one
 TIMEOUT = 60.0  # seconds for one answer
+TOKENS = 400  # of an answer
 SHOWN = 10  # unknown words that are named
 
 CINEMATIC = """\
@@ -208,23 +206,17 @@ class Endpoint:
 
     def __init__(self, settings: Settings, card: ModelCard) -> None:
         assert settings.rewriter_url is not None and settings.rewriter_model is not None
-        self._url, self._model = settings.rewriter_url, settings.rewriter_model
+        key = settings.rewriter_password()
+        self._chat = Chat(settings.rewriter_url, settings.rewriter_model, key, timeout=TIMEOUT)
         self._in_captions = card.rewriter is not None
         self._style = lexicon.instructions() if self._in_captions else CINEMATIC
-        self.name = f"{self._model} at {self._url}, told {digest_of([self._style, STILL])[:12]}"
-        key = settings.rewriter_password()
-        self._http = httpx.Client(
-            timeout=TIMEOUT,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            # No proxy: a proxy meant for the internet would swallow calls to loopback.
-            trust_env="://127." not in self._url and "://localhost" not in self._url,
-        )
+        self.name = f"{self._chat.name}, told {digest_of([self._style, STILL])[:12]}"
 
     def __enter__(self) -> Endpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        self._chat.close()
 
     def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[str | None]:
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="rewrite") as pool:
@@ -233,55 +225,16 @@ class Endpoint:
             )  # the first failure ends the others
 
     def _ask(self, prompt: str, moving: bool) -> str | None:
+        system = self._style if moving else f"{self._style}\n{STILL}"
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         try:
-            answer = _patiently(self._post, self._question(prompt, moving))
-        except httpx.HTTPStatusError as error:
-            self._fail(f"answered {error.response.status_code} {error.response.text[:200]!r}")
-        except httpx.HTTPError as error:
-            self._fail(f"did not answer ({type(error).__name__} {error})")
-        try:
-            text = " ".join(answer.json()["choices"][0]["message"]["content"].split()).strip('"')
-        except (ValueError, LookupError, TypeError, AttributeError):
-            self._fail(f"gave no completion but {answer.text[:200]!r}")
-        if not 0 < len(text) <= MAX_PROMPT:
-            self._fail(f"gave {len(text)} characters for {prompt[:80]!r}, not 1 to {MAX_PROMPT}")
+            text = " ".join(self._chat.ask(messages, tokens=TOKENS).split()).strip('"')
+            if not 0 < len(text) <= MAX_PROMPT:
+                raise self._chat.failure(f"gave {len(text)} characters for {prompt[:80]!r}, not 1 to {MAX_PROMPT}")
+        except ChatFailed as error:
+            raise RewriterFailed(
+                f"RUSHES_REWRITER_URL: {error} (what it has rewritten is kept), or submit with rewrite off"
+            ) from None
         if text == prompt or (self._in_captions and lexicon.read(text) is None):
             return None  # words that the model was never trained on would be worse than the user's own
         return text
-
-    def _post(self, question: dict[str, Any]) -> httpx.Response:
-        return self._http.post(f"{self._url}/chat/completions", json=question).raise_for_status()
-
-    def _question(self, prompt: str, moving: bool) -> dict[str, Any]:
-        system = self._style if moving else f"{self._style}\n{STILL}"
-        return {
-            "model": self._model,
-            "messages": [{"role": "system", "content": system}, {"role": "user", "content": prompt}],
-            "temperature": 0,
-            "seed": 0,
-            "max_tokens": 400,
-        }
-
-    def _fail(self, what: str) -> NoReturn:
-        raise RewriterFailed(
-            f"RUSHES_REWRITER_URL={self._url}: {what}: mend the endpoint and submit again (what it has rewritten is "
-            "kept), or submit with rewrite off"
-        ) from None
-
-
-def _patiently(post: Callable[[dict[str, Any]], httpx.Response], question: dict[str, Any]) -> httpx.Response:
-    """Asks again while that may help, longer and longer apart. Raises httpx.HTTPError."""
-    retrying = Retrying(
-        stop=stop_after_attempt(TRIES),
-        wait=wait_random_exponential(multiplier=WAIT, max=10),
-        retry=retry_if_exception(_may_pass),
-        reraise=True,
-    )
-    return retrying(post, question)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Is it worth asking again?"""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)

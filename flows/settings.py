@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -122,11 +122,12 @@ class Settings(BaseSettings):
             raise ValueError("must be an http:// or https:// address")
         return value.rstrip("/") if value else value
 
-    @field_validator("rewriter_url")
+    @field_validator("rewriter_url", "vision_url")
     @classmethod
-    def _url_holds_no_password(cls, value: str | None) -> str | None:
-        if value and "@" in urlsplit(value).netloc:  # it is recorded with every prompt that was rewritten
-            raise ValueError(f"must not hold a password: {PREFIX}REWRITER_KEY or {PREFIX}REWRITER_KEY_FILE does")
+    def _url_holds_no_password(cls, value: str | None, field: ValidationInfo) -> str | None:
+        if value and "@" in urlsplit(value).netloc:  # it is recorded with all that was rewritten or captioned there
+            key = f"{PREFIX}{field.field_name}".upper().replace("_URL", "_KEY")
+            raise ValueError(f"must not hold a password: {key} holds the endpoint's key")
         return value
 
     @field_validator("partition")

@@ -671,7 +671,8 @@ def _end_flow_runs(home: Path, say: Say) -> None:
         if not runs:
             return
         if not told:
-            say(f"Ending {len({member.run for member in runs})} flow runs")
+            count = len({member.run for member in runs})
+            say(f"Ending {count} flow {'run' if count == 1 else 'runs'}")
         for member in runs:
             # Only the top of each: an engine ends its own ranks.
             if member.pid not in told and not any(member.process.ppid() == other.pid for other in runs):

@@ -13,10 +13,10 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import world
+from model.lexicon import SLOTS, glean
 from model.text import word_tokenizer
 from model.vae import VAE, to_video
 from model.weights import CAPTIONER, folder_digest, load_vae, read_json
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from model.train import Recipe
 
 WEIGHTS = "model.safetensors"
-T = TypeVar("T")
 
 
 class NoCaptioner(ValueError):
@@ -223,51 +223,14 @@ def parse(caption: str, frames: int = 17) -> dict[str, str]:
 
     What it does not say is left out; of an image (frames=1), motion, camera and direction are.
     """
-    text = " ".join(re.sub(r"[,.]", " ", caption.lower()).split())
-    found: dict[str, str] = {}
-    for name, table in (("camera", world.FILMED), ("floor", world.GROUND), ("sky", world.HEAVEN)):
-        if hit := _longest(text, ((phrase, value) for value, phrases in table.items() for phrase in phrases)):
-            phrase, found[name] = hit
-            text = text.replace(phrase, " ")
-    solids = [(match[1], _SHAPE_OF[match[2]]) for match in _SOLID.finditer(text)]
-    rest = " ".join(_SOLID.sub("*", text).split())
-    if "* to the right of *" in rest:
-        solids.reverse()
-    for end, (colour, shape) in zip(("", "2"), solids, strict=False):
-        found |= {f"colour{end}": colour, f"shape{end}": shape}
-    if solids:
-        found["count"] = "one" if len(solids) == 1 else "two"
-    if frames == 1:
-        found.pop("camera", None)
-        return found
-    if " behind *" in rest:
-        found["motion"] = "behind"
-        if hit := _longest(rest, ((p, "left" if d < 0 else "right") for d, ps in world.TOWARDS.items() for p in ps)):
-            found["direction"] = hit[1]
-    elif any(re.search(pattern, rest) for pattern in _AT_REST):
-        found["motion"] = "still"
-    elif hit := _longest(rest, _VERBS):
-        found["motion"] = hit[1]
+    said = glean(caption).from_the_left()
+    kept = SLOTS.keys() - (("motion", "camera", "direction") if frames == 1 else ())
+    found = {name: value for name, value in asdict(said).items() if value is not None and name in kept}
+    if said.motion != "behind":
+        found.pop("direction", None)  # of two that stand side by side, the left one is the first
+    if said.shape:
+        found["count"] = "two" if said.shape2 else "one"
     return found
-
-
-_SHAPE_OF = {noun: shape for shape, nouns in world.NOUNS.items() for noun in nouns}
-_SOLID = re.compile(rf"\ban? ({'|'.join(world.COLOURS)}) ({'|'.join(_SHAPE_OF)})\b")
-_AT_REST = tuple(re.escape(pattern.format(left="*", right="*")) for pattern in world.AT_REST)
-_VERBS = tuple(
-    (" ".join(f"{verb} {then}".split()), motion)
-    for motion, verbs in world.DOES.items()
-    if motion != "behind"
-    for says, saying, then in verbs
-    for verb in (says, saying)
-    if f"{verb}{then}"
-)
-
-
-def _longest(text: str, phrases: Iterator[tuple[str, T]] | Sequence[tuple[str, T]]) -> tuple[str, T] | None:
-    """The longest of the phrases that the text contains as whole words, with its value."""
-    hits = [(phrase, value) for phrase, value in phrases if f" {phrase} " in f" {text} "]
-    return max(hits, key=lambda hit: len(hit[0]), default=None)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

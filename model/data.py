@@ -24,12 +24,15 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
 
-from model import world
+from model import media, world
 from model.config import Shape
+from model.media import BadMedia, fit, open_video, upright
 
 FPS = 8
 VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"))
+DEMUXERS = (*media.VIDEOS, "gif")
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTION = ("caption", "text", "prompt")  # names of the caption in a table or a JSON file, the first that is there
@@ -217,28 +220,22 @@ def _measure(path: Path, fps: int) -> tuple[int, int, int]:
     if path.suffix.lower() in IMAGES:
         with Image.open(path) as image:
             return (*ImageOps.exif_transpose(image).size, 1)
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("has no video stream")
+    with open_video(path, DEMUXERS) as container:
         stream = container.streams.video[0]
         first = next(container.decode(stream), None)
         if first is None:
-            raise ValueError("has no frame")
+            raise BadMedia("holds no video")
         container.seek(0)
         stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
         rate = stream.average_rate or fps
         assert stream.time_base is not None
         seconds = (max(stamps) - min(stamps)) * stream.time_base + 1 / rate
-        return (*_upright(first.width, first.height, first.rotation), max(1, math.floor(seconds * fps + 1e-3)))
+        return (*upright(first).size, max(1, math.floor(seconds * fps + 1e-3)))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _upright(width: int, height: int, rotation: int) -> tuple[int, int]:
-    return (height, width) if rotation % 180 else (width, height)
 
 
 def _stretches(width: int, height: int, frames: int, shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape]]:
@@ -264,7 +261,7 @@ def _cut(path: Path, cuts: Sequence[Cut], fps: int) -> Iterator[Clip]:
     frames, at = _frames(path, fps), 0
     for cut in cuts:  # in the order of their starts, without overlap
         some = islice(frames, cut.start - at, cut.start - at + cut.shape.frames)
-        yield np.stack([_fit(image, cut.shape) for image in some])
+        yield np.stack([fit(image, cut.shape.width, cut.shape.height, Resampling.LANCZOS) for image in some])
         at = cut.start + cut.shape.frames
 
 
@@ -272,25 +269,19 @@ def _frames(path: Path, fps: int) -> Iterator[Image.Image]:
     """The picture that is shown at each 1/fps of a second; the last one for ever, since its own end is not known."""
     if path.suffix.lower() in IMAGES:
         with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+            picture = ImageOps.exif_transpose(image)
     else:
         picture, shown, begin = None, 0, None
-        with av.open(str(path)) as container:
+        with open_video(path, DEMUXERS) as container:
             for frame in container.decode(container.streams.video[0]):
                 begin = frame.time if begin is None else begin
                 while picture is not None and shown / fps < frame.time - begin - 1e-4:
                     yield picture
                     shown += 1
-                picture = Image.fromarray(frame.to_ndarray(format="rgb24")).rotate(frame.rotation, expand=True)
+                picture = upright(frame)
     assert picture is not None
     while True:
         yield picture
-
-
-def _fit(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
-    """[H, W, 3]: the largest middle part of the shape's proportions, resized."""
-    size = (shape.width, shape.height)
-    return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------

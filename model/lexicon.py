@@ -1,9 +1,10 @@
 """What people call the things of the world, and captions read and written as what they say.
 
 `Said` is what a prompt says of a scene; `caption` writes it in the words of the training captions, `read` reads it back
-out of one. The word list has the world's own words first and then what else people say; `spot` finds what it can be
-sure of in any prompt, `evidence` whether a prompt has any word for a thing, `unknown_words` what it has no words for.
-Nothing here is learned, and nothing needs torch: `model.rewrite` has the network.
+out of one, and `glean` out of what is not quite one. The word list has the world's own words first and then what else
+people say; `spot` finds what it can be sure of in any prompt, `evidence` whether a prompt has any word for a thing,
+`unknown_words` what it has no words for. Nothing here is learned, and nothing needs torch: `model.rewrite` has the
+network.
 """
 
 from __future__ import annotations
@@ -151,45 +152,44 @@ def _noun(colour: str | None, shape: str) -> str:
 
 def read(text: str) -> Said | None:
     """What a caption says; None if the text is not written like the training captions."""
-    found = _CAPTION.fullmatch(" ".join(text.lower().split()))
-    if found is None:
-        return None
-    part = found.groupdict()
-    sides = {"on the left": "left", "to the left of": "left", "to the right of": "right"}
-    side = sides.get(part["at"] or part["link"] or "")
-    motion = _VERBS[part["verb"]] if part["verb"] else None
-    behind = motion == "behind"
-    if behind != (part["noun2"] is not None and part["link"] is None and part["at"] is None):
-        return None  # only what passes behind needs no word between the two
-    if (part["at"] is None) != (part["at2"] is None) or (side and part["verb"]) or (part["toward"] and not behind):
-        return None
-    if side and part["verb"] is None and part["opening"] not in _IMAGE:
-        motion = "still"
-    if behind and part["toward"]:
-        side = "left" if "left" in part["toward"] else "right"
-    where = [part[name] for name in ("where", "where2") if part[name]]
-    floors, skies = [_FLOORS[w] for w in where if w in _FLOORS], [_SKIES[w] for w in where if w in _SKIES]
-    if max(len(floors), len(skies)) > 1:
-        return None
-    return Said(
-        shape=_SHAPES[part["noun"]],
-        colour=part["colour"],
-        shape2=_SHAPES[part["noun2"]] if part["noun2"] else None,
-        colour2=part["colour2"],
-        motion=motion,
-        direction=side,
-        camera=_CAMERAS[part["filmed"]] if part["filmed"] else None,
-        floor=floors[0] if floors else None,
-        sky=skies[0] if skies else None,
-    )
+    text = " ".join(text.lower().split())
+    return glean(text) if _CAPTION.fullmatch(text) else None
+
+
+def glean(text: str) -> Said:
+    """What a text says in phrases of the training captions, also where it is not quite a caption."""
+    rest = " ".join(re.sub("[,.]", " ", text.lower()).split())
+    found: dict[str, str | None] = {}
+    for name, table in (("camera", _CAMERAS), ("floor", _FLOORS), ("sky", _SKIES)):
+        if phrase := _longest(rest, table):
+            found[name] = table[phrase]
+            rest = rest.replace(phrase, " ")
+    for end, (colour, noun) in zip(("", "2"), _SOLID.findall(rest), strict=False):
+        found |= {f"colour{end}": colour or None, f"shape{end}": _SHAPES[noun]}
+    rest = " ".join(_SOLID.sub("*", rest).split())
+    if " behind *" in rest:
+        found |= {"motion": "behind", "direction": _TOWARDS.get(_longest(rest, _TOWARDS))}
+    elif stand := _longest(rest, _AT_REST):
+        found |= {"motion": None if rest.startswith(IMAGE_OF) else "still", "direction": _AT_REST[stand]}
+    else:
+        found["motion"] = _VERBS.get(_longest(rest, _VERBS))
+    return Said(**found)
+
+
+def _longest(text: str, phrases: Iterable[str]) -> str:
+    """The longest of the phrases that the text contains as whole words; "" if there is none."""
+    return max((phrase for phrase in phrases if f" {phrase} " in f" {text} "), key=len, default="")
 
 
 def _turned_over(table: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return {phrase: name for name, phrases in table.items() for phrase in phrases}
 
 
-_IMAGE = frozenset(IMAGE_OF)
 _SHAPES, _CAMERAS, _FLOORS, _SKIES = (_turned_over(table) for table in (NOUNS, FILMED, GROUND, HEAVEN))
+_TOWARDS = _turned_over({"left": TOWARDS[-1], "right": TOWARDS[1]})
+_AT_REST = {  # where the solid that is named first stands
+    text.format(left="*", right="*"): "left" if text.startswith("{left}") else "right" for text in AT_REST
+}
 _VERBS = {
     " ".join(word for word in (verb, then) if word): motion
     for motion, verbs in DOES.items()
@@ -200,22 +200,26 @@ _VERBS = {
 
 def _one_of(phrases: Iterable[str]) -> str:
     """A pattern for any of the phrases; the longest is tried first."""
-    return "|".join(re.escape(phrase) for phrase in sorted(set(phrases), key=lambda p: (-len(p), p)))
+    return f"(?:{'|'.join(re.escape(phrase) for phrase in sorted(set(phrases), key=lambda p: (-len(p), p)))})"
 
 
-_NOUN = rf"(?:an?) (?:(?P<colour{{0}}>{_one_of(COLOURS)}) )?(?P<noun{{0}}>{_one_of(_SHAPES)})"
-_CAPTION = re.compile(
-    rf"(?:(?P<opening>{_one_of((*CLIP_OF, *IMAGE_OF, WE_SEE))}) )?"
-    rf"{_NOUN.format('')}"
-    rf"(?: (?P<verb>{_one_of(_VERBS)}))?"
-    rf"(?: (?P<at>on the left) and)?"
-    rf"(?:(?: (?P<link>{_one_of(('and', 'to the left of', 'to the right of', *BESIDE))}))? {_NOUN.format('2')})?"
-    rf"(?: (?P<at2>on the right))?"
-    rf"(?: (?P<toward>{_one_of(chain(*TOWARDS.values()))}))?"
-    rf"(?: (?P<where>{_one_of((*_FLOORS, *_SKIES))}))?"
-    rf"(?: (?P<where2>{_one_of((*_FLOORS, *_SKIES))}))?"
-    rf"(?:[,.] (?P<filmed>{_one_of(_CAMERAS)}))?\.?"
-)
+_SOLID = re.compile(rf"\ban? (?:({_one_of(COLOURS)}) )?({_one_of(_SHAPES)})\b")
+
+
+def _caption_pattern() -> str:
+    solid, floor, sky = _SOLID.pattern, _one_of(_FLOORS), _one_of(_SKIES)
+    passes, does = (_one_of(v for v in _VERBS if (_VERBS[v] == "behind") == behind) for behind in (True, False))
+    at_rest = "|".join(each.format(left=solid, right=solid) for each in AT_REST)
+    return (
+        rf"(?:{_one_of((*CLIP_OF, *IMAGE_OF, WE_SEE))} )?"
+        rf"(?:{solid} {passes} {solid}(?: {_one_of(_TOWARDS)})?|{at_rest}"
+        rf"|{solid}(?: {does})?(?: {_one_of(('and', *BESIDE))} {solid})?)"
+        rf"(?: {floor}(?: {sky})?| {sky}(?: {floor})?)?"
+        rf"(?:[,.] {_one_of(_CAMERAS)})?\.?"
+    )
+
+
+_CAPTION = re.compile(_caption_pattern())
 
 
 def instructions() -> str:

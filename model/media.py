@@ -7,14 +7,17 @@ and cut around the centre; other rates are met by taking, for each moment of the
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import av
 import numpy as np
+from av import VideoFrame
+from av.container import InputContainer
 from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
 
 from model.conditioning import Frames
 
@@ -53,35 +56,59 @@ def probe(data: bytes) -> Media:
     if (picture := _picture(data)) is not None:
         mime = Image.MIME[picture.format or "PNG"]
         return Media(media_type=mime, width=picture.width, height=picture.height, frames=1, fps=0.0)
-    count, size = 0, (0, 0)
-    with _video(data) as container:
+    count, last = 0, None
+    with open_video(io.BytesIO(data)) as container:
         media_type = VIDEOS[container.format.name]
         rate = container.streams.video[0].average_rate
         for frame in _decode(container):
-            count, size = count + 1, (frame.width, frame.height)
-    if not count or not rate:
+            count, last = count + 1, frame
+    if last is None or not rate:
         raise BadMedia("holds no video")
-    return Media(media_type=media_type, width=size[0], height=size[1], frames=count, fps=float(rate))
+    width, height = upright(last).size
+    return Media(media_type=media_type, width=width, height=height, frames=count, fps=float(rate))
 
 
 def read_frames(data: bytes, *, width: int, height: int, fps: float, most: int) -> Frames:
     """The first frames, at most `most`, at the size and rate of a clip: [T, height, width, 3]. Raises BadMedia."""
     if (picture := _picture(data)) is not None:
-        return _fit(picture, width, height)[None]
+        return fit(picture, width, height)[None]
     kept: list[Frames] = []
-    with _video(data) as container:
+    with open_video(io.BytesIO(data)) as container:
         rate = float(container.streams.video[0].average_rate or 0)
         if not rate:
             raise BadMedia("does not say its frame rate")
         for number, frame in enumerate(_decode(container)):
             # Moment k of the clip is nearest to frame k * rate / fps.
             while len(kept) < most and int(len(kept) * rate / fps + 0.5) == number:
-                kept.append(_fit(frame.to_image(), width, height))
+                kept.append(fit(upright(frame), width, height))
             if len(kept) == most:
                 break
     if not kept:
         raise BadMedia("holds no video")
     return np.stack(kept)
+
+
+def open_video(file: Path | io.BytesIO, formats: Iterable[str] = VIDEOS) -> InputContainer:
+    """A file opened as a video, by one of these demuxers. Raises BadMedia."""
+    try:
+        container = av.open(file, "r", container_options={"format_whitelist": ",".join(formats)})
+    except (FFmpegError, ValueError):
+        raise BadMedia("is neither a picture (PNG, JPEG, WebP) nor a video (MP4, WebM, Matroska, AVI)") from None
+    if not container.streams.video:
+        container.close()
+        raise BadMedia("holds no video")
+    container.streams.video[0].codec_context.thread_count = 1
+    return container
+
+
+def upright(frame: VideoFrame) -> Image.Image:
+    """The frame as it is to be shown: who films with a phone on its side has only a note of that in the file."""
+    return frame.to_image().rotate(frame.rotation, expand=True)
+
+
+def fit(picture: Image.Image, width: int, height: int, sampled: Resampling = Resampling.BICUBIC) -> Frames:
+    """[height, width, 3]: the largest middle part of these proportions, resized."""
+    return np.asarray(ImageOps.fit(picture.convert("RGB"), (width, height), sampled), np.uint8)
 
 
 def _picture(data: bytes) -> Image.Image | None:
@@ -97,26 +124,12 @@ def _picture(data: bytes) -> Image.Image | None:
         if isinstance(error, BadMedia):
             raise
         raise BadMedia(f"is a picture that cannot be read ({error})") from None
-    upright = ImageOps.exif_transpose(picture)
-    upright.format = picture.format
-    return upright
+    turned = ImageOps.exif_transpose(picture)
+    turned.format = picture.format
+    return turned
 
 
-def _video(data: bytes) -> Any:
-    """The bytes opened as a video. Raises BadMedia."""
-    options = {"format_whitelist": ",".join(VIDEOS)}
-    try:
-        container = av.open(io.BytesIO(data), "r", container_options=options)
-    except (FFmpegError, ValueError):
-        raise BadMedia("is neither a picture (PNG, JPEG, WebP) nor a video (MP4, WebM, Matroska, AVI)") from None
-    if not container.streams.video:
-        container.close()
-        raise BadMedia("holds no video")
-    container.streams.video[0].codec_context.thread_count = 1
-    return container
-
-
-def _decode(container: Any) -> Iterator[Any]:
+def _decode(container: InputContainer) -> Iterator[VideoFrame]:
     try:
         for number, frame in enumerate(container.decode(container.streams.video[0])):
             if number == MAX_FRAMES:
@@ -126,8 +139,3 @@ def _decode(container: Any) -> Iterator[Any]:
             yield frame
     except FFmpegError as error:
         raise BadMedia(f"is a video that cannot be read to its end ({error})") from None
-
-
-def _fit(picture: Image.Image, width: int, height: int) -> Any:
-    """[height, width, 3]"""
-    return np.asarray(ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC), np.uint8)

@@ -6,20 +6,19 @@ A few frames of the clip go out as PNG, one caption comes back. It knows nothing
 from __future__ import annotations
 
 import base64
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from model.chat import Chat
 from model.encode import encode_png
 
 FRAMES = 4  # of a clip, from its first to its last
 AT_ONCE = 8  # questions under way
-PAUSES = (1.0, 4.0, 15.0)  # seconds, before a busy server is asked again
+TIMEOUT = 120.0  # seconds for one answer
 TOKENS = 120  # of an answer
 QUESTION = (
     "These are {count} frames of a video, evenly spaced, in order. Write one caption of it: a single English sentence "
@@ -32,66 +31,30 @@ OF_AN_IMAGE = (
 )
 
 
-class VisionFailed(RuntimeError):
-    """The vision-language model did not answer, or not with a caption. The message is its own; run again to go on."""
-
-
 class VisionModel:
-    """One model on one server. Temperature 0 and a fixed seed: as repeatable as the server makes it."""
+    """One model on one server."""
 
-    def __init__(self, url: str, model: str, key: str | None = None, *, timeout: float = 120) -> None:
+    def __init__(self, url: str, model: str, key: str | None = None) -> None:
         """`url` ends where `/chat/completions` is added: http://localhost:8000/v1."""
-        self.model = model
-        self._http = httpx.Client(
-            base_url=url,
-            timeout=timeout,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            trust_env="://127." not in url,
-        )
+        self._chat = Chat(url, model, key, timeout=TIMEOUT)
 
     def captions(self, clips: NDArray[np.uint8]) -> list[str]:
-        """One caption for each of the clips [B, T, H, W, 3]. Raises VisionFailed."""
+        """One caption for each of the clips [B, T, H, W, 3]. Raises ChatFailed; run again to go on."""
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vision") as pool:
             return list(pool.map(self.caption, clips))
 
     def caption(self, clip: NDArray[np.uint8]) -> str:
+        """The caption of one clip [T, H, W, 3]. Raises ChatFailed."""
         picks = np.linspace(0, len(clip) - 1, min(FRAMES, len(clip))).round().astype(int)
         question = QUESTION.format(count=len(picks)) if len(clip) > 1 else OF_AN_IMAGE
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": _content(question, [clip[k] for k in picks])}],
-            "temperature": 0,
-            "seed": 0,
-            "max_tokens": TOKENS,
-        }
-        answer = self._ask(body)
-        try:
-            said = answer.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            said = None
-        if not isinstance(said, str) or not said.strip():
-            raise VisionFailed(f"{self.model} answered without a caption: {answer.text[:300]}")
-        return " ".join(said.split())
-
-    def _ask(self, body: dict[str, Any]) -> httpx.Response:
-        for pause in (*PAUSES, None):
-            try:
-                answer = self._http.post("/chat/completions", json=body)
-            except httpx.TransportError as error:
-                reason = str(error) or type(error).__name__
-                answer = None
-            else:
-                if answer.is_success:
-                    return answer
-                reason = f"{answer.status_code}: {answer.text[:300]}"
-            busy = answer is None or answer.status_code == 429 or answer.status_code >= 500
-            if not busy or pause is None:
-                raise VisionFailed(f"{self.model} at {self._http.base_url} says {reason}")
-            time.sleep(pause)
-        raise AssertionError("the last pause is None")
+        content = _content(question, [clip[k] for k in picks])
+        said = " ".join(self._chat.ask([{"role": "user", "content": content}], tokens=TOKENS).split())
+        if not said:
+            raise self._chat.failure("answered without a caption")
+        return said
 
     def close(self) -> None:
-        self._http.close()
+        self._chat.close()
 
 
 def _content(question: str, frames: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 
 from model.config import Shape
 from model.data import BadData, Bucket, Cut, Source, digest, load_list, save_list, scan, world_cuts
-from tests.videos import clip_of, write_folder, write_video
+from tests.videos import clip_of, on_its_side, write_folder, write_video
 
 SHAPES = [Shape(64, 64, 17), Shape(96, 64, 17), Shape(64, 64, 9), Shape(96, 64, 9), Shape(64, 64, 1), Shape(96, 64, 1)]
 
@@ -46,6 +46,16 @@ def test_a_faster_video_loses_frames_and_a_larger_one_its_sides(tmp_path: Path) 
     (cut,) = scan(tmp_path, [Shape(64, 64, 9)], 8).cuts[:1]
     (read,) = Source(folder=tmp_path).read([cut])
     assert np.abs(read.astype(int) - clip[0:27:3, :, 32:96]).mean() < 4
+
+
+def test_a_turned_video_is_read_upright(tmp_path: Path) -> None:
+    clip = clip_of(5, 64, 96, 9)
+    write_video(tmp_path / "a.mp4", clip)
+    (tmp_path / "a.mp4").write_bytes(on_its_side((tmp_path / "a.mp4").read_bytes()))
+    (cut,) = scan(tmp_path, SHAPES, 8).cuts
+    assert str(cut.shape) == "96x64x9"
+    (read,) = Source(folder=tmp_path).read([cut])
+    assert np.abs(read.astype(int) - np.rot90(clip, -1, axes=(1, 2))).mean() < 4
 
 
 def test_captions_come_from_files_beside_and_from_tables(tmp_path: Path) -> None:

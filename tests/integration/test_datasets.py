@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -23,13 +24,16 @@ from db import datasets
 from db.datasets import DatasetNotFound, DatasetNotReady, NewDataset
 from db.ledger import register_model
 from db.tables import CaptionOrigin
+from flows import recaption
 from flows.datasets import as_rows, cuts_of, find_dataset, source_of
 from flows.recaption import caption_shard, seal, shards_of
 from flows.settings import Settings, WrongSetting, load_settings
 from infra.store import open_store
+from model import chat
+from model.chat import ChatFailed
 from model.config import Shape
 from model.data import BadData, Bucket, digest, scan
-from model.vision import FRAMES, VisionFailed, VisionModel
+from model.vision import FRAMES, VisionModel
 from tests.integration.s3 import S3Server
 from tests.ledger import MODEL
 from tests.videos import clip_of, write_folder, write_video
@@ -235,23 +239,48 @@ def test_every_clip_gets_the_caption_of_its_own_frames(
         assert float(now.removeprefix("a clip of brightness ")) == pytest.approx(frames.mean(), abs=4)
 
 
+def test_another_question_is_another_author(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eye = load_settings(home=tmp_path, vision_url="http://host/v1/", vision_model="eye")
+
+    def author() -> str:
+        return recaption.pen_of(eye, recaption.Recaption(data="videos", author="vision")).name
+
+    first = author()
+    assert re.fullmatch(r"eye at http://host/v1, told [0-9a-f]{12}", first) and author() == first
+    for what, other in (("QUESTION", "What is it?"), ("OF_AN_IMAGE", "What is it?"), ("FRAMES", 5), ("ENLARGED", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(recaption, what, other)
+            assert author() != first
+    with pytest.raises(WrongSetting, match="must not hold a password: RUSHES_VISION_KEY"):
+        load_settings(home=tmp_path, vision_url="http://me:secret@host/v1", vision_model="eye")
+
+
 def test_a_busy_server_is_asked_again_and_a_refusal_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.vision.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(chat, "WAIT", 0.001)
+    monkeypatch.setattr(chat, "TRIES", 3)
     clip = clip_of(1)
     turns = iter([(503, "busy"), (429, "slow down"), (200, completion("a  red\nball"))])
     with answering(lambda _: next(turns)) as there:
         assert VisionModel(there.url, "eye").caption(clip) == "a red ball"
         assert len(there.asked) == 3 and set(there.keys) == {None}
         there.answer = lambda _: (503, "busy")
-        with pytest.raises(VisionFailed, match="503"):
+        with pytest.raises(ChatFailed, match="503"):
             VisionModel(there.url, "eye").caption(clip)
         assert len(there.asked) == 6
         there.answer = lambda _: (401, {"error": "no such key"})
-        with pytest.raises(VisionFailed, match=r"401.*no such key"):
+        with pytest.raises(ChatFailed, match=r"401.*no such key"):
             VisionModel(there.url, "eye").caption(clip)
         assert len(there.asked) == 7
         there.answer = lambda _: (200, completion("   "))
-        with pytest.raises(VisionFailed, match="without a caption"):
+        with pytest.raises(ChatFailed, match="without a caption"):
             VisionModel(there.url, "eye").caption(clip)
-    with pytest.raises(VisionFailed, match="eye at"):
+    with pytest.raises(ChatFailed, match="eye at"):
         VisionModel(there.url, "eye").caption(clip)
+
+
+def test_an_endpoint_on_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setattr(chat, "TRIES", 1)
+    with answering(lambda _: (200, completion("a red ball"))) as there:
+        for url in (there.url, there.url.replace("127.0.0.1", "localhost")):
+            assert VisionModel(url, "eye").caption(clip_of(1)) == "a red ball"

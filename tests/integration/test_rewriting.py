@@ -26,6 +26,7 @@ from flows.cli import app
 from flows.request import GenerationRequest
 from flows.rewriting import Endpoint, RewriterFailed, rewrite_all, rewriter_of
 from flows.settings import Settings, WrongSetting, load_settings
+from model import chat
 from model.weights import ModelCard, find_model
 
 KEY = "sk-not-to-be-seen"
@@ -206,7 +207,7 @@ def test_an_endpoint_that_fails_says_so_and_leaves_nothing(
     answer: Any,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(rewriting, "WAIT", 0.001)
+    monkeypatch.setattr(chat, "WAIT", 0.001)
     server.status, server.answer = lambda count: status, lambda prompt: answer
     with pytest.raises(RewriterFailed) as caught:
         submitted(settings, ledger, tiny.path, ["a red ball", "a blue ball"])
@@ -220,7 +221,7 @@ def test_an_endpoint_that_fails_says_so_and_leaves_nothing(
 def test_an_endpoint_that_is_busy_is_asked_again(
     settings: Settings, server: Server, ledger: sessionmaker[Session], tiny: ModelCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewriting, "WAIT", 0.001)
+    monkeypatch.setattr(chat, "WAIT", 0.001)
     server.status = lambda count: 503 if count < 3 else 200
     request, _ = submitted(settings, ledger, tiny.path, ["a red ball"])
     assert words_of(ledger, request) == [("a red ball", "A photo of a red ball")]
@@ -229,9 +230,9 @@ def test_an_endpoint_that_is_busy_is_asked_again(
 def test_an_endpoint_that_never_answers_is_given_up(
     settings: Settings, server: Server, tiny: ModelCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewriting, "WAIT", 0.001)
+    monkeypatch.setattr(chat, "WAIT", 0.001)
     monkeypatch.setattr(rewriting, "TIMEOUT", 0.05)
-    monkeypatch.setattr(rewriting, "TRIES", 2)
+    monkeypatch.setattr(chat, "TRIES", 2)
     server.answer = lambda prompt: time.sleep(1) or ""
     with Endpoint(settings, tiny) as endpoint, pytest.raises(RewriterFailed, match=r"did not answer \(ReadTimeout"):
         endpoint.rewrite(["a red ball"], moving=True)

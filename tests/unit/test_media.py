@@ -14,6 +14,7 @@ from PIL import Image
 from model.config import frames_at
 from model.encode import encode_mp4, encode_png
 from model.media import MAX_BYTES, BadMedia, Media, probe, read_frames
+from tests.videos import on_its_side
 
 
 def numbered(count: int, width: int = 48, height: int = 32) -> np.ndarray:
@@ -66,6 +67,15 @@ def test_a_turned_picture_is_read_upright_and_transparency_does_not_hurt() -> No
     file = io.BytesIO()
     Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(file, "PNG")
     assert read_frames(file.getvalue(), width=16, height=16, fps=8, most=1).shape == (1, 16, 16, 3)
+
+
+def test_a_turned_video_is_read_upright() -> None:
+    frames = numbered(5)
+    frames[:, :, 24:] = 200  # the right half, which becomes the lower one
+    data = on_its_side(encode_mp4(frames, 8, {}))
+    assert probe(data) == Media(media_type="video/mp4", width=32, height=48, frames=5, fps=8.0)
+    read = read_frames(data, width=32, height=48, fps=8, most=9)
+    assert np.abs(read.astype(int) - np.rot90(frames, -1, axes=(1, 2))).mean() < 3
 
 
 def cut_off(data: bytes) -> bytes:

@@ -92,6 +92,7 @@ def schema() -> Any:
         {"prompts": ["a red ball"]},
         {"prompts": ["a", {"prompt": "b", "width": 96, "samples": None}], "priority": 0},
         {"prompts_uri": "store:prompts/x", "prompts_format": "jsonl", "solver": "ab2", "seed": 2**63 - 1},
+        {"prompts_uri": "store:prompts/x", "files": {"a.png": "blobs/sha256/ab/cd/abcd"}},
         # What a form sends that was opened and closed again: null for every field without a value.
         {
             "prompts": ["a"],
@@ -113,6 +114,8 @@ def test_prefect_accepts_what_the_class_accepts(request_json: dict[str, Any]) ->
         {"prompts": ["a"], "solver": "rk4"},
         {"prompts": [{"prompt": "a", "widht": 64}]},
         {"prompts": ["a"], "seeds": 1},
+        {"prompts": ["a"], "files": {"a.png": 1}},
+        {"prompts": ["a"], "more_files": {"a.png": "b"}},
         {"prompts": "a"},
     ],
 )
@@ -126,6 +129,7 @@ def test_the_form_explains_itself() -> None:
     for name in ("width", "frames", "steps", "guidance", "samples"):
         # One plain number field with its bounds, not a choice between a number and None.
         assert {"type", "minimum", "maximum"} <= fields[name].keys() and "anyOf" not in fields[name]
+    assert "files" not in fields  # only a program could fill it in
 
 
 def test_solvers_are_those_of_the_model() -> None:
