@@ -16,6 +16,7 @@ import ftfy
 import torch
 from torch import Tensor, nn
 
+SURE = 8.0  # of a bias: a place that is so much likelier gets nearly all of the attention
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -100,7 +101,35 @@ def small_encoder(vocabulary: int, width: int, layers: int, heads: int) -> nn.Mo
         pad_token_id=0,
         eos_token_id=1,
     )
-    return UMT5EncoderModel(config)
+    return look_around(UMT5EncoderModel(config))
+
+
+def look_around(encoder: Any) -> Any:
+    """Begins the heads of every layer with places to look at: the word before, the word after, all before, all after.
+
+    A UMT5 encoder knows the order of words by its relative attention biases alone. Near 0, as they usually begin, every
+    word is given the same mean of all words, and so "red" is the same of whichever of two solids it is said. From there
+    a training as short as mini's does not find its way: after 12,500 steps the two differed by a hundredth of what two
+    colours differ by, and colours went to either solid like a coin. Returns its argument.
+    """
+    past, future = 0, encoder.config.relative_attention_num_buckets // 2  # and how far, counted from there
+    with torch.no_grad():
+        for block in encoder.encoder.block:
+            attention = block.layer[0].SelfAttention
+            bias = attention.relative_attention_bias.weight  # [buckets, heads]
+            bias.zero_()
+            for head in range(bias.shape[1]):
+                match head % 4:
+                    case 0:
+                        bias[past + 1, head] = SURE
+                    case 1:
+                        bias[future + 1, head] = SURE
+                    case 2:
+                        bias[past, head] = -SURE  # not the word itself
+                        bias[future:, head] = -SURE
+                    case _:
+                        bias[:future, head] = -SURE
+    return encoder
 
 
 def load_text_encoder(folder: Path, length: int, dtype: torch.dtype, device: str) -> TextEncoder:
