@@ -2,7 +2,7 @@
 
     python -m model.train all --work DIR --out model/weights/mini
     python -m model.train all --work DIR --out my-model --data FOLDER
-    torchrun --standalone --nproc-per-node 2 -m model.train dit --work DIR --threads 1
+    torchrun --standalone --nproc-per-node 2 -m model.train dit --work DIR --threads 1 --zero 2
 
 render     clips of the procedural world, by shape, in chunk files (a file that exists is whole)
 read       the same, cut from a folder of one's own videos and images (--data)
@@ -14,7 +14,8 @@ publish    the averaged weights in the diffusers layout
 look       a contact sheet of held-out prompts
 
 Every batch is drawn from a generator seeded by (seed, stage, step), so a run killed at any moment goes on along the
-same loss curve from its last checkpoint. It knows nothing of flows, databases or stores: it reads and writes folders.
+same loss curve from its last checkpoint, however many processes divide it by then. It knows nothing of flows, databases
+or stores: it reads and writes folders.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Recipe:
     dit_rate: float = 1e-3
     text_rate: float = 2e-4  # at the transformer's, the encoder's constant part grows until it drowns the words
     captioner_rate: float = 1.5e-3
+    clip: float = 1.0  # the norm of the transformer's gradient at most
     average: float = 0.998  # of the exponential moving average that is published
     buckets: tuple[Bucket, ...] = BUCKETS  # the autoencoder learns from the first
     dit: DiTConfig = MINI
@@ -402,7 +404,7 @@ def divide(recipe: Recipe, writer: nn.Module, optimizer: torch.optim.AdamW) -> Z
     """The network and its optimizer in this rank's part."""
     from model.zero import Zero
 
-    return Zero(writer, optimizer, recipe.zero, device=recipe.device, bfloat16=recipe.bfloat16, clip=1.0)
+    return Zero(writer, optimizer, recipe.zero, device=recipe.device, bfloat16=recipe.bfloat16, clip=recipe.clip)
 
 
 def train_dit(recipe: Recipe) -> None:
@@ -452,7 +454,7 @@ def train_dit(recipe: Recipe) -> None:
         else:
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(writer.parameters(), recipe.clip)
             optimizer.step()
         keep = min(recipe.average, (1 + step) / (10 + step))
         with torch.no_grad():

@@ -32,8 +32,8 @@ class Zero:
         stage: int,
         *,
         device: str,
-        bfloat16: bool = False,
-        clip: float = 1.0,
+        bfloat16: bool,
+        clip: float,
     ) -> None:
         """`clip` bounds the norm of the whole gradient. With `bfloat16` the network computes under autocast."""
         self.optimizer = optimizer
