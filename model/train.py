@@ -582,7 +582,7 @@ class Checkpoint:
     """Modules and AdamW moments in one safetensors file, replaced whole or not at all."""
 
     path: Path
-    modules: dict[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
     zero: Zero | None = None  # where it divides the optimizer over ranks; the file holds all of it
     rank: int = 0  # 0 writes

@@ -70,7 +70,7 @@ class Zero:
 
         for group, part in zip(self.groups, self._parts(), strict=True):
             for parameter in group:
-                whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                whole: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 yield {"step": self.optimizer.state[part]["step"], **whole}
 
     def load(self, moments: Sequence[Mapping[str, Tensor]]) -> None:
