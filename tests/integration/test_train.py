@@ -35,6 +35,8 @@ from model.train import (
 )
 from model.weights import find_model, folder_digest, load_dit, load_text, load_vae
 
+pytestmark = pytest.mark.timeout(600)  # many processes are started, each of which imports torch
+
 SMALL = """
 import sys
 from pathlib import Path
@@ -263,7 +265,6 @@ ROUNDED = 1.1e-4  # what two losses may differ by that were the same before they
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "taken_up"])
 def test_two_ranks_learn_what_one_learns(trained: Path, divided: Path, name: str) -> None:
     same_training(trained, divided / name, weights=1e-6, losses=ROUNDED)
@@ -271,7 +272,6 @@ def test_two_ranks_learn_what_one_learns(trained: Path, divided: Path, name: str
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.timeout(600)
 def test_one_process_goes_on_where_two_ranks_were_killed(trained: Path, divided: Path) -> None:
     work = divided / "killed"
     assert lines(work / "dit.jsonl")[-1]["step"] < 9, "they were killed too late to tell"
@@ -281,7 +281,6 @@ def test_one_process_goes_on_where_two_ranks_were_killed(trained: Path, divided:
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["zero1", "zero2"])
 def test_a_rank_holds_its_part_of_the_moments_alone(trained: Path, divided: Path, name: str) -> None:
     whole = load_file(trained / "dit.safetensors")
@@ -293,7 +292,6 @@ def test_a_rank_holds_its_part_of_the_moments_alone(trained: Path, divided: Path
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.timeout(600)
 def test_two_ranks_learn_in_bfloat16_too(trained: Path, divided: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, ignore=shutil.ignore_patterns("dit.*"), dirs_exist_ok=True)
     train_dit(replace(small(tmp_path), bfloat16=True))
