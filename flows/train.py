@@ -152,8 +152,9 @@ def of_world(dataset: DatasetRow) -> bool:
 
 
 def training_key(settings: Settings, request: Training, dataset: DatasetRow) -> str:
-    """What determines the weights; threads and ranks do not, but for the last bits."""
-    said = [dataset.digest, request.seed, request.recipe, settings.device]
+    """What determines the weights; threads, ranks and how these divide the optimizer do not, but for the last bits."""
+    recipe = {name: value for name, value in request.recipe.items() if name != "zero"}
+    said = [dataset.digest, request.seed, recipe, settings.device]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -9,12 +9,14 @@ Letters: B batch, N tokens of a clip, n tokens of this rank, H heads, K head siz
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -74,16 +76,23 @@ def connect(
     """
     if world == 1:
         return
-    import deepspeed
-
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce (45 s) that ignores the process group: with two
-    # groups of two ranks it sums over all four, silently. Without it, gloo does the sum, in the right group.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = load_deepspeed(device)
     wait = timedelta(seconds=timeout)
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, wait, master_listen_fd=listen_fd)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", timeout=wait, verbose=False)
+
+
+def load_deepspeed(device: str) -> ModuleType:
+    """DeepSpeed, which takes seconds to import, for this device."""
+    os.environ.setdefault("DS_ACCELERATOR", device)  # else it looks for one, and warns
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce (45 s) that ignores the process group: with two
+    # groups of two ranks it sums over all four, silently. Without it, gloo does the sum, in the right group.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def groups_of(partition: Partition, device: str) -> Groups:

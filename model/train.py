@@ -2,7 +2,7 @@
 
     python -m model.train all --work DIR --out model/weights/mini
     python -m model.train all --work DIR --out my-model --data FOLDER
-    torchrun --standalone --nproc-per-node 2 -m model.train dit --work DIR --threads 1
+    torchrun --standalone --nproc-per-node 2 -m model.train dit --work DIR --threads 1 --zero 2
 
 render     clips of the procedural world, by shape, in chunk files (a file that exists is whole)
 read       the same, cut from a folder of one's own videos and images (--data)
@@ -15,7 +15,8 @@ publish    the averaged weights in the diffusers layout
 look       a contact sheet of held-out prompts
 
 Every batch is drawn from a generator seeded by (seed, stage, step), so a run killed at any moment goes on along the
-same loss curve from its last checkpoint. It knows nothing of flows, databases or stores: it reads and writes folders.
+same loss curve from its last checkpoint, however many processes divide it by then. It knows nothing of flows, databases
+or stores: it reads and writes folders.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,6 +52,9 @@ from model.layers import Attention, attention, short_attention
 from model.text import TextEncoder, small_encoder, split_words, word_tokenizer
 from model.vae import STRIDE_TIME, VAE, to_pixels, to_video
 from model.weights import CAPTIONER, save_model
+
+if TYPE_CHECKING:
+    from model.zero import Zero
 
 PROMPT_TOKENS = 40
 PAIRS_OFTEN = 3  # times as often as others do clips with two solids come up
@@ -73,6 +77,7 @@ DEFAULTS = {
 }
 MINI = DiTConfig(layers=8, heads=4, head_dim=64, ffn_dim=1024, text_dim=192)
 TEXT_LAYERS, TEXT_HEADS = 2, 4
+STAGES = (0, 1, 2)  # of ZeRO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,16 +98,25 @@ class Recipe:
     dit_rate: float = 1e-3
     text_rate: float = 3e-4  # at the transformer's, the encoder's constant part grows until it drowns the words
     captioner_rate: float = 1.5e-3
+    clip: float = 1.0  # the norm of the transformer's gradient at most
     average: float = 0.998  # of the exponential moving average that is published
     buckets: tuple[Bucket, ...] = BUCKETS  # the autoencoder learns from the first
     dit: DiTConfig = MINI
     rank: int = 0  # this process, of `ranks` that divide every batch of the transformer's
     ranks: int = 1
+    zero: int = 0  # stage of DeepSpeed's ZeRO, which divides AdamW over the ranks too; 0: every rank has all of it
     chunk: int = 250  # clips a file
     held_back: int = 128  # the first clips of every shape are for validation, never trained on
     every: int = 250  # steps between two checkpoints
     captions: Mapping[str, Sequence[str]] | None = None  # of every clip by shape; None: the world's
     words: Sequence[str] = SPOKEN  # that the text encoder knows
+
+    def __post_init__(self) -> None:
+        if self.zero not in STAGES:
+            raise ValueError(
+                f"zero={self.zero} must be one of {', '.join(map(str, STAGES))}: every rank keeps whole weights and "
+                "their average, which stage 3 would have to divide"
+            )
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
@@ -494,8 +508,17 @@ class Stock:
 
 def join(recipe: Recipe) -> Recipe:
     """The recipe of one of the processes that torchrun started."""
+    if recipe.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("gloo" if recipe.device == "cpu" else "nccl")
     return replace(recipe, rank=distributed.get_rank(), ranks=distributed.get_world_size())
+
+
+def divide(recipe: Recipe, writer: nn.Module, optimizer: torch.optim.AdamW) -> Zero:
+    """The network and its optimizer in this rank's part."""
+    from model.zero import Zero
+
+    return Zero(writer, optimizer, recipe.zero, device=recipe.device, bfloat16=recipe.bfloat16, clip=recipe.clip)
 
 
 def train_dit(recipe: Recipe) -> None:
@@ -508,13 +531,15 @@ def train_dit(recipe: Recipe) -> None:
     if recipe.device == "cpu":
         writer.attend_with(short_attention)
     average = copy.deepcopy(writer).requires_grad_(False)
-    parallel = nn.parallel.DistributedDataParallel(writer) if recipe.ranks > 1 else writer
     groups = [
         {"params": list(writer.text.parameters()), "scale": recipe.text_rate / recipe.dit_rate},
         {"params": list(writer.dit.parameters())},
     ]
     optimizer = torch.optim.AdamW(groups, recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(recipe.work / "dit.safetensors", {"writer": writer, "average": average}, optimizer)
+    zero = divide(recipe, writer, optimizer) if recipe.zero and recipe.ranks > 1 else None
+    parallel = zero or (nn.parallel.DistributedDataParallel(writer) if recipe.ranks > 1 else writer)
+    modules = {"writer": writer, "average": average}
+    checkpoint = Checkpoint(recipe.work / "dit.safetensors", modules, optimizer, zero, recipe.rank)
     shares = [b.share for b in recipe.buckets]
 
     def learn(step: int) -> dict[str, float]:
@@ -536,10 +561,13 @@ def train_dit(recipe: Recipe) -> None:
         target, predicted = step_of(parallel, clean[mine], times[mine], prompts[mine], disturbance[mine], recipe)
         error = (predicted - target).square() * weight[mine].to(predicted)
         loss = error.mean() * (len(error) * recipe.ranks / len(clean))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(writer.parameters(), 1.0)
-        optimizer.step()
+        if zero:
+            zero.step(loss)
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(writer.parameters(), recipe.clip)
+            optimizer.step()
         keep = min(recipe.average, (1 + step) / (10 + step))
         _follow(average, writer, keep)
         return {"loss": loss.item()}
@@ -558,7 +586,11 @@ def train_dit(recipe: Recipe) -> None:
             disturbance = torch.randn(clean.shape, generator=generator)
             target, predicted = step_of(average, clean, times, prompts, disturbance, recipe)
             losses.append((predicted - target).square().mean().item())
-        return {"held_out_loss": sum(losses) / len(losses), "words_apart": words_apart(average.text)}
+        return {
+            "held_out_loss": sum(losses) / len(losses),
+            "words_apart": words_apart(average.text),
+            "places_apart": places_apart(average.text),
+        }
 
     run(recipe, "dit", recipe.dit_steps, checkpoint, learn, validate)
 
@@ -575,6 +607,18 @@ def words_apart(text: TextEncoder) -> float:
     return (torch.pdist(encoded) / encoded.shape[1] ** 0.5).quantile(0.1).item()
 
 
+@torch.no_grad()
+def places_apart(text: TextEncoder) -> float:
+    """How far the encodings of one word in two places differ, as a share of how far those of two words in one place do.
+
+    Which of two solids a colour belongs to is nowhere else to be read. Near 0 an encoder is deaf to the order of words.
+    """
+    words = [word for word in text.tokenizer.get_vocab() if word.isalpha()][:40]
+    ahead, behind = text.encode([f"a {w} x x a y" for w in words]), text.encode([f"a y x x a {w}" for w in words])
+    places = (ahead[:, 1] - behind[:, 5]).norm(dim=1).mean()
+    return (places / torch.pdist(ahead[:, 1]).mean()).item()
+
+
 def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> str:
     if recipe.captions is not None:
         return recipe.captions[bucket.name][index]
@@ -582,7 +626,7 @@ def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> s
 
 
 def step_of(
-    writer: nn.Module, clean: Tensor, times: Tensor, prompts: list[str], disturbance: Tensor, recipe: Recipe
+    writer: Callable[..., Tensor], clean: Tensor, times: Tensor, prompts: list[str], disturbance: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """(target, predicted) velocities of clips [B, C, T, H, W] at times [B, T]."""
     clean, disturbance, times = (tensor.to(recipe.device) for tensor in (clean, disturbance, times))
@@ -663,15 +707,19 @@ class Checkpoint:
     """Modules and AdamW moments in one safetensors file, replaced whole or not at all."""
 
     path: Path
-    modules: dict[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
-    step: int = 0
+    zero: Zero | None = None  # where it divides the optimizer over ranks; the file holds all of it
+    rank: int = 0  # 0 writes
 
     def save(self, step: int) -> None:
+        """Of every rank, since each may have a part of the moments."""
         tensors = {f"{name}.{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
-        for k, parameter in enumerate(self._parameters()):
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{k}.{key}"] = value
+        for k, moments in enumerate(self.zero.moments() if self.zero else self._moments()):
+            if self.rank == 0:
+                tensors |= {f"optimizer.{k}.{key}": value.cpu() for key, value in moments.items()}
+        if self.rank:
+            return
         tensors["step"] = torch.tensor(step)
         _write({k: v.detach().clone().contiguous() for k, v in tensors.items()}, self.path)
 
@@ -684,18 +732,33 @@ class Checkpoint:
             module.load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             )
-        for k, parameter in enumerate(self._parameters()):
-            prefix = f"optimizer.{k}."
-            state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-            # The fused AdamW walks raw memory: a moment must lie in the same order as its parameter.
-            self.optimizer.state[parameter] = {
-                key: v if key == "step" else torch.empty_like(parameter).copy_(v) for key, v in state.items()
-            }
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, k, key = name.split(".")
+                moments.setdefault(int(k), {})[key] = value
+        in_order = [moments[k] for k in range(len(moments))]
+        if self.zero:
+            self.zero.load(in_order)
+        elif in_order:  # without any, AdamW begins anew
+            self._load(in_order)
         return int(tensors["step"])
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:
             yield from group["params"]
+
+    def _moments(self) -> Iterator[dict[str, Tensor]]:
+        for parameter in self._parameters():
+            yield self.optimizer.state[parameter]
+
+    def _load(self, moments: Sequence[Mapping[str, Tensor]]) -> None:
+        for parameter, state in zip(self._parameters(), moments, strict=True):
+            # The fused AdamW walks raw memory: a moment must lie in the same order as its parameter.
+            self.optimizer.state[parameter] = {
+                key: v.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(v)
+                for key, v in state.items()
+            }
 
 
 def run(
@@ -724,15 +787,25 @@ def run(
             "seconds": round(time.monotonic() - started, 1),
             "steps_per_second": round((done - first) / (time.monotonic() - started), 3),
         }
-        total, sums = {}, total
+        means, total = over_ranks(recipe, {key: value / lines for key, value in total.items()}), {}
+        row |= {key: round(value, 4) for key, value in means.items()}
+        if recipe.rank == 0:
+            row |= {key: round(value, 4) for key, value in validate().items()}
+        checkpoint.save(done)
         if recipe.rank:
             continue
-        row |= {key: round(value / lines, 4) for key, value in sums.items()}
-        row |= {key: round(value, 4) for key, value in validate().items()}
-        checkpoint.save(done)
         with (recipe.work / f"{stage}.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
+
+
+def over_ranks(recipe: Recipe, means: dict[str, float]) -> dict[str, float]:
+    """The mean over all ranks of what each has measured on its part of the batches."""
+    if recipe.ranks == 1:
+        return means
+    measured = torch.tensor(list(means.values()), device=recipe.device)
+    distributed.all_reduce(measured)
+    return dict(zip(means, (measured / recipe.ranks).tolist(), strict=True))
 
 
 def _part(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -774,6 +847,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="JSON file with settings of the recipe; the options below win")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--zero", type=int, choices=STAGES, help="dit: stage of DeepSpeed's ZeRO, under torchrun")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction)
     parser.add_argument("--vae-steps", type=int)
@@ -787,7 +861,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {"device": "cuda" if gpu else "cpu", "bfloat16": gpu}
     settings |= json.loads(given.recipe.read_text()) if given.recipe else {}
-    options = ("seed", "threads", "device", "bfloat16", "vae_steps", "dit_steps")
+    options = ("seed", "threads", "zero", "device", "bfloat16", "vae_steps", "dit_steps")
     settings |= {name: value for name in options if (value := getattr(given, name)) is not None}
     recipe = recipe_of(given.work, settings)
     if given.data:

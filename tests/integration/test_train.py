@@ -9,8 +9,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,7 @@ from model.train import (
     draw_known,
     draw_times,
     encode_latents,
+    join,
     publish,
     render,
     scene_of,
@@ -38,6 +41,8 @@ from model.train import (
 )
 from model.vae import to_video
 from model.weights import find_model, folder_digest, load_dit, load_text, load_vae
+
+pytestmark = pytest.mark.timeout(600)  # many processes are started, each of which imports torch
 
 SMALL = """
 import sys
@@ -61,6 +66,7 @@ def small(work: Path) -> Recipe:
         vae_steps=6,
         decoder_steps=4,
         dit_steps=9,
+        clip=0.3,  # less than every gradient's norm
         every=2,
     )
 
@@ -220,23 +226,132 @@ def test_the_captioner_resumes_and_is_published(trained: Path, tmp_path: Path, m
     assert folder_digest(tmp_path / "mini") == before  # no pixel depends on it
 
 
+DIVIDED: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero1": {"zero": 1},
+    "zero2": {"zero": 2},
+    "taken_up": {"zero": 2},
+    "bfloat16": {"zero": 2, "bfloat16": True},
+    "killed": {"zero": 2},
+}
 RANK = """
 import sys
 from pathlib import Path
-from model.train import join, train_dit
-from tests.integration.test_train import small
-train_dit(join(small(Path(sys.argv[1]))))
+from tests.integration.test_train import train_divided
+train_divided(Path(sys.argv[1]))
 """
 
 
-def test_two_ranks_learn_what_one_learns(trained: Path, tmp_path: Path) -> None:
-    work = tmp_path / "divided"
-    shutil.copytree(trained, work, ignore=shutil.ignore_patterns("dit.*"))
-    root = Path(__file__).parents[2]
+def train_divided(folder: Path) -> None:
+    """What each of two ranks does: one training after another. Beside each it writes how much of AdamW it holds."""
+    torch.set_num_threads(1)
+    recipe, save = join(small(folder)), Checkpoint.save
+
+    def save_and_count(self: Checkpoint, step: int) -> None:
+        save(self, step)
+        held = sum(value.nbytes for state in self.optimizer.state.values() for value in state.values())
+        self.path.with_suffix(f".{self.rank}").write_text(str(held))
+
+    Checkpoint.save = save_and_count
+    for name, settings in DIVIDED.items():
+        train_dit(replace(recipe, work=folder / name, **settings))
+
+
+@pytest.fixture(scope="module")
+def divided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every training of DIVIDED in a folder of its own. What two ranks take up, one process has begun."""
+    folder = tmp_path_factory.mktemp("divided")
+    for name in DIVIDED:
+        shutil.copytree(trained, folder / name, ignore=shutil.ignore_patterns("dit.*"))
+    begin(small(folder / "taken_up"), 4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    subprocess.run([*command, sys.executable, "-c", RANK, str(work)], cwd=root, check=True, timeout=300)
-    whole, divided = (load_file(folder / "dit.safetensors") for folder in (trained, work))
-    assert whole.keys() == divided.keys()
-    for name in whole:
-        if not name.startswith("optimizer."):
-            assert torch.allclose(whole[name], divided[name], atol=2e-4), name
+    with subprocess.Popen(
+        [*command, sys.executable, "-c", RANK, str(folder)], cwd=Path(__file__).parents[2]
+    ) as torchrun:
+        try:
+            deadline = time.monotonic() + 480
+            while not lines(folder / "killed" / "dit.jsonl"):
+                assert torchrun.poll() is None, "the ranks ended before they could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            for process in [torchrun, *psutil.Process(torchrun.pid).children(recursive=True)]:
+                process.kill()
+    return folder
+
+
+def begin(recipe: Recipe, steps: int) -> None:
+    """The training up to its checkpoint after so many steps."""
+    save = Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, step: int) -> None:
+        save(self, step)
+        if step == steps:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpoint, "save", save_and_stop)
+        train_dit(recipe)
+
+
+def same_training(one: Path, other: Path, *, weights: float, losses: float) -> None:
+    """The same curve to the same weights and moments, as far as these tolerances say."""
+    first, second = (load_file(work / "dit.safetensors") for work in (one, other))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=weights), name
+    curve = {row["step"]: row for row in lines(one / "dit.jsonl")}
+    for row in lines(other / "dit.jsonl"):
+        for key in ("loss", "held_out_loss"):
+            assert row[key] == pytest.approx(curve[row["step"]][key], abs=losses), (row["step"], key)
+
+
+def means_of_gradients(work: Path) -> torch.Tensor:
+    """AdamW's first moments of all parameters in a row."""
+    tensors = load_file(work / "dit.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.endswith(".exp_avg")])
+
+
+ROUNDED = 1.1e-4  # what two losses may differ by that were the same before they were rounded
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "taken_up"])
+def test_two_ranks_learn_what_one_learns(trained: Path, divided: Path, name: str) -> None:
+    same_training(trained, divided / name, weights=1e-6, losses=ROUNDED)
+    assert lines(divided / name / "dit.jsonl")[-1]["step"] == 9
+
+
+@pytest.mark.xdist_group("ranks")
+def test_one_process_goes_on_where_two_ranks_were_killed(trained: Path, divided: Path) -> None:
+    work = divided / "killed"
+    assert lines(work / "dit.jsonl")[-1]["step"] < 9, "they were killed too late to tell"
+    train_dit(small(work))
+    same_training(trained, work, weights=1e-6, losses=ROUNDED)
+    assert lines(work / "dit.jsonl")[-1]["step"] == 9
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_a_rank_holds_its_part_of_the_moments_alone(trained: Path, divided: Path, name: str) -> None:
+    whole = load_file(trained / "dit.safetensors")
+    moments = sum(value.nbytes for key, value in whole.items() if "exp_avg" in key)
+    undivided, *parts = (int((divided / path).read_text()) for path in ("ddp/dit.1", f"{name}/dit.0", f"{name}/dit.1"))
+    assert undivided >= moments
+    assert sum(parts) == pytest.approx(moments, rel=0.01)
+    assert max(parts) == pytest.approx(moments / 2, rel=0.01)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_learn_in_bfloat16_too(trained: Path, divided: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, ignore=shutil.ignore_patterns("dit.*"), dirs_exist_ok=True)
+    train_dit(replace(small(tmp_path), bfloat16=True))
+    same_training(tmp_path, divided / "bfloat16", weights=1e-3, losses=1e-3)
+    whole, one, two = (means_of_gradients(work) for work in (trained, tmp_path, divided / "bfloat16"))
+    assert (one - two).norm() < min((one - whole).norm(), (two - whole).norm())
+    assert (two - whole).norm() == pytest.approx((one - whole).norm(), rel=0.3)  # float32 would be within 1e-4 of whole
+
+
+def test_stage_three_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zero=3 must be one of 0, 1, 2: every rank keeps whole weights"):
+        replace(small(tmp_path), zero=3)
