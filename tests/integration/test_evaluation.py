@@ -85,7 +85,7 @@ def test_what_is_measured_is_printed_and_recorded(scene: Scene) -> None:
 def test_nothing_is_measured_where_something_is_missing(scene: Scene) -> None:
     assert "judge nowhere has no checker.safetensors" in scene.rushes("tiny", "--judge", "nowhere", code=2)
     assert "model 'maxi' is neither shipped" in scene.rushes("maxi", "--judge", "judge", code=2)
-    nowhere = replace(scene, database_url=scene.database_url.rpartition("/")[0] + "/no_such_database")
+    nowhere = replace(scene, database_url="postgresql://nobody@127.0.0.1:1/ledger")
     assert "the ledger does not answer" in nowhere.rushes("tiny", "--judge", "judge", code=1)
     (scene.judge / "checker.safetensors").write_bytes(b"no tensors")
     failed = scene.rushes("tiny", "--judge", "judge", "--prompts", "1", "--modes", "0", code=1)
