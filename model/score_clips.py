@@ -1,7 +1,8 @@
 """Measures of clips that need no prompt: are they steady, of one rigid scene, and like the real thing.
 
-Every measure is near its best on clips that `model.world` rendered, and the tests hold it to that. Clips are
-[B, 3, T, H, W] in -1..1; `look` is a judge's, and says for each attribute the class [B] that clips show.
+Every measure is near its best on clips that `model.world` rendered, where the judge is right about them, and the tests
+hold it to that. Clips are [B, 3, T, H, W] in -1..1; `look` is a judge's, and says for each attribute the class [B] that
+clips show.
 """
 
 from __future__ import annotations

@@ -181,10 +181,8 @@ def sheet(shown: Shown, *, passing: bool = False, most: int = PICTURES) -> bytes
         for k in sorted(chosen)
     ]
     count = len(good) if passing else len(shown.misses) - len(good)
-    what = "do all that their prompts say" if passing else "do not do all that their prompts say"
-    return contact_sheet(
-        rows, f"{count} of {len(shown.misses)} clips {what}" + (f"; {len(rows)} of them" if rows else "")
-    )
+    does = "show all that was asked" if passing else "show something else than was asked"
+    return contact_sheet(rows, f"{count} of {len(shown.misses)} clips {does}; here are {len(rows)}")
 
 
 def _note(misses: Sequence[Miss]) -> str:
