@@ -16,11 +16,14 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,6 +37,7 @@ SHAPE = BUCKETS[0].shape  # 64x64 with 17 frames: what every score is taken at
 CELLS = (5, 8, 8)  # its latent frames, rows and columns
 NARROW, WIDE = 64, 128
 UNSURE = 0.15  # standard deviation of the noise in training: a generated latent is never quite a real one
+HELD_STILL = 2000  # clips of one frame that stands, which is how a solid is compared before and after something
 UNSEEN = 2000  # clips of held-out combinations, which the generator never sees and its judge must know
 WEIGHTS = "checker.safetensors"
 
@@ -107,27 +111,67 @@ def labels_of(scenes: list[world.Scene]) -> dict[str, Tensor]:
 def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
     """Encoded clips of held-out combinations, rendered once and kept beside the others."""
     scenes = [world.sample_scene(random.Random(f"{recipe.seed}/checker/{k}"), unseen=True) for k in range(UNSEEN)]
-    path = recipe.work / "latents" / "held_out.safetensors"
+    return _encoded(recipe, "held_out", scenes, _filmed), scenes
+
+
+def still_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
+    """Encoded clips that show the first or the last frame of a scene all the time, and the scene that this is."""
+    scenes: list[world.Scene] = []
+    for k in range(HELD_STILL):
+        rng = random.Random(f"{recipe.seed}/still/{k}")
+        scene = world.sample_scene(rng)
+        while scene.motion == "bounce" and len(scene.solids) == 2:  # which side is whose is a matter of chance there
+            scene = world.sample_scene(rng)
+        scenes.append(scene)
+    return _encoded(recipe, "held_still", scenes, _stopped), [held_still(s, k % 2) for k, s in enumerate(scenes)]
+
+
+def held_still(scene: world.Scene, end: int) -> world.Scene:
+    """What the first (end=0) or last (1) frame of a scene shows when it stands: two solids are named from the left."""
+    turned = scene.motion == "behind" and (scene.direction > 0) == bool(end)
+    solids = scene.solids[::-1] if turned else scene.solids
+    return replace(scene, solids=solids, motion="still", camera="static")
+
+
+def _filmed(scene: world.Scene, number: int) -> NDArray[np.uint8]:
+    return world.render(scene, width=SHAPE.width, height=SHAPE.height, frames=SHAPE.frames)
+
+
+def _stopped(scene: world.Scene, number: int) -> NDArray[np.uint8]:
+    clip = _filmed(scene, number)
+    return np.repeat(clip[[-1 if number % 2 else 0]], len(clip), axis=0)
+
+
+def _encoded(
+    recipe: Recipe, name: str, scenes: list[world.Scene], film: Callable[[world.Scene, int], NDArray[np.uint8]]
+) -> Tensor:
+    path = recipe.work / "latents" / f"{name}.safetensors"
     if not path.exists():
         vae = trained_vae(recipe)
         latents: list[Tensor] = []
-        for first in range(0, UNSEEN, 20):
-            clips = [world.render(s, width=64, height=64, frames=17) for s in scenes[first : first + 20]]
+        for first in range(0, len(scenes), 20):
+            clips = np.stack([film(scene, k) for k, scene in enumerate(scenes[first : first + 20], first)])
             with torch.no_grad():
-                latents.append(vae.encode(to_video(np.stack(clips), recipe.device)).half().cpu().contiguous())
+                latents.append(vae.encode(to_video(clips, recipe.device)).half().cpu().contiguous())
         save_file({"latents": torch.cat(latents).contiguous()}, path)
-    return load_file(path)["latents"], scenes
+    return load_file(path)["latents"]
 
 
-def train(recipe: Recipe, out: Path, steps: int, batch: int = 64) -> None:
-    """Cross-entropy over all attributes; the first `held_back` clips are for validation. Writes `out`."""
+def train(recipe: Recipe, out: Path, steps: int, batch: int = 64, start: Path | None = None) -> None:
+    """Cross-entropy over all attributes; the first `held_back` clips are for validation. Writes `out`.
+
+    start: the folder of a judge whose weights are the first ones.
+    """
     bucket = recipe.buckets[0]
     latents = latents_of(recipe, bucket)
-    others, scenes = unseen_latents(recipe)
-    scenes = [scene_of(recipe.seed, bucket, k) for k in range(len(latents))] + scenes
-    latents, truth = torch.cat((latents, others)), labels_of(scenes)
+    scenes = [scene_of(recipe.seed, bucket, k) for k in range(len(latents))]
+    unseen, still = unseen_latents(recipe), still_latents(recipe)
+    for others, theirs in (unseen, still, still, still):  # those that stand make up nearly a fifth
+        latents, scenes = torch.cat((latents, others)), scenes + theirs
+    truth = labels_of(scenes)
     torch.manual_seed(recipe.seed)
-    checker = Checker().to(recipe.device)
+    checker = Checker().to(recipe.device) if start is None else load_checker(start).to(recipe.device)
+    checker.train().requires_grad_()
     optimizer = torch.optim.AdamW(checker.parameters(), 1e-3, weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(recipe.seed)
     started = time.monotonic()
@@ -176,12 +220,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.checker", description="Trains the judge of mini's clips.")
     parser.add_argument("--work", type=Path, required=True, help="the folder that model.train worked in")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a judge to go on from")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    train(Recipe(work=given.work, device=given.device), given.out, given.steps)
+    train(Recipe(work=given.work, device=given.device), given.out, given.steps, start=given.start)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import world
-from model.checker import Checker, labels_of
+from model.checker import Checker, held_still, labels_of
 from model.lexicon import Said, caption, read
 from model.rewrite import examples
 from model.score import filmed
@@ -323,3 +323,23 @@ def test_a_sheet_shows_one_miss_of_every_kind_before_a_second(tmp_path_factory: 
         with Image.open(picture) as image:
             heights[passing] = image.height
     assert heights[False] > 2 * heights[True]  # three that fail, one that does not
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_two_solids_that_stand_are_named_from_the_left(end: int) -> None:
+    """As the judge is taught frames that stand: before and after one has passed behind the other."""
+    rng = random.Random(3)
+    seen = 0
+    while seen < 12:
+        scene = world.sample_scene(rng)
+        if scene.motion != "behind" or scene.sky != "day" or scene.floor != "grey":
+            continue
+        frame = world.render(scene, width=64, height=64, frames=17)[-end].astype(float)
+        places: list[float] = []
+        for solid in held_still(scene, end).solids:
+            colour = np.array(world.COLOURS[solid.colour])
+            hue = frame / np.maximum(np.linalg.norm(frame, axis=-1, keepdims=True), 1)
+            alike = (hue @ (colour / np.linalg.norm(colour)) > 0.97) & (np.ptp(frame, axis=-1) > 60)
+            places.append(float(np.nonzero(alike)[1].mean()))
+        assert places[0] < places[1], scene
+        seen += 1
