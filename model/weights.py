@@ -58,8 +58,8 @@ class ModelCard:
 
     @property
     def window(self) -> int:
-        """The most frames to make at once; 0 where that is not known."""
-        return max((int(shape.rpartition("x")[2]) for shape in self.trained), default=0)
+        """The most frames to make at once: its own length, which it knows best; 0 where nobody says what it knows."""
+        return self.frames if self.trained else 0
 
     def tokens(self, shape: Shape) -> int:
         """Length of the transformer's sequence for one clip."""
