@@ -71,7 +71,7 @@ def house_engine(house: House, request: str) -> str:
 def test_cancelled_by_command_and_submitted_again(house: House, tmp_path: Path) -> None:
     file = tmp_path / "again.jsonl"
     seed = house.seed()
-    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(4)]
+    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(12)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = house.rushes("submit", str(file))
     (request,) = re.findall(r"req_[0-9a-f]{12}", said)
@@ -79,7 +79,7 @@ def test_cancelled_by_command_and_submitted_again(house: House, tmp_path: Path) 
     wait_for(lambda: house.request_of(run) and "done" in house.statuses(request), "the first clip")
 
     said = house.rushes("cancel", request)
-    assert re.fullmatch(rf"{request}: [1-4] clips? cancelled\n", said)
+    assert re.fullmatch(rf"{request}: \d+ clips? cancelled\n", said)
     statuses = house.statuses(request)
     assert set(statuses) == {"done", "cancelled"}
     assert said.split()[1] == str(statuses.count("cancelled"))
@@ -88,7 +88,7 @@ def test_cancelled_by_command_and_submitted_again(house: House, tmp_path: Path) 
     assert "nothing was left to cancel" in house.rushes("cancel", request)
 
     said = house.rushes("submit", str(file), "--watch")
-    assert f"{request} completed: 4 done" in said
+    assert f"{request} completed: 12 done" in said
     again = {a["clip_id"]: a for a in house.attempts(request) if a["status"] == "done"}
-    assert len(again) == 4
+    assert len(again) == 12
     assert made.items() <= again.items(), "what was done before was not made again"
