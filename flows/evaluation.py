@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,7 @@ def evaluate(
     out = settings.home / "evaluations" / f"{card.digest[:12]}.json"
     with ledger(settings) as ledgers:
         with ledgers.begin() as session:  # an hour of measuring for a ledger that is down would be sad
-            facts = {**asdict(card), "path": str(card.path)}
-            register_model(session, card.digest, card.name, str(card.path), facts)
+            register_model(session, card.digest, card.name, str(card.path), card.to_json())
         run(measuring(card.path, judge, out, prompts=prompts, threads=threads, modes=modes, sheet=sheet))
         figures = figures_of(out, card.digest)
         if figures is None:

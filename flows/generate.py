@@ -237,7 +237,7 @@ def record(
         with open_source(settings, store, source.uri) as stream:
             say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
     with ledgers.begin() as session:
-        ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
+        ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
         opened = ledger.open_request(
             session,
             NewRequest(

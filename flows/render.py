@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -141,7 +141,7 @@ def register(
     flow_run_id: str | None,
 ) -> None:
     with ledgers.begin() as session:
-        ledger.register_model(session, card.digest, card.name, str(card.path), {**asdict(card), "path": str(card.path)})
+        ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
         ledger.register_engine(
             session,
             owner,

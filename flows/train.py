@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -300,7 +299,7 @@ def record(
     trained = {"recipe": recipe, "dataset": dataset.id, "data_digest": dataset.digest, "key": key}
     scores = scores_of(work, card.digest)
     with ledgers.begin() as session:
-        facts = {**asdict(card), "path": str(card.path), "training": trained}
+        facts = {**card.to_json(), "training": trained}
         ledger.register_model(session, card.digest, request.name, str(card.path), facts)
         ledger.record_scores(session, card.digest, scores)
         datasets.trained_on(session, card.digest, dataset.id)

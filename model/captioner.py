@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import world
-from model.lexicon import SLOTS, glean
+from model.lexicon import glean
 from model.text import word_tokenizer
 from model.vae import VAE, to_video
 from model.weights import CAPTIONER, folder_digest, load_vae, read_json
@@ -223,14 +223,8 @@ def parse(caption: str, frames: int = 17) -> dict[str, str]:
 
     What it does not say is left out; of an image (frames=1), motion, camera and direction are.
     """
-    said = glean(caption).from_the_left()
-    kept = SLOTS.keys() - (("motion", "camera", "direction") if frames == 1 else ())
-    found = {name: value for name, value in asdict(said).items() if value is not None and name in kept}
-    if said.motion != "behind":
-        found.pop("direction", None)  # of two that stand side by side, the left one is the first
-    if said.shape:
-        found["count"] = "two" if said.shape2 else "one"
-    return found
+    hidden = ("motion", "camera", "direction") if frames == 1 else ()
+    return {name: value for name, value in glean(caption).classes().items() if name not in hidden}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -289,10 +283,10 @@ def train_captioner(recipe: Recipe) -> None:
 
 def trained_captioner(recipe: Recipe) -> Captioner:
     """The weights of the last checkpoint."""
+    from model.train import part_of
+
     captioner = Captioner(CaptionerConfig(words=tuple(world.vocabulary())))
-    state = load_file(recipe.work / "captioner.safetensors")
-    prefix = "captioner."
-    captioner.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    captioner.load_state_dict(part_of(load_file(recipe.work / "captioner.safetensors"), "captioner"))
     return captioner
 
 

@@ -16,14 +16,14 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ UNSURE = 0.15  # standard deviation of the noise in training: a generated latent
 HELD_STILL = 2000  # clips of one frame that stands, which is how a solid is compared before and after something
 UNSEEN = 2000  # clips of held-out combinations, which the generator never sees and its judge must know
 WEIGHTS = "checker.safetensors"
+T = TypeVar("T")
 
 
 class Mixer(nn.Module):
@@ -111,19 +112,19 @@ def labels_of(scenes: list[world.Scene]) -> dict[str, Tensor]:
 def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
     """Encoded clips of held-out combinations, rendered once and kept beside the others."""
     scenes = [world.sample_scene(random.Random(f"{recipe.seed}/checker/{k}"), unseen=True) for k in range(UNSEEN)]
-    return _encoded(recipe, "held_out", scenes, _filmed), scenes
+    return _encoded(recipe, "held_out", scenes, filmed), scenes
 
 
 def still_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
     """Encoded clips that show the first or the last frame of a scene all the time, and the scene that this is."""
-    scenes: list[world.Scene] = []
+    shown: list[tuple[world.Scene, int]] = []
     for k in range(HELD_STILL):
         rng = random.Random(f"{recipe.seed}/still/{k}")
         scene = world.sample_scene(rng)
         while scene.motion == "bounce" and len(scene.solids) == 2:  # which side is whose is a matter of chance there
             scene = world.sample_scene(rng)
-        scenes.append(scene)
-    return _encoded(recipe, "held_still", scenes, _stopped), [held_still(s, k % 2) for k, s in enumerate(scenes)]
+        shown.append((scene, k % 2))
+    return _encoded(recipe, "held_still", shown, _stopped), [held_still(scene, end) for scene, end in shown]
 
 
 def held_still(scene: world.Scene, end: int) -> world.Scene:
@@ -133,26 +134,27 @@ def held_still(scene: world.Scene, end: int) -> world.Scene:
     return replace(scene, solids=solids, motion="still", camera="static")
 
 
-def _filmed(scene: world.Scene, number: int) -> NDArray[np.uint8]:
-    return world.render(scene, width=SHAPE.width, height=SHAPE.height, frames=SHAPE.frames)
+def filmed(scenes: Sequence[world.Scene]) -> Tensor:
+    """Real clips [B, 3, T, H, W] in -1..1."""
+    clips = [world.render(s, width=SHAPE.width, height=SHAPE.height, frames=SHAPE.frames) for s in scenes]
+    return to_video(np.stack(clips))
 
 
-def _stopped(scene: world.Scene, number: int) -> NDArray[np.uint8]:
-    clip = _filmed(scene, number)
-    return np.repeat(clip[[-1 if number % 2 else 0]], len(clip), axis=0)
+def _stopped(shown: Sequence[tuple[world.Scene, int]]) -> Tensor:
+    clips = filmed([scene for scene, _ in shown])
+    frames = torch.stack([clip[:, -end] for clip, (_, end) in zip(clips, shown, strict=True)])
+    return frames[:, :, None].expand_as(clips)
 
 
-def _encoded(
-    recipe: Recipe, name: str, scenes: list[world.Scene], film: Callable[[world.Scene, int], NDArray[np.uint8]]
-) -> Tensor:
+def _encoded(recipe: Recipe, name: str, shown: Sequence[T], film: Callable[[Sequence[T]], Tensor]) -> Tensor:
     path = recipe.work / "latents" / f"{name}.safetensors"
     if not path.exists():
         vae = trained_vae(recipe)
         latents: list[Tensor] = []
-        for first in range(0, len(scenes), 20):
-            clips = np.stack([film(scene, k) for k, scene in enumerate(scenes[first : first + 20], first)])
+        for first in range(0, len(shown), 20):
+            clips = film(shown[first : first + 20]).to(recipe.device)
             with torch.no_grad():
-                latents.append(vae.encode(to_video(clips, recipe.device)).half().cpu().contiguous())
+                latents.append(vae.encode(clips).half().cpu().contiguous())
         save_file({"latents": torch.cat(latents).contiguous()}, path)
     return load_file(path)["latents"]
 
@@ -164,11 +166,11 @@ def train(recipe: Recipe, out: Path, steps: int, batch: int = 64, start: Path | 
     """
     bucket = recipe.buckets[0]
     latents = latents_of(recipe, bucket)
-    scenes = [scene_of(recipe.seed, bucket, k) for k in range(len(latents))]
+    seen = latents, [scene_of(recipe.seed, bucket, k) for k in range(len(latents))]
     unseen, still = unseen_latents(recipe), still_latents(recipe)
-    for others, theirs in (unseen, still, still, still):  # those that stand make up nearly a fifth
-        latents, scenes = torch.cat((latents, others)), scenes + theirs
-    truth = labels_of(scenes)
+    parts = (seen, unseen, still, still, still)  # those that stand make up nearly a fifth
+    latents = torch.cat([part for part, _ in parts])
+    truth = labels_of([scene for _, scenes in parts for scene in scenes])
     torch.manual_seed(recipe.seed)
     checker = Checker().to(recipe.device) if start is None else load_checker(start).to(recipe.device)
     checker.train().requires_grad_()

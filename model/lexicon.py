@@ -101,6 +101,16 @@ class Said:
             direction="left",
         )
 
+    def classes(self) -> dict[str, str]:
+        """The same in the terms of `world.CLASSES`, what is not said left out; of two at rest the left one first."""
+        said = self.from_the_left()
+        found: dict[str, str] = {name: value for name, value in asdict(said).items() if value is not None}
+        if said.motion != "behind":
+            found.pop("direction", None)  # on which side one stands: the order of the two tells it
+        if said.shape:
+            found["count"] = "two" if said.shape2 else "one"
+        return found
+
     def possible(self) -> Said:
         """The same without what cannot be said: a second solid without a first, a side without a second solid."""
         said = self

@@ -17,10 +17,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import world
@@ -28,7 +26,18 @@ from model.captioner import load_captioner, plainly
 from model.checker import SHAPE
 from model.score import Judge, in_batches
 from model.score_prompts import Asked, adherence, wanted_of
-from model.train import DEFAULTS, Recipe, Writer, latents_of, sample, scene_of, train_dit, trained_vae, trained_writer
+from model.train import (
+    SAMPLING,
+    Checkpoint,
+    Recipe,
+    Writer,
+    latents_of,
+    sample,
+    scene_of,
+    train_dit,
+    trained_vae,
+    trained_writer,
+)
 from model.vae import VAE
 from model.weights import CAPTIONER, find_model
 
@@ -67,8 +76,8 @@ def begin(recipe: Recipe, writer: Writer, latents: Path) -> None:
     if not link.exists():
         link.symlink_to(latents.absolute())
     if not (recipe.work / "dit.safetensors").exists():
-        state = {f"{part}.{k}": v.clone() for part in ("writer", "average") for k, v in writer.state_dict().items()}
-        save_file({**state, "step": torch.tensor(0)}, recipe.work / "dit.safetensors")
+        unused = torch.optim.AdamW(writer.parameters())
+        Checkpoint(recipe.work / "dit.safetensors", {"writer": writer, "average": writer}, unused).save(0)
 
 
 def write_captions(recipe: Recipe, model: Path, count: int) -> dict[str, list[str]]:
@@ -95,10 +104,9 @@ def questions(count: int) -> list[Asked]:
 def measure(recipe: Recipe, jury: Judge, vae: VAE, asked: Sequence[Asked]) -> dict[str, float | None]:
     """The adherence of a finished training."""
     writer = trained_writer(recipe)
-    settings: dict[str, Any] = {name: DEFAULTS[name] for name in ("steps", "guidance", "solver", "shift")}
 
     def render(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample(writer.dit, writer.text, vae, prompts, SHAPE, seeds, **settings)
+        return sample(writer.dit, writer.text, vae, prompts, SHAPE, seeds, **SAMPLING)
 
     clips = in_batches(render, [one.prompt for one in asked], [one.seed for one in asked])
     return adherence(jury.look(clips), wanted_of(asked))

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from model import world
 from model.captioner import WEIGHTS as CAPTIONER_WEIGHTS
 from model.captioner import exact, load_captioner, parse, truth
-from model.checker import SHAPE, labels_of, load_checker
+from model.checker import SHAPE, filmed, labels_of, load_checker
 from model.config import Shape
 from model.dit import DiT
 from model.rewrite import Rewriter
@@ -54,7 +53,7 @@ from model.score_prompts import (
 from model.score_report import TARGETS, Shown, sheet, tables
 from model.text import TextEncoder
 from model.train import end_with_input, sample
-from model.vae import VAE, to_pixels, to_video
+from model.vae import VAE, to_pixels
 from model.weights import CAPTIONER, REWRITER, ModelCard, find_model, folder_digest, load_dit, load_text, load_vae
 
 BATCH = 16
@@ -120,12 +119,6 @@ class Judge:
         return in_batches(lambda some: self.checker.features(self.eyes.encode(some))[:, 0, -128:], clips)
 
 
-def filmed(scenes: Sequence[world.Scene]) -> Tensor:
-    """Real clips [B, 3, T, H, W] in -1..1."""
-    clips = [world.render(s, width=SHAPE.width, height=SHAPE.height, frames=SHAPE.frames) for s in scenes]
-    return to_video(np.stack(clips))
-
-
 def in_batches(function: Callable[..., Tensor], *columns: Sequence[Any] | Tensor) -> Tensor:
     """function over slices of the columns, joined."""
     return torch.cat([function(*batch) for batch in batches_of(*columns)])
@@ -189,6 +182,7 @@ def evaluate(
     mirror = in_batches(lambda s: studio.round_trip(filmed(s)), [world.mirrored(s) for s in scenes])
 
     said, wanted = jury.look(made), wanted_of(asked)
+    of_real = jury.features(restored)
     obedience = {
         "generated": adherence(said, wanted),
         **{part: adherence(_of(said, of), _of(wanted, of)) for part, of in _parts(asked).items()},
@@ -216,8 +210,8 @@ def evaluate(
             "real": reprojection(real_orbits, [o.scene for o in orbits]),
         },
         "frechet": {
-            "generated": frechet(jury.features(made), jury.features(restored)),
-            "real": frechet(jury.features(mirror), jury.features(restored)),
+            "generated": frechet(jury.features(made), of_real),
+            "real": frechet(jury.features(mirror), of_real),
         },
         "captioner": captioned,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -111,21 +111,11 @@ def _names(prompt: str, phrases: Mapping[str, Sequence[str]]) -> bool:
 
 def wanted_by_users(asked: Sequence[UsersPrompt]) -> Labels:
     """What the prompts say and nothing else; one that names a solid asks for so many as it names."""
-    rows = [_said(one.said) for one in asked]
+    rows = [one.said.classes() for one in asked]
     return {
         name: torch.tensor([classes.index(row[name]) if row.get(name) else -1 for row in rows])
         for name, classes in world.CLASSES.items()
     }
-
-
-def _said(said: Said) -> dict[str, str]:
-    said = said.from_the_left()
-    values = {name: value for name, value in asdict(said).items() if value is not None}
-    if said.motion != "behind":
-        values.pop("direction", None)  # on which side it stands: the order of the two tells it
-    if said.shape:
-        values["count"] = "two" if said.shape2 else "one"
-    return values
 
 
 PAIRS = (("colour", "colour2"), ("shape", "shape2"))

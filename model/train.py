@@ -75,6 +75,7 @@ DEFAULTS = {
     "solver": "ab2",
     "shift": 2.0,
 }
+SAMPLING: dict[str, Any] = {name: DEFAULTS[name] for name in ("steps", "guidance", "solver", "shift")}
 MINI = DiTConfig(layers=8, heads=4, head_dim=64, ffn_dim=1024, text_dim=192)
 TEXT_LAYERS, TEXT_HEADS = 2, 4
 STAGES = (0, 1, 2)  # of ZeRO
@@ -314,9 +315,9 @@ def trained_vae(recipe: Recipe, *, finished: bool = True) -> VAE:
     if spread.exists():
         config = replace(config, **{k: tuple(v) for k, v in json.loads(spread.read_text()).items()})
     vae = VAE(config)
-    vae.load_state_dict(_part(recipe.work / "vae.safetensors", "vae"))
+    vae.load_state_dict(part_of(load_file(recipe.work / "vae.safetensors"), "vae"))
     if finished and (alone := recipe.work / "decoder.safetensors").exists():
-        vae.decoder.load_state_dict(_part(alone, "average"))
+        vae.decoder.load_state_dict(part_of(load_file(alone), "average"))
     return in_memory_order(vae).to(recipe.device).eval().requires_grad_(False)
 
 
@@ -351,7 +352,7 @@ def train_decoder(recipe: Recipe) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
         optimizer.step()
-        _follow(average.decoder, vae.decoder, min(0.99, (1 + step) / (10 + step)))
+        _follow(average.decoder, vae.decoder, step, 0.99)
         return {"psnr": psnr(error.detach()), "loss": loss.item()}
 
     @torch.no_grad()
@@ -568,8 +569,7 @@ def train_dit(recipe: Recipe) -> None:
             loss.backward()
             nn.utils.clip_grad_norm_(writer.parameters(), recipe.clip)
             optimizer.step()
-        keep = min(recipe.average, (1 + step) / (10 + step))
-        _follow(average, writer, keep)
+        _follow(average, writer, step, recipe.average)
         return {"loss": loss.item()}
 
     @torch.no_grad()
@@ -669,7 +669,7 @@ def sample(
 def trained_writer(recipe: Recipe) -> Writer:
     """The averaged weights of the last checkpoint."""
     writer = Writer(recipe.dit, recipe.words)
-    writer.load_state_dict(_part(recipe.work / "dit.safetensors", "average"))
+    writer.load_state_dict(part_of(load_file(recipe.work / "dit.safetensors"), "average"))
     writer.attend_with(attention)
     return writer.to(recipe.device).eval().requires_grad_(False)
 
@@ -729,9 +729,7 @@ class Checkpoint:
             return 0
         tensors = load_file(self.path)
         for name, module in self.modules.items():
-            module.load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            )
+            module.load_state_dict(part_of(tensors, name))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
@@ -808,14 +806,16 @@ def over_ranks(recipe: Recipe, means: dict[str, float]) -> dict[str, float]:
     return dict(zip(means, (measured / recipe.ranks).tolist(), strict=True))
 
 
-def _part(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The weights of one module of a checkpoint."""
+def part_of(checkpoint: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of one module of a checkpoint's tensors."""
     prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in load_file(checkpoint).items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in checkpoint.items() if k.startswith(prefix)}
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, learning: nn.Module, keep: float) -> None:
+def _follow(average: nn.Module, learning: nn.Module, step: int, most: float) -> None:
+    """Moves a running average on, which keeps less of itself in the first steps, and `most` of itself at most."""
+    keep = min(most, (1 + step) / (10 + step))
     for kept, new in zip(average.parameters(), learning.parameters(), strict=True):
         kept.lerp_(new, 1 - keep)
 
@@ -923,12 +923,11 @@ def look(recipe: Recipe, out: Path) -> None:
     writer, vae = trained_writer(recipe), trained_vae(recipe)
     bucket = recipe.buckets[0]
     prompts = _kinds() if recipe.captions is None else list(recipe.captions[bucket.name][: min(recipe.held_back, 12)])
-    settings: dict[str, Any] = {name: DEFAULTS[name] for name in ("steps", "guidance", "solver", "shift")}
     rows: list[SheetRow] = []
     for first in range(0, len(prompts), 8):
         some = prompts[first : first + 8]
         seeds = range(first, first + len(some))
-        video = sample(writer.dit, writer.text, vae, some, bucket.shape, seeds, **settings)
+        video = sample(writer.dit, writer.text, vae, some, bucket.shape, seeds, **SAMPLING)
         rows += [
             SheetRow(clip_id=f"seed {first + k}", prompt=prompt, frames=list(clip[::4]))
             for k, (prompt, clip) in enumerate(zip(some, to_pixels(video), strict=True))

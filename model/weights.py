@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,10 @@ class ModelCard:
     def window(self) -> int:
         """The most frames to make at once: its own length, which it knows best; 0 where nobody says what it knows."""
         return self.frames if self.trained else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What the ledger keeps of it."""
+        return {**asdict(self), "path": str(self.path)}
 
     def tokens(self, shape: Shape) -> int:
         """Length of the transformer's sequence for one clip."""

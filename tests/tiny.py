@@ -32,14 +32,7 @@ CLIP = ClipSpec(
     prompt="a red ball moves left",
     negative_prompt="",
     seed=7,
-    width=48,
-    height=32,
-    frames=9,
-    fps=8,
-    steps=4,
-    guidance=3.0,
-    solver="ab2",
-    shift=3.0,
+    **{name: value for name, value in DEFAULTS.items() if name not in ("name", "max_prompt_tokens")},
 )
 WORDS = ["a", "red", "green", "blue", "ball", "cube", "moves", "left", "right", "slowly"]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,19 +198,11 @@ def test_clips_with_two_solids_come_up_more_often(trained: Path) -> None:
     assert share == pytest.approx(3 * own / (3 * own + 1 - own), abs=0.03)
 
 
-def test_the_captioner_resumes_and_is_published(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_captioner_resumes_and_is_published(trained: Path, tmp_path: Path) -> None:
     whole, halved = (shutil.copytree(trained, tmp_path / name) for name in ("whole", "halved"))
     recipe = replace(small(whole), captioner_steps=6)
     train_captioner(recipe)
-    save = Checkpoint.save
-
-    def save_and_stop(self: Checkpoint, step: int) -> None:
-        save(self, step)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Checkpoint, "save", save_and_stop)
-        train_captioner(replace(recipe, work=halved))
+    begin(train_captioner, replace(recipe, work=halved), 2)
     train_captioner(replace(recipe, work=halved))
     assert [row["step"] for row in lines(halved / "captioner.jsonl")] == [4, 6]  # the first row came after its save
     first, second = (load_file(work / "captioner.safetensors") for work in (whole, halved))
@@ -263,7 +256,7 @@ def divided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("divided")
     for name in DIVIDED:
         shutil.copytree(trained, folder / name, ignore=shutil.ignore_patterns("dit.*"))
-    begin(small(folder / "taken_up"), 4)
+    begin(train_dit, small(folder / "taken_up"), 4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     with subprocess.Popen(
         [*command, sys.executable, "-c", RANK, str(folder)], cwd=Path(__file__).parents[2]
@@ -280,8 +273,8 @@ def divided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begin(recipe: Recipe, steps: int) -> None:
-    """The training up to its checkpoint after so many steps."""
+def begin(train: Callable[[Recipe], None], recipe: Recipe, steps: int) -> None:
+    """A training up to its checkpoint after so many steps."""
     save = Checkpoint.save
 
     def save_and_stop(self: Checkpoint, step: int) -> None:
@@ -291,7 +284,7 @@ def begin(recipe: Recipe, steps: int) -> None:
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Checkpoint, "save", save_and_stop)
-        train_dit(recipe)
+        train(recipe)
 
 
 def same_training(one: Path, other: Path, *, weights: float, losses: float) -> None:

@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from model import world
-from model.checker import Checker, held_still, labels_of
+from model.checker import Checker, filmed, held_still, labels_of
 from model.lexicon import Said, caption, read
 from model.rewrite import examples
-from model.score import filmed
 from model.score_clips import (
     Labels,
     _area,
