@@ -38,6 +38,7 @@ CELLS = (5, 8, 8)  # its latent frames, rows and columns
 NARROW, WIDE = 64, 128
 UNSURE = 0.15  # standard deviation of the noise in training: a generated latent is never quite a real one
 HELD_STILL = 2000  # clips of one frame that stands, which is how a solid is compared before and after something
+PASSING = 2000  # the same of scenes in which one solid passes behind another
 UNSEEN = 2000  # clips of held-out combinations, which the generator never sees and its judge must know
 WEIGHTS = "checker.safetensors"
 T = TypeVar("T")
@@ -117,14 +118,25 @@ def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
 
 def still_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
     """Encoded clips that show the first or the last frame of a scene all the time, and the scene that this is."""
-    shown: list[tuple[world.Scene, int]] = []
-    for k in range(HELD_STILL):
-        rng = random.Random(f"{recipe.seed}/still/{k}")
-        scene = world.sample_scene(rng)
-        while scene.motion == "bounce" and len(scene.solids) == 2:  # which side is whose is a matter of chance there
-            scene = world.sample_scene(rng)
-        shown.append((scene, k % 2))
-    return _encoded(recipe, "held_still", shown, _stopped), [held_still(scene, end) for scene, end in shown]
+    # Of two of which one bounces it is a matter of chance which side is whose.
+    shown = [
+        _scene_with(random.Random(f"{recipe.seed}/still/{k}"), lambda s: s.motion != "bounce" or len(s.solids) == 1)
+        for k in range(HELD_STILL)
+    ]
+    passing = [
+        _scene_with(random.Random(f"{recipe.seed}/passing/{k}"), lambda s: s.motion == "behind") for k in range(PASSING)
+    ]
+    latents = [
+        _encoded(recipe, name, [(scene, k % 2) for k, scene in enumerate(scenes)], _stopped)
+        for name, scenes in (("held_still", shown), ("held_passing", passing))
+    ]
+    return torch.cat(latents), [held_still(scene, k % 2) for some in (shown, passing) for k, scene in enumerate(some)]
+
+
+def _scene_with(rng: random.Random, wanted: Callable[[world.Scene], bool]) -> world.Scene:
+    while not wanted(scene := world.sample_scene(rng)):
+        pass
+    return scene
 
 
 def held_still(scene: world.Scene, end: int) -> world.Scene:
@@ -168,7 +180,7 @@ def train(recipe: Recipe, out: Path, steps: int, batch: int = 64, start: Path | 
     latents = latents_of(recipe, bucket)
     seen = latents, [scene_of(recipe.seed, bucket, k) for k in range(len(latents))]
     unseen, still = unseen_latents(recipe), still_latents(recipe)
-    parts = (seen, unseen, still, still, still)  # those that stand make up nearly a fifth
+    parts = (seen, unseen, still, still)  # those that stand make up nearly a quarter
     latents = torch.cat([part for part, _ in parts])
     truth = labels_of([scene for _, scenes in parts for scene in scenes])
     torch.manual_seed(recipe.seed)

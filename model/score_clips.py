@@ -55,31 +55,48 @@ def permanence(
 ) -> dict[str, float | None]:
     """A solid passes behind another: has it the same colour, shape and size after as before?
 
-    Two solids held still are named from left to right, so the one that goes right is the first before and the second
-    after. Size: the share of pixels of its colour after, over before; within a quarter counts as the same.
+    Before and after are the frames of the clip's first and last third where most of it is to be seen. Two solids held
+    still are named from left to right, so the one that goes right is the first before and the second after. Size: the
+    pixels of its colour after, over before; within a quarter counts as the same.
     """
-    first, last = (look(frozen(clips, k)) for k in (0, SHAPE.frames - 1))
+    before, after, ratio = _best_seen(clips, scenes)
+    each = torch.arange(len(clips))
+    first, last = (look(clips[each, :, at, None].expand_as(clips)) for at in (before, after))
     rightwards = torch.tensor([scene.direction > 0 for scene in scenes])
     same: dict[str, Tensor] = {}
     for name in ("colour", "shape"):
-        before = torch.where(rightwards, first[name], first[name + "2"])
-        after = torch.where(rightwards, last[name + "2"], last[name])
-        same[name] = before == after
-    ratio = _area(clips[:, :, -1], scenes) / _area(clips[:, :, 0], scenes).clamp(min=1e-6)
+        said = torch.where(rightwards, first[name], first[name + "2"])
+        same[name] = said == torch.where(rightwards, last[name + "2"], last[name])
     same["size"] = (ratio - 1).abs() < 0.25
     same["all"] = torch.stack([*same.values()]).all(0)
     return {name: share(value) for name, value in same.items()}
 
 
-def _area(frames: Tensor, scenes: Sequence[world.Scene]) -> Tensor:
-    """frames [B, 3, H, W] -> [B] share of pixels whose hue is that of the scene's first solid."""
-    palette = torch.tensor([*world.COLOURS.values()])
-    hues = palette / palette.norm(dim=1, keepdim=True)
-    pixels = ((frames + 1) / 2).clamp(min=1e-3).flatten(2)  # [B, 3, P]
-    strong = _saturation(frames.movedim(1, 0)).flatten(1) > 0.45
-    nearest = torch.einsum("kc,bcp->bkp", hues, pixels / pixels.norm(dim=1, keepdim=True)).argmax(1)
-    wanted = torch.tensor([[*world.COLOURS].index(scene.solids[0].colour) for scene in scenes])
-    return ((nearest == wanted[:, None]) & strong).float().mean(1)
+def _best_seen(clips: Tensor, scenes: Sequence[world.Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each clip [B]: the frame before and the one after passing that show most of the solid, and after over before.
+
+    The camera stands, so what is much more of the solid's colour than the same pixel at the clip's other end is part of
+    it, and floor, sky and the solid in front are not.
+    """
+    third = SHAPE.frames // 3
+    tints = torch.stack([_tint(clip, scene.solids[0]) for clip, scene in zip(clips, scenes, strict=True)])
+    before, after = (
+        (here - there > MORE).sum((2, 3)).max(1)
+        for here, there in ((tints[:, :third], tints[:, -1:]), (tints[:, -third:], tints[:, :1]))
+    )
+    ratio = after.values / before.values.clamp(min=1)
+    return before.indices, SHAPE.frames - third + after.indices, ratio
+
+
+MORE, DARK = 0.08, 0.15
+
+
+def _tint(clip: Tensor, solid: world.Solid) -> Tensor:
+    """[3, T, H, W] -> [T, H, W] how much of the solid's colour a pixel has, near 0 where it is grey or dark."""
+    colour = torch.tensor(world.COLOURS[solid.colour])
+    way = colour - colour.mean()
+    pixels = (clip + 1) / 2
+    return torch.einsum("c,cthw->thw", way / way.norm(), pixels - pixels.mean(0)) / (pixels.amax(0) + DARK)
 
 
 def _saturation(picture: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from model.zero import Zero
 
 PROMPT_TOKENS = 40
-PAIRS_OFTEN = 3  # times as often as others do clips with two solids come up
+HARD_OFTEN = 3  # times as often as others does a clip come up that shows what is learnt last
 WITH_ENDS = 9600  # clips of which the ends are encoded once more, behind a standing picture
 DECODED = 6  # clips a step of the decoder that goes on alone
 SPOKEN = tuple(world.vocabulary())
@@ -472,6 +472,15 @@ def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
     return known
 
 
+def how_often(scene: world.Scene) -> int:
+    """How many times as often as others a scene comes up.
+
+    At the world's own shares a model that had learnt all the rest still mixed up the colours and shapes of two solids
+    (a quarter of the clips), and let a cube stand that was to spin (one in twelve).
+    """
+    return HARD_OFTEN if len(scene.solids) == 2 or scene.motion == "spin" else 1
+
+
 class Stock:
     """The clips of one shape that the transformer is trained on, as latents."""
 
@@ -481,10 +490,8 @@ class Stock:
         self.ends = load_file(path)["ends"] if path.exists() else self.latents[:0]
         self.lengths = end_lengths(bucket)
         self.clips = range(recipe.held_back, len(self.latents))
-        # Which colour and shape belong to which of two solids is learnt last: at the world's own share, a quarter of
-        # the clips, a model that had learnt the rest still mixed them up.
-        pairs = recipe.captions is None
-        often = (PAIRS_OFTEN if pairs and len(scene_of(recipe.seed, bucket, k).solids) == 2 else 1 for k in self.clips)
+        world_itself = recipe.captions is None
+        often = (how_often(scene_of(recipe.seed, bucket, k)) if world_itself else 1 for k in self.clips)
         self.turns = list(accumulate(often))
 
     def draw(self, known: Tensor, rng: random.Random) -> tuple[list[int], Tensor]:

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,6 @@ from model.lexicon import Said, caption, read
 from model.rewrite import examples
 from model.score_clips import (
     Labels,
-    _area,
     flicker,
     frechet,
     frozen,
@@ -217,33 +217,46 @@ def passings() -> tuple[list[world.Scene], Tensor]:
     return scenes, filmed(scenes)
 
 
-def perfect_look(scenes: list[world.Scene]) -> dict[bool, Labels]:
-    """What a perfect judge says of the first and last frames, held still: solids from left to right."""
-    ends = {}
-    for last in (False, True):
-        mover_left = [(scene.direction > 0) != last for scene in scenes]
-        seen = [scene.solids if left else scene.solids[::-1] for scene, left in zip(scenes, mover_left, strict=True)]
-        ends[last] = labels_of([world.Scene(solids, "still") for solids in seen])
-    return ends
+def of_the_ends(scenes: list[world.Scene]) -> tuple[Labels, Labels]:
+    """What a perfect judge says of a frame before passing and of one after, held still: solids from left to right."""
+    before, after = (
+        labels_of(
+            [world.Scene(s.solids if (s.direction > 0) != last else s.solids[::-1], "still") for s in scenes],
+        )
+        for last in (False, True)
+    )
+    return before, after
+
+
+def told(*answers: Labels) -> Callable[[Tensor], Labels]:
+    """A judge that gives these answers one after another, of clips that stand."""
+    coming = iter(answers)
+
+    def look(held: Tensor) -> Labels:
+        assert torch.equal(held, held[:, :, :1].expand_as(held))
+        return next(coming)
+
+    return look
 
 
 def test_what_comes_out_changed_from_behind_another_is_noticed(passings: tuple[list[world.Scene], Tensor]) -> None:
     scenes, clips = passings
-    ends = perfect_look(scenes)
-    last = clips[:, :, -1:].expand_as(clips)
-
-    def look(held: Tensor) -> Labels:
-        return ends[torch.equal(held, last)]
-
-    assert set(permanence(look, clips, scenes).values()) == {1.0}
-    shrunk = clips.clone()
-    shrunk[:, :, -1] = clips[:, :, 8]  # it has not come out yet
-    assert (_area(shrunk[:, :, -1], scenes) < 0.75 * _area(clips[:, :, 0], scenes)).all()
-    last = shrunk[:, :, -1:].expand_as(clips)
-    assert permanence(look, shrunk, scenes)["size"] == 0
-    ends[True] = {name: (values + 1) % len(world.CLASSES[name]) for name, values in ends[True].items()}
-    scores = permanence(look, shrunk, scenes)
+    before, after = of_the_ends(scenes)
+    assert set(permanence(told(before, after), clips, scenes).values()) == {1.0}
+    another = {name: (values + 1) % len(world.CLASSES[name]) for name, values in after.items()}
+    scores = permanence(told(before, another), clips, scenes)
     assert scores["colour"] == scores["shape"] == scores["all"] == 0
+
+
+@pytest.mark.parametrize("end", [slice(None, 5), slice(-5, None)], ids=["before", "after"])
+def test_what_comes_out_smaller_from_behind_another_is_noticed(
+    end: slice, passings: tuple[list[world.Scene], Tensor]
+) -> None:
+    scenes, clips = passings
+    hidden = clips.clone()
+    hidden[:, :, end] = clips[:, :, 8:9]  # it has not come out yet, or never went in
+    scores = permanence(told(*of_the_ends(scenes)), hidden, scenes)
+    assert scores == {"colour": 1.0, "shape": 1.0, "size": 0.0, "all": 0.0}
 
 
 def test_identity_compares_the_first_frame_with_the_last() -> None:
