@@ -328,7 +328,8 @@ def submit(
         float | None, typer.Option(help="How closely to follow the prompt; 1 is off.", rich_help_panel=SETTING)
     ] = None,
     solver: Annotated[
-        Literal["euler", "ab2"] | None, typer.Option(help="How the equation is stepped.", rich_help_panel=SETTING)
+        Literal["euler", "ab2", "unipc"] | None,
+        typer.Option(help="How the equation is stepped.", rich_help_panel=SETTING),
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Time shift.", rich_help_panel=SETTING)] = None,
     negative_prompt: Annotated[

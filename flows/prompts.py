@@ -26,7 +26,7 @@ import re
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -700,7 +700,7 @@ def _settings(
         if solver in _SOLVERS:
             good["solver"] = solver
         else:
-            faults.append(Fault("solver", f"solver={given.show(values['solver'])} must be {' or '.join(_SOLVERS)}"))
+            faults.append(Fault("solver", f"solver={given.show(values['solver'])} must be {_either(_SOLVERS)}"))
     if "negative_prompt" in values:
         good["negative_prompt"] = _text(values, "negative_prompt", MAX_PROMPT, faults)
     if not faults and ("width" in good or "height" in good or "frames" in good):
@@ -746,6 +746,10 @@ def parse_size(text: str) -> tuple[int, int] | None:
     """(width, height) of a text like 96x64, or None."""
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})\s*", text)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _text(values: dict[str, Any], key: str, most: int, faults: list[Fault], *, needed: bool = False) -> str | None:

@@ -58,6 +58,7 @@ class Solver(StrEnum):
 
     EULER = "euler"
     AB2 = "ab2"
+    UNIPC = "unipc"
 
 
 class Mode(StrEnum):

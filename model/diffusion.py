@@ -13,7 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-SOLVERS = ("euler", "ab2")
+SOLVERS = ("euler", "ab2", "unipc")
+THOUSAND = 1000  # times that Wan was trained at
+NEARLY = 1 - 1e-6  # the last time before 1 of which a logarithm can be taken
 Velocity = Callable[[Tensor, float], Tensor]  # (x, time) -> d x / d time
 
 
@@ -22,24 +24,42 @@ def blend(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
     return clean + (noise - clean) * times
 
 
-def schedule(steps: int, shift: float) -> list[float]:
-    """steps + 1 times from 1 to 0; shift > 1 spends more of them near the noise (Esser et al. 2024, section 5.3.2)."""
+def schedule(steps: int, shift: float, solver: str = "euler") -> list[float]:
+    """steps + 1 times from 1 to 0; shift > 1 spends more of them near the noise (Esser et al. 2024, section 5.3.2).
+
+    For unipc they are those of Wan's own sampler and of diffusers' UniPCMultistepScheduler, whose steps divide the way
+    to the first of the thousand times and leave the rest of it to the last one.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift={shift} must be a finite number above 0")
-    even = (1 - k / steps for k in range(steps + 1))
+    if solver == "unipc":
+        even = [1 + k * ((1 / THOUSAND - 1) / steps) for k in range(steps)]
+        return [*(shift * t / (1 + (shift - 1) * t) for t in even), 0.0]
+    even = [1 - k / steps for k in range(steps + 1)]
     return [t / (t + (1 - t) / shift) for t in even]  # written so that both ends are exact
+
+
+def whole_times(velocity: Velocity, solver: str) -> Velocity:
+    """For unipc: the velocity at the whole thousandth below, which is what Wan's own sampler tells the network."""
+    if solver != "unipc":
+        return velocity
+    return lambda x, now: velocity(x, int(THOUSAND * min(now, NEARLY)) / THOUSAND)
 
 
 def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str = "euler") -> Iterator[Tensor]:
     """Walks x from times[0] to times[-1] and yields it after every step. One call of `velocity` a step.
 
     euler: first order. ab2: the two-step Adams-Bashforth method for uneven steps (second order; Hairer, Nørsett and
-    Wanner, "Solving Ordinary Differential Equations I", III.5), whose first step is Euler's.
+    Wanner, "Solving Ordinary Differential Equations I", III.5), whose first step is Euler's. unipc: UniPC-2 in its
+    B2(h) form, on predictions of the clean clip (Zhao et al. 2023), the sampler of Wan's releases.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(SOLVERS)}")
+    if solver == "unipc":
+        yield from _unipc(velocity, x, times)
+        return
     last: Tensor | None = None
     last_step = 0.0
     for now, after in pairwise(times):
@@ -50,6 +70,72 @@ def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str =
             x = x + step * slope
         last, last_step = slope, step
         yield x
+
+
+def _unipc(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:
+    """Every step predicts from what was seen at the last two times; what is seen on arrival corrects it afterwards.
+
+    The network is not asked again about the corrected point: a step costs one call.
+    """
+    sigmas = [min(time, NEARLY) for time in times]
+    start, seen = x, list[Tensor]()  # where the last step began; the clean clip as it was predicted there, and before
+    for k, now in enumerate(times[:-1]):
+        clean = x - sigmas[k] * velocity(x, now)
+        if k:
+            x = _corrected(start, seen, clean, sigmas[max(0, k - 2) : k + 1])
+        seen, start = [*seen[-1:], clean], x
+        two = 0 < k < len(times) - 2  # the last step leads to where the signal is infinitely stronger than the noise
+        x = _predicted(x, seen[-2:] if two else [clean], sigmas[k - two : k + 2])
+        yield x
+
+
+def _predicted(x: Tensor, seen: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """UniP: from sigmas[-2] to sigmas[-1]; `seen` are predictions at all times but the last, one or two."""
+    step = _LogStep(*sigmas[-2:])
+    y = step.straight(x, seen[-1])
+    if len(seen) == 2:
+        y = y - step.gain * 0.5 * (seen[0] - seen[1]) / step.back(sigmas[0])
+    return y
+
+
+def _corrected(x: Tensor, seen: Sequence[Tensor], clean: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """UniC: the same step again, now that `clean` was predicted at its end."""
+    step = _LogStep(*sigmas[-2:])
+    y, arrived = step.straight(x, seen[-1]), clean - seen[-1]
+    if len(seen) == 1:
+        return y - step.gain * 0.5 * arrived
+    back = step.back(sigmas[0])
+    first, second = step.moments()
+    old = (first - second) / (1 - back)
+    return y - step.gain * (old / back * (seen[0] - seen[1]) + (first - old) * arrived)
+
+
+class _LogStep:
+    """A step in half the logarithm of the signal-to-noise ratio, h long, in which the noise shrinks exponentially."""
+
+    def __init__(self, start: float, end: float) -> None:
+        self.start, self.end = start, end
+        self.h = _log_snr(end) - _log_snr(start)
+        self.phi = math.expm1(-self.h)
+        self.gain = (1 - end) * self.phi
+
+    def straight(self, x: Tensor, clean: Tensor) -> Tensor:
+        """Where the step leads if the clean clip is what it seems."""
+        return self.end / self.start * x - self.gain * clean
+
+    def back(self, time: float) -> float:
+        """How far back a time lies, in steps (so it is below 0)."""
+        return (_log_snr(time) - _log_snr(self.start)) / self.h
+
+    def moments(self) -> tuple[float, float]:
+        """The integrals that the corrector's two weights must match (equation 11 of the paper, B(h) = expm1(-h))."""
+        first = self.phi / -self.h - 1
+        second = first / -self.h - 0.5
+        return first / self.phi, 2 * second / self.phi
+
+
+def _log_snr(time: float) -> float:
+    return math.log((1 - time) / time) if time > 0 else math.inf
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

@@ -411,6 +411,7 @@ class Engine:
                         "dtype": self.dtype,
                         "threads": self.threads_per_rank,
                         "frame_step": self.card.frame_step,
+                        "boundary": self.card.boundary,
                         "parent": os.getpid(),
                         "wire": theirs.fileno(),
                         "listener": listener.fileno() if rank == 0 else None,

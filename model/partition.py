@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from model.config import Partition
 from model.dit import DiT
 from model.layers import Attention, Block, HeadsRMSNorm, attention
-from model.weights import dit_config, transformer_files
+from model.weights import TRANSFORMER, dit_config, transformer_files
 
 Kind = Literal["column", "row", "norm"]
 Plan = Mapping[str, Kind]
@@ -111,16 +111,18 @@ def groups_of(partition: Partition, device: str) -> Groups:
     return Groups(cfg=axis("cfg"), sp=axis("sp"), tp=axis("tp"))
 
 
-def load_partitioned(path: Path, groups: Groups, dtype: torch.dtype, device: str, plan: Plan = WAN_PLAN) -> DiT:
-    """This rank's part of the transformer of a model folder, in evaluation mode.
+def load_partitioned(
+    path: Path, groups: Groups, dtype: torch.dtype, device: str, plan: Plan = WAN_PLAN, part: str = TRANSFORMER
+) -> DiT:
+    """This rank's share of a transformer of a model folder, in evaluation mode.
 
     Only the slices that this rank keeps are read from the files.
     Raises ValueError when the partition does not divide the network or the files do not hold it.
     """
-    dit = empty(path)
+    dit = empty(path, part)
     place(dit, groups, plan)
     dit = dit.to(dtype).to_empty(device=device)
-    with WeightFiles(path) as files:
+    with WeightFiles(path, part) as files:
         read_parameters(dit, files, groups.tp)
     return dit
 
@@ -265,7 +267,9 @@ class SelfTestFailed(Exception):
 
 
 @torch.no_grad()
-def self_test(dit: DiT, path: Path, groups: Groups, dtype: torch.dtype, device: str) -> SelfTest:
+def self_test(
+    dit: DiT, path: Path, groups: Groups, dtype: torch.dtype, device: str, part: str = TRANSFORMER
+) -> SelfTest:
     """Compares this rank's results with the whole network's on a small clip. Raises SelfTestFailed on every rank alike.
 
     The whole network is computed by rank 0, with one block's weights in memory at a time. In float32 the two may differ
@@ -286,10 +290,10 @@ def self_test(dit: DiT, path: Path, groups: Groups, dtype: torch.dtype, device: 
     mine = velocities(dit, groups.cfg)
     truth, rounded = torch.zeros_like(mine), torch.zeros_like(mine)
     if dist.get_rank() == 0:
-        with streamed(path, dtype, torch.float32, device) as whole:
+        with streamed(path, dtype, torch.float32, device, part) as whole:
             truth = velocities(whole, Axis())
         if dtype != torch.float32:
-            with streamed(path, dtype, dtype, device) as whole:
+            with streamed(path, dtype, dtype, device, part) as whole:
                 rounded = velocities(whole, Axis())
     for wanted in (truth, rounded):
         dist.broadcast(wanted, 0)
@@ -305,10 +309,12 @@ def self_test(dit: DiT, path: Path, groups: Groups, dtype: torch.dtype, device: 
 
 
 @contextmanager
-def streamed(path: Path, stored: torch.dtype, computed: torch.dtype, device: str) -> Generator[DiT]:
+def streamed(
+    path: Path, stored: torch.dtype, computed: torch.dtype, device: str, part: str = TRANSFORMER
+) -> Generator[DiT]:
     """The whole transformer, weights rounded to `stored`, each block read when its turn comes and forgotten after."""
-    dit = empty(path)
-    with WeightFiles(path) as files:
+    dit = empty(path, part)
+    with WeightFiles(path, part) as files:
 
         def fill(module: nn.Module, prefix: str, recurse: bool = True) -> None:
             module.to(stored).to_empty(device=device, recurse=recurse)
@@ -325,10 +331,10 @@ def streamed(path: Path, stored: torch.dtype, computed: torch.dtype, device: str
         yield dit
 
 
-def empty(path: Path) -> DiT:
+def empty(path: Path, part: str = TRANSFORMER) -> DiT:
     """The network of a model folder, without memory."""
     with torch.device("meta"):
-        return DiT(dit_config(path)).eval().requires_grad_(False)
+        return DiT(dit_config(path, part)).eval().requires_grad_(False)
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -339,9 +345,9 @@ def parameter_bytes(module: nn.Module) -> int:
 class WeightFiles:
     """The tensors of a model's transformer, read slice by slice (safetensors only)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = transformer_files(path)
+    def __init__(self, path: Path, part: str = TRANSFORMER) -> None:
+        self.path = path / part
+        self.files = transformer_files(path, part)
         self.opened: dict[Path, Any] = {}
         self.stack = ExitStack()
 
@@ -366,7 +372,7 @@ def read_parameters(module: nn.Module, files: WeightFiles, tp: Axis, prefix: str
     """Fills the parameters from the files: where a file's tensor is tp times as long as ours, ours is a part of it."""
     for name, parameter in module.named_parameters(recurse=recurse):
         if prefix + name not in files.files:
-            raise ValueError(f"{files.path}: the transformer's weights have no {prefix + name}")
+            raise ValueError(f"{files.path}: its weights have no {prefix + name}")
         view = files.slice(prefix + name)
         shape, where = tuple(view.get_shape()), list[slice]()
         for whole, mine in zip(shape, parameter.shape, strict=False):

@@ -26,10 +26,12 @@ import numpy as np
 from model.conditioning import Canvas, Frames, Window, hold, seed_of, times_from, windows
 from model.config import Partition, Shape
 from model.engine import ClipSpec, Message, Wire, clips_in
+from model.weights import SECOND, TRANSFORMER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from model.dit import DiT
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
 
@@ -103,6 +105,7 @@ class Rank:
         self.device: str = settings["device"]
         self.wire, self.inbox, self.slots = wire, inbox, settings["slots"]
         self.frame_step: int = settings["frame_step"]
+        self.boundary: float | None = settings["boundary"]
         path, dtype = Path(settings["path"]), getattr(torch, settings["dtype"])
         divided = Partition.parse(settings["partition"])
         self.world = divided.world
@@ -116,20 +119,24 @@ class Rank:
         partition.connect(self.rank, self.world, settings["port"], self.device, settings["listener"])
         self.groups = partition.groups_of(divided, self.device)
         lap("connect")
-        self.dit = partition.load_partitioned(path, self.groups, dtype, self.device)
+        parts = [TRANSFORMER] if self.boundary is None else [TRANSFORMER, SECOND]
+        self.experts = [partition.load_partitioned(path, self.groups, dtype, self.device, part=p) for p in parts]
         self.text: TextEncoder | None = None
         self.vae: VAE | WanVAE | None = None
         if self.rank == 0:
             self.text, self.vae = load_text(path, dtype, self.device), load_vae(path, torch.float32, self.device)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
-        tested = partition.self_test(self.dit, path, self.groups, dtype, self.device)
+        tested = [
+            partition.self_test(dit, path, self.groups, dtype, self.device, part).error
+            for dit, part in zip(self.experts, parts, strict=True)
+        ]
         lap("self_test")
         info = {
             "rank": self.rank,
             "pid": os.getpid(),
-            "parameter_bytes": partition.parameter_bytes(self.dit),
-            "self_test": tested.error,
+            "parameter_bytes": sum(map(partition.parameter_bytes, self.experts)),
+            "self_test": max(tested),
             "seconds": {name: round(value, 3) for name, value in laps.items()},
         }
         wire.send({"type": "ready", "info": info})
@@ -140,13 +147,13 @@ class Rank:
         B is the number of clips. A clip that is cancelled under way stays in the batch until all of it is: leaving
         would change the shapes, and with them the last bits of its neighbours.
         """
-        from model.diffusion import denoise, schedule
+        from model.diffusion import denoise, schedule, whole_times
 
         first, started = specs[0], time.time()
         clock = Clock()
         stopped = self._agree(job, specs)
         plan = windows(first.given, self.frame_step)
-        times = times_from(schedule(first.steps, first.shift), first.strength or 1.0)
+        times = times_from(schedule(first.steps, first.shift, first.solver), first.strength or 1.0)
         text, negative = self._prepare(specs)  # [B, L, Dt] twice
         canvas = Canvas(first.given, *given_frames(specs), self.frame_step) if self.rank == 0 else None
         clock.lap("text")
@@ -154,8 +161,8 @@ class Rank:
         for number, window in enumerate(plan):
             x = self._begin(specs, number, window, canvas)  # [B, C, T, H, W]
             clock.lap("decode")
-            velocity = hold(self._predictor(first.guidance, text, negative), window.known(self.frame_step))
-            walk = denoise(velocity, x, times, first.solver)
+            velocity = self._velocity(first.guidance, text, negative, window.known(self.frame_step))
+            walk = denoise(whole_times(velocity, first.solver), x, times, first.solver)
             while len(stopped) < len(specs) and (after := next(walk, None)) is not None:
                 x, steps = after, steps + 1
                 if self.rank == 0:
@@ -178,15 +185,28 @@ class Rank:
             done = {"type": "done", "job": job, "cancelled": sorted(stopped), "seconds": seconds, "started": started}
             self.wire.send({**done, "time": time.time()})
 
-    def _predictor(self, guidance: float, text: Tensor, negative: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def _velocity(
+        self, guidance: float, text: Tensor, negative: Tensor, known: Sequence[bool]
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The guided velocity of latents [B, C, T, H, W] at a time, `known` latent frames held.
+
+        Where there are two experts, the first one works above the boundary and the second one below.
+        """
+        experts = [hold(self._predictor(dit, guidance, text, negative), known) for dit in self.experts]
+        boundary = self.boundary or 0.0
+        return lambda x, now: experts[now < boundary](x, now)
+
+    def _predictor(
+        self, dit: DiT, guidance: float, text: Tensor, negative: Tensor
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity of latents [B, C, T, H, W] at times [B] or [B, T]."""
         from model.diffusion import guide
         from model.partition import both_halves
 
         def predict(x: Tensor, times: Tensor) -> Tensor:
             if guidance == 1:  # the conditional prediction itself: there is nothing to compare it with
-                return self.dit(x, times, text)
-            return guide(*both_halves(self.dit, x, times, text, negative, self.groups.cfg), guidance)
+                return dit(x, times, text)
+            return guide(*both_halves(dit, x, times, text, negative, self.groups.cfg), guidance)
 
         return predict
 

@@ -46,7 +46,7 @@ from torch import Tensor, distributed, nn
 from model import data, world
 from model.config import DiTConfig, Shape, VAEConfig
 from model.data import BUCKETS, FPS, Bucket
-from model.diffusion import blend, denoise, guide, noise, schedule
+from model.diffusion import blend, denoise, guide, noise, schedule, whole_times
 from model.dit import DiT
 from model.layers import Attention, attention, short_attention
 from model.text import TextEncoder, small_encoder, split_words, word_tokenizer
@@ -668,7 +668,7 @@ def sample(
         with_text, without = both.chunk(2)
         return guide(with_text, without, guidance)
 
-    for latents in denoise(velocity, x, schedule(steps, shift), solver):
+    for latents in denoise(whole_times(velocity, solver), x, schedule(steps, shift, solver), solver):
         x = latents
     return vae.decode(x)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMER, SECOND = "transformer", "transformer_2"  # the folders of a transformer, and of a second expert's
 REWRITER = "rewriter"  # the folder of a model's rewriter
 CAPTIONER = "captioner"  # the folder of a model's captioner
 
@@ -54,6 +55,7 @@ class ModelCard:
     guidance: float
     solver: str
     shift: float
+    boundary: float | None = None  # the time below which a second expert takes over (Wan 2.2 A14B)
     trained: tuple[str, ...] = ()  # shapes such as 64x64x17 that it has seen; () where the folder does not say
 
     @property
@@ -71,7 +73,8 @@ class ModelCard:
         return frames * (shape.width // self.multiple) * (shape.height // self.multiple)
 
 
-WAN = {  # what Wan 2.1 was made for, where a folder brings no rushes.json of its own
+# What Wan's releases were made for, where a folder brings no rushes.json of its own.
+WAN: dict[str, Any] = {
     "max_prompt_tokens": 512,
     "width": 832,
     "height": 480,
@@ -82,6 +85,9 @@ WAN = {  # what Wan 2.1 was made for, where a folder brings no rushes.json of it
     "solver": "ab2",
     "shift": 3.0,
 }
+WAN_TI2V = WAN | {"width": 1280, "height": 704, "frames": 121, "fps": 24, "shift": 5.0}  # 2.2, 5B
+WAN_EXPERTS = WAN | {"steps": 40, "guidance": 4.0}  # 2.2, A14B
+SOLVERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}  # by a scheduler's class
 
 
 def find_model(name: str | Path) -> ModelCard:
@@ -102,8 +108,8 @@ def _card(path: Path) -> ModelCard:
     vae = read_json(path / "vae" / "config.json")
     space = vae.get("scale_factor_spatial") or 8
     time = vae.get("scale_factor_temporal") or 4
-    own = path / "rushes.json"
-    known: dict[str, Any] = {**WAN, **(read_json(own) if own.is_file() else {})}
+    index, own = _read_if_there(path / "model_index.json"), path / "rushes.json"
+    known = read_json(own) if own.is_file() else {}
     return ModelCard(
         name=known.pop("name", path.name),
         path=path,
@@ -112,9 +118,19 @@ def _card(path: Path) -> ModelCard:
         heads=config.heads,
         multiple=space * config.patch[1],
         frame_step=time,
+        boundary=index.get("boundary_ratio"),
         trained=tuple(known.pop("trained", ())),
-        **known,
+        **(_release(path, index) | known),
     )
+
+
+def _release(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a request for one of Wan's releases, told apart by what only they have; its scheduler's own."""
+    scheduler = _read_if_there(path / "scheduler" / "scheduler_config.json")
+    shift = scheduler.get("flow_shift") or scheduler.get("shift")
+    said = {"solver": SOLVERS.get(scheduler.get("_class_name", "")), "shift": shift}
+    wan = WAN_TI2V if index.get("expand_timesteps") else WAN_EXPERTS if index.get("boundary_ratio") else WAN
+    return wan | {name: value for name, value in said.items() if value is not None}
 
 
 def folder_digest(path: Path) -> str:
@@ -139,13 +155,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def dit_config(path: Path) -> DiTConfig:
-    return DiTConfig.from_diffusers(read_json(path / "transformer" / "config.json"))
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
-def transformer_files(path: Path) -> dict[str, Path]:
+def dit_config(path: Path, part: str = TRANSFORMER) -> DiTConfig:
+    return DiTConfig.from_diffusers(read_json(path / part / "config.json"))
+
+
+def transformer_files(path: Path, part: str = TRANSFORMER) -> dict[str, Path]:
     """The safetensors file that holds each tensor of the transformer."""
-    folder = path / "transformer"
+    folder = path / part
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
@@ -155,7 +175,7 @@ def transformer_files(path: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), folder / WEIGHTS)
 
 
-def load_dit(path: Path, dtype: torch.dtype, device: str = "cpu") -> DiT:
+def load_dit(path: Path, dtype: torch.dtype, device: str = "cpu", part: str = TRANSFORMER) -> DiT:
     """The whole transformer on one device, in evaluation mode. Partitioned loading is `model.partition`'s."""
     import torch
     from safetensors.torch import load_file
@@ -163,9 +183,9 @@ def load_dit(path: Path, dtype: torch.dtype, device: str = "cpu") -> DiT:
     from model.dit import DiT
 
     with torch.device("meta"):
-        dit = DiT(dit_config(path))
+        dit = DiT(dit_config(path, part))
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(transformer_files(path).values())):
+    for file in sorted(set(transformer_files(path, part).values())):
         tensors |= load_file(file, device=device)
     dit.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return dit.eval().requires_grad_(False)

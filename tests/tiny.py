@@ -54,6 +54,52 @@ def tiny_model(
     return path
 
 
+def tiny_wan(path: Path, release: str) -> Path:
+    """Writes a folder as diffusers saves one of Wan's releases, tiny and random: "2.1", "2.2-ti2v" or "2.2-a14b"."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    channels, space = (48, 16) if release == "2.2-ti2v" else (16, 8)
+    residual = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 8}
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=channels,
+        num_res_blocks=1,
+        latents_mean=torch.linspace(-0.5, 0.5, channels).tolist(),
+        latents_std=torch.linspace(0.5, 2.0, channels).tolist(),
+        scale_factor_spatial=space,
+        **(residual if release == "2.2-ti2v" else {}),
+    )
+
+    def transformer() -> WanTransformer3DModel:
+        network = WanTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=12,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=96,
+            num_layers=2,
+        )
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        return network
+
+    experts = release == "2.2-a14b"
+    WanPipeline(
+        transformer=transformer(),
+        transformer_2=transformer() if experts else None,
+        vae=vae,
+        text_encoder=small_encoder(5 + len(WORDS), 16, 1, 2),
+        tokenizer=word_tokenizer(WORDS, 512),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        boundary_ratio=0.875 if experts else None,
+        expand_timesteps=release == "2.2-ti2v",
+    ).save_pretrained(path)
+    return path
+
+
 def tiny_captioner(model: Path) -> None:
     """Gives the model a captioner. It is random too: it says something, always the same of the same clip."""
     torch.manual_seed(0)

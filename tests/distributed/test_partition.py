@@ -119,6 +119,6 @@ def test_a_missing_weight_is_named(models: tuple[Path, Path], tmp_path: Path) ->
     tensors = load_file(file)
     del tensors["blocks.1.attn1.norm_q.weight"]
     save_file(tensors, file)
-    message = f"{path}: the transformer's weights have no blocks.1.attn1.norm_q.weight"
+    message = f"{path / 'transformer'}: its weights have no blocks.1.attn1.norm_q.weight"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_partitioned(path, ALONE, torch.float32, "cpu")

@@ -44,7 +44,7 @@ good_lines = st.fixed_dictionaries(
         "fps": st.integers(1, 120),
         "steps": st.integers(1, 200),
         "guidance": st.floats(1, 30),
-        "solver": st.sampled_from(["euler", "ab2"]),
+        "solver": st.sampled_from(["euler", "ab2", "unipc"]),
         "shift": st.floats(0.1, 20),
         "samples": st.integers(1, 64),
         "seed": st.integers(0, MAX_SEED),

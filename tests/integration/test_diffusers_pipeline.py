@@ -1,16 +1,19 @@
-"""A model folder of ours opens in diffusers, and its pipeline walks to the same latents as our sampler."""
+"""A model folder of ours opens in diffusers, one that diffusers saved opens here, and both make the same clips."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from model.config import Shape
-from model.diffusion import denoise, guide, noise
-from model.weights import SHIPPED, load_dit, load_text, load_vae
-from tests.tiny import tiny_model
+from model.config import Partition, Shape
+from model.diffusion import denoise, guide, noise, schedule, whole_times
+from model.engine import Engine
+from model.weights import SECOND, SHIPPED, find_model, load_dit, load_text, load_vae
+from tests.tiny import CLIP, tiny_model, tiny_wan
 
 
 @pytest.fixture(scope="module", params=["tiny", "mini"])
@@ -57,3 +60,82 @@ def test_diffusers_pipeline_and_our_sampler_agree(folder: Path) -> None:
     *_, ours = denoise(velocity, start, pipeline.scheduler.sigmas.tolist(), "euler")
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
     assert (ours - start).abs().max() > 0.1  # the walk went somewhere
+
+
+RELEASES = ("2.1", "2.2-ti2v", "2.2-a14b")
+STEPS, GUIDANCE, NEGATIVE = 6, 3.0, "a green cube"
+SIZES = {"2.1": Shape(48, 32, 9), "2.2-ti2v": Shape(64, 96, 5), "2.2-a14b": Shape(32, 48, 5)}
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, tiny_wan(tmp_path_factory.mktemp("wan"), request.param)
+
+
+def their_frames(release: str, folder: Path, start: torch.Tensor) -> torch.Tensor:
+    """[T, H, W, 3] in 0..1 of diffusers' pipeline, opened from the folder with nothing said but the request."""
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    shape = SIZES[release]
+    frames = pipeline(
+        prompt=CLIP.prompt,
+        negative_prompt=NEGATIVE,
+        width=shape.width,
+        height=shape.height,
+        num_frames=shape.frames,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        max_sequence_length=512,
+        latents=start,
+        output_type="np",
+    ).frames
+    return torch.from_numpy(frames[0])
+
+
+@torch.no_grad()
+def test_a_release_of_wan_makes_the_frames_that_diffusers_makes(released: tuple[str, Path]) -> None:
+    release, folder = released
+    shape, card = SIZES[release], find_model(folder)
+    assert (card.solver, card.shift, card.multiple) == ("unipc", 3.0, 32 if release == "2.2-ti2v" else 16)
+    text, vae = load_text(folder, torch.float32), load_vae(folder, torch.float32)
+    start = noise(CLIP.seed, vae.latent_shape(shape))[None]
+    words = text.encode([CLIP.prompt, NEGATIVE])
+    experts = [load_dit(folder, torch.float32)]
+    if card.boundary:
+        experts.append(load_dit(folder, torch.float32, part=SECOND))
+    asked: list[int] = []
+
+    def velocity(x: torch.Tensor, now: float) -> torch.Tensor:
+        asked.append(now < (card.boundary or 0))
+        time_of_each_token = torch.full((2, x[0, 0, :, ::2, ::2].numel()), now)
+        times = time_of_each_token if release == "2.2-ti2v" else torch.full((2,), now)
+        return guide(*experts[asked[-1]](torch.cat((x, x)), times, words).chunk(2), GUIDANCE)
+
+    times = schedule(STEPS, card.shift, card.solver)
+    *_, latents = denoise(whole_times(velocity, card.solver), start, times, card.solver)
+    ours = (vae.decode(latents)[0].movedim(0, -1) + 1) / 2
+    theirs = their_frames(release, folder, start)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert theirs.std() > 0.01  # there is something to be seen
+    assert set(asked) == ({0, 1} if release == "2.2-a14b" else {0})  # both experts had their turn
+
+
+@pytest.mark.parametrize("partition", [Partition(), Partition(tp=2)], ids=str)
+def test_an_engine_makes_them_too(released: tuple[str, Path], partition: Partition) -> None:
+    release, folder = released
+    shape = SIZES[release]
+    spec = replace(
+        CLIP,
+        negative_prompt=NEGATIVE,
+        width=shape.width,
+        height=shape.height,
+        frames=shape.frames,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        solver="unipc",
+    )
+    with Engine(folder, partition) as engine:
+        (clip,) = engine.render([spec])
+    start = noise(CLIP.seed, load_vae(folder, torch.float32).latent_shape(shape))[None]
+    theirs = their_frames(release, folder, start).numpy() * 255
+    assert np.abs(clip.frames.astype(float) - theirs).max() < 1  # they are rounded to whole levels
