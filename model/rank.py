@@ -2,8 +2,8 @@
 
 All ranks get the same jobs in the same order and run the denoising loop in lockstep. Beside the transformer's own there
 are three collectives: rank 0 sends the encoded prompts once a job, the latents that a window begins with, and one small
-"go on or stop" a step. Rank 0 alone has the text encoder and the autoencoder. Whatever goes wrong is reported and ends
-the process; the parent then ends the others.
+"go on or stop" a step. Rank 0 alone encodes; all decode, each some rows of the picture (`model.rows`). Whatever goes
+wrong is reported and ends the process; the parent then ends the others.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Rank:
         import torch
 
         from model import partition
+        from model.rows import DividedDecoder
         from model.weights import load_text, load_vae
 
         torch.set_num_threads(settings["threads"])
@@ -121,10 +122,9 @@ class Rank:
         lap("connect")
         parts = [TRANSFORMER] if self.boundary is None else [TRANSFORMER, SECOND]
         self.experts = [partition.load_partitioned(path, self.groups, dtype, self.device, part=p) for p in parts]
-        self.text: TextEncoder | None = None
-        self.vae: VAE | WanVAE | None = None
-        if self.rank == 0:
-            self.text, self.vae = load_text(path, dtype, self.device), load_vae(path, torch.float32, self.device)
+        self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
+        self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
+        self.decoder = DividedDecoder(self.vae, self.rank, self.world)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
@@ -172,8 +172,9 @@ class Rank:
             clock.lap("denoise")
             if len(stopped) == len(specs):
                 break
+            frames = self._decode(specs, window, x, stopped)
             if canvas is not None:
-                canvas.paint(window, self._decode(specs, window, x, stopped))
+                canvas.paint(window, frames)
             clock.lap("decode")
         for old in [number for number in list(self.inbox.dropped) if number <= job]:
             self.inbox.dropped.pop(old, None)
@@ -219,7 +220,6 @@ class Rank:
 
         x, size = torch.zeros(0), torch.zeros(5, dtype=torch.int64)
         if canvas is not None:
-            assert self.vae is not None
             latent = self.vae.latent_shape(Shape(specs[0].width, specs[0].height, window.frames))
             x = torch.stack([noise(seed_of(spec.seed, number), latent) for spec in specs])
             if specs[0].strength is not None:
@@ -242,7 +242,6 @@ class Rank:
 
         from model.vae import to_video
 
-        assert self.vae is not None
         latents: list[Tensor] = []
         for clip in pixels:
             latents.append(self.vae.encode(to_video(clip[None], self.device))[0].float().cpu())
@@ -288,10 +287,10 @@ class Rank:
         return self.encoded[prompt]
 
     def _decode(self, specs: list[ClipSpec], window: Window, latents: Tensor, stopped: set[str]) -> Frames:
-        """[B, C, T, H, W] -> frames [B, T, H, W, 3], clip by clip; black where a clip was cancelled."""
-        from model.vae import to_pixels
+        """[B, C, T, H, W] -> frames [B, T, H, W, 3], clip by clip; black where a clip was cancelled.
 
-        assert self.vae is not None
+        Rank 0 alone gets the frames. Every rank has the same latents, and stops where they are not finite.
+        """
         frames: Frames = np.zeros((len(specs), window.frames, specs[0].height, specs[0].width, 3), np.uint8)
         for k, (spec, latent) in enumerate(zip(specs, latents, strict=True)):
             if spec.clip_id in stopped:
@@ -299,7 +298,9 @@ class Rank:
             if not bool(latent.isfinite().all()):
                 reason = f"the model computed latents that are not finite (guidance={spec.guidance})"
                 raise Unrenderable(spec.clip_id, reason)
-            pixels = to_pixels(self.vae.decode(latent[None]))[0]
+            pixels = self.decoder.decode(latent[None])
+            if pixels is None:
+                continue
             if pixels.shape != frames.shape[1:]:
                 raise Unrenderable(spec.clip_id, f"the decoder gave {pixels.shape} for {window.frames} frames")
             frames[k] = pixels

@@ -183,6 +183,7 @@ class WanVAE:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
+        self.decoder: nn.Module = inner.decoder
         config = inner.config
         self.channels: int = config.z_dim
         self.time: int = getattr(config, "scale_factor_temporal", None) or STRIDE_TIME
