@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DiTConfig
-from model.layers import Block, LayerNorm32, rotary, sinusoid
+from model.layers import Block, Heard, LayerNorm32, sinusoid, turns_of
 from model.patch import grid, patchify, unpatchify
 
 
@@ -49,12 +49,15 @@ class Conditioning(nn.Module):
         self.text_embedder = TextMLP(config.text_dim, config.width)
         self.channels = config.freq_dim
 
-    def forward(self, times: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """times [B, S], text [B, L, Dt] -> embedding [B, S, D], modulation [B, S, 6, D], text [B, L, D]."""
+    def forward(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """times [B, S] -> embedding [B, S, D], modulation [B, S, 6, D]."""
         weight = self.time_embedder.linear_1.weight
         embedding = self.time_embedder(sinusoid(times, self.channels).to(weight.dtype))
-        modulation = self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
-        return embedding, modulation, self.text_embedder(text.to(weight.dtype))
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+    def embed(self, text: Tensor) -> Tensor:
+        """[B, L, Dt] -> [B, L, D]."""
+        return self.text_embedder(text.to(self.text_embedder.linear_1.weight.dtype))
 
 
 class DiT(nn.Module):
@@ -73,11 +76,17 @@ class DiT(nn.Module):
         self.split: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # the tokens that this process computes
         self.merge: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # and all of them again
 
-    def forward(self, latents: Tensor, times: Tensor, text: Tensor) -> Tensor:
+    def hear(self, text: Tensor) -> list[Heard]:
+        """text [B, L, Dt] -> what every block keeps of it, to be given to `forward` in its place at every step."""
+        embedded = self.condition_embedder.embed(text)
+        return [block.attn2.hear(embedded) for block in self.blocks if isinstance(block, Block)]
+
+    def forward(self, latents: Tensor, times: Tensor, text: Tensor | list[Heard]) -> Tensor:
         """latents [B, C, T, H, W], times [B] or [B, S] in 0 (clean) .. 1 (noise), text [B, L, Dt] -> velocity.
 
-        The velocity has the latents' shape and type. S is 1, T / patch (a time for each latent frame) or N (a time for
-        each token). Raises ValueError for other counts, and for sizes that the patch does not divide.
+        Instead of the text may be given what `hear` made of it. The velocity has the latents' shape and type. S is 1,
+        T / patch (a time for each latent frame) or N (a time for each token). Raises ValueError for other counts, and
+        for sizes that the patch does not divide.
         """
         cells = grid(latents, self.config.patch)
         count = cells[0] * cells[1] * cells[2]
@@ -91,12 +100,13 @@ class DiT(nn.Module):
         x = F.linear(
             patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias
         )
-        angles = self.split(rotary(cells, self.config.rope_axes, latents.device), 0)
-        turns = angles.cos()[:, None], angles.sin()[:, None]
-        embedding, modulation, text = self.condition_embedder(times, text)  # [B, S, D], [B, S, 6, D], [B, L, D]
+        cos, sin = turns_of(cells, self.config.rope_axes, latents.device)
+        turns = self.split(cos, 0)[:, None], self.split(sin, 0)[:, None]
+        embedding, modulation = self.condition_embedder(times)  # [B, S, D], [B, S, 6, D]
+        heard = [self.condition_embedder.embed(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         x, modulation = self.split(x, 1), self._split_times(modulation, count)  # [B, n, D]
-        for block in self.blocks:
-            x = block(x, text, modulation, turns)
+        for block, words in zip(self.blocks, heard, strict=True):
+            x = block(x, words, modulation, turns)
 
         shift, scale = (self.scale_shift_table + embedding.float()[:, :, None]).unbind(2)  # [B, S, D]
         x = self.merge(x, 1)  # [B, N, D]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Heard = tuple[Tensor, Tensor]  # keys and values of a text, [B, L, H, K] each
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, N, H, K], k and v [B, M, H, K] -> [B, N, H, K]
 
 
@@ -39,6 +41,13 @@ def rotary(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torc
         shape[axis] = count
         angles.append(turn.view(shape).expand(*cells, -1))
     return torch.cat(angles, -1).flatten(0, 2).float()
+
+
+@lru_cache(maxsize=16)
+def turns_of(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rotary`, [N, K/2] each: the same at every step of a clip."""
+    angles = rotary(cells, axes, device)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, N, H, K], cos and sin [N, 1, K/2]
@@ -87,11 +96,18 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = HeadsRMSNorm(width, eps), HeadsRMSNorm(width, eps)
         self.attend: Attend = attention
 
-    def forward(self, x: Tensor, context: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [B, N, D], context [B, M, D]; turns (cos, sin) rotate queries and keys, None in cross-attention."""
-        q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))  # [B, N, H, K]
+    def hear(self, context: Tensor) -> Heard:
+        """context [B, M, D] -> keys and values [B, M, H, K] each."""
         k = self.norm_k(self.to_k(context)).unflatten(-1, (self.heads, -1))
-        v = self.to_v(context).unflatten(-1, (self.heads, -1))
+        return k, self.to_v(context).unflatten(-1, (self.heads, -1))
+
+    def forward(self, x: Tensor, context: Tensor | Heard, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [B, N, D], context [B, M, D] or what `hear` made of it; turns (cos, sin) rotate queries and keys.
+
+        turns are None in cross-attention.
+        """
+        q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))  # [B, N, H, K]
+        k, v = self.hear(context) if isinstance(context, Tensor) else context
         if turns is not None:
             q, k = rotate(q, *turns), rotate(k, *turns)
         return self.to_out[0](self.attend(q, k, v).flatten(-2))  # [B, N, D]
@@ -132,8 +148,11 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, N, D], text [B, L, D], modulation [B, S, 6, D] where S times divide N (1, frames, or N)."""
+    def forward(self, x: Tensor, text: Tensor | Heard, modulation: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, N, D], text [B, L, D] or what attn2 heard of it, modulation [B, S, 6, D].
+
+        The S times divide N: 1, frames, or N.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation.float()).unbind(
             2
         )  # [B, S, D]

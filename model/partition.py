@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from model.config import Partition
 from model.dit import DiT
-from model.layers import Attention, Block, HeadsRMSNorm, attention
+from model.layers import Attention, Block, HeadsRMSNorm, Heard, attention
 from model.weights import TRANSFORMER, dit_config, transformer_files
 
 Kind = Literal["column", "row", "norm"]
@@ -241,16 +241,24 @@ def gather(x: Tensor, axis: Axis) -> list[Tensor]:
     return parts
 
 
-def both_halves(dit: DiT, x: Tensor, times: Tensor, text: Tensor, negative: Tensor, cfg: Axis) -> tuple[Tensor, Tensor]:
+def own_text(text: Tensor, negative: Tensor, cfg: Axis) -> Tensor:
+    """What this rank reads of prompts and negative prompts [B, L, Dt]: both [2B, L, Dt] where it is alone, else one."""
+    if cfg.group is None:
+        return torch.cat((text, negative))
+    return text if cfg.rank == 0 else negative
+
+
+def both_halves(dit: DiT, x: Tensor, times: Tensor, text: Tensor | list[Heard], cfg: Axis) -> tuple[Tensor, Tensor]:
     """The conditional and the unconditional velocity of x [B, C, T, H, W] at times [B] or [B, S].
 
-    On one rank as one batch of 2B; over two ranks of the cfg axis each computes one and they exchange them.
+    `text` is this rank's (`own_text`), or what `dit.hear` made of it. On one rank the two are one batch of 2B; over two
+    ranks of the cfg axis each computes one and they exchange them.
     """
     if cfg.group is None:
-        velocity = dit(torch.cat((x, x)), torch.cat((times, times)), torch.cat((text, negative)))
+        velocity = dit(torch.cat((x, x)), torch.cat((times, times)), text)
         conditional, unconditional = velocity.chunk(2)
     else:
-        conditional, unconditional = gather(dit(x, times, text if cfg.rank == 0 else negative), cfg)
+        conditional, unconditional = gather(dit(x, times, text), cfg)
     return conditional, unconditional
 
 
@@ -285,7 +293,7 @@ def self_test(
     times = torch.tensor([[0.9, 0.5, 0.0]], device=device)
 
     def velocities(network: DiT, cfg: Axis) -> Tensor:
-        return torch.stack(both_halves(network, latents, times, text, negative, cfg)).float()
+        return torch.stack(both_halves(network, latents, times, own_text(text, negative, cfg), cfg)).float()
 
     mine = velocities(dit, groups.cfg)
     truth, rounded = torch.zeros_like(mine), torch.zeros_like(mine)

@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model.dit import DiT
+    from model.layers import Heard
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
 
 PROMPTS_KEPT = 256
+HEARD_BYTES = 64 << 20  # of keys and values that are worth keeping from step to step
 
 
 class Inbox:
@@ -155,13 +157,14 @@ class Rank:
         plan = windows(first.given, self.frame_step)
         times = times_from(schedule(first.steps, first.shift, first.solver), first.strength or 1.0)
         text, negative = self._prepare(specs)  # [B, L, Dt] twice
+        texts = [self._heard(dit, text, negative, first.guidance) for dit in self.experts]
         canvas = Canvas(first.given, *given_frames(specs), self.frame_step) if self.rank == 0 else None
         clock.lap("text")
         steps = 0
         for number, window in enumerate(plan):
             x = self._begin(specs, number, window, canvas)  # [B, C, T, H, W]
             clock.lap("decode")
-            velocity = self._velocity(first.guidance, text, negative, window.known(self.frame_step))
+            velocity = self._velocity(first.guidance, texts, window.known(self.frame_step))
             walk = denoise(whole_times(velocity, first.solver), x, times, first.solver)
             while len(stopped) < len(specs) and (after := next(walk, None)) is not None:
                 x, steps = after, steps + 1
@@ -186,20 +189,31 @@ class Rank:
             done = {"type": "done", "job": job, "cancelled": sorted(stopped), "seconds": seconds, "started": started}
             self.wire.send({**done, "time": time.time()})
 
+    def _heard(self, dit: DiT, text: Tensor, negative: Tensor, guidance: float) -> Tensor | list[Heard]:
+        """What a transformer is given of the prompts at every step.
+
+        Its blocks' keys and values, unless these are large: beside a long clip making them anew costs next to nothing.
+        """
+        from model.partition import own_text
+
+        mine = text if guidance == 1 else own_text(text, negative, self.groups.cfg)
+        size = 2 * mine.shape[0] * mine.shape[1] * dit.config.width // self.groups.tp.size * dit.config.layers
+        return dit.hear(mine) if size * dit.proj_out.weight.element_size() <= HEARD_BYTES else mine
+
     def _velocity(
-        self, guidance: float, text: Tensor, negative: Tensor, known: Sequence[bool]
+        self, guidance: float, texts: Sequence[Tensor | list[Heard]], known: Sequence[bool]
     ) -> Callable[[Tensor, float], Tensor]:
         """The guided velocity of latents [B, C, T, H, W] at a time, `known` latent frames held.
 
         Where there are two experts, the first one works above the boundary and the second one below.
         """
-        experts = [hold(self._predictor(dit, guidance, text, negative), known) for dit in self.experts]
+        experts = [
+            hold(self._predictor(dit, guidance, text), known) for dit, text in zip(self.experts, texts, strict=True)
+        ]
         boundary = self.boundary or 0.0
         return lambda x, now: experts[now < boundary](x, now)
 
-    def _predictor(
-        self, dit: DiT, guidance: float, text: Tensor, negative: Tensor
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+    def _predictor(self, dit: DiT, guidance: float, text: Tensor | list[Heard]) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity of latents [B, C, T, H, W] at times [B] or [B, T]."""
         from model.diffusion import guide
         from model.partition import both_halves
@@ -207,7 +221,7 @@ class Rank:
         def predict(x: Tensor, times: Tensor) -> Tensor:
             if guidance == 1:  # the conditional prediction itself: there is nothing to compare it with
                 return dit(x, times, text)
-            return guide(*both_halves(dit, x, times, text, negative, self.groups.cfg), guidance)
+            return guide(*both_halves(dit, x, times, text, self.groups.cfg), guidance)
 
         return predict
 

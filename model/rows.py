@@ -35,8 +35,8 @@ class DividedDecoder:
             if isinstance(module, nn.Conv2d | nn.Conv3d) and (reach := module.kernel_size[-2] // 2):
                 self._divide(module, reach)
             elif type(module).__name__ == "WanAttentionBlock":
-                module.register_forward_pre_hook(lambda _, given: (self._all_rows(given[0]),))
-                module.register_forward_hook(lambda _, __, made: self._own_rows(made))
+                module.register_forward_pre_hook(self._before_attention)
+                module.register_forward_hook(self._after_attention)
 
     def decode(self, latents: Tensor) -> Frames | None:
         """latents [1, C, T, H, W], the same on all ranks -> frames [T, H, W, 3] on rank 0, None on the others."""
@@ -80,6 +80,12 @@ class DividedDecoder:
         for step in dist.batch_isend_irecv(steps) if steps else ():
             step.wait()
         return torch.cat((above, x, below), -2)
+
+    def _before_attention(self, _: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        return (self._all_rows(given[0]),)
+
+    def _after_attention(self, _: nn.Module, __: tuple[Tensor], made: Tensor) -> Tensor:
+        return self._own_rows(made)
 
     def _all_rows(self, x: Tensor) -> Tensor:
         """[..., h, W] -> [..., H, W]; shares may differ by one latent row, so they are padded on the way."""

@@ -10,8 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.checkpoint import rank_bytes
 from model.config import Partition
-from model.partition import Axis, both_halves, connect, groups_of, load_partitioned, parameter_bytes, self_test
+from model.partition import (
+    Axis,
+    both_halves,
+    connect,
+    groups_of,
+    load_partitioned,
+    own_text,
+    parameter_bytes,
+    self_test,
+)
 from model.weights import load_dit
 
 PARTITIONS = {2: ["tp=2", "sp=2", "cfg=2"], 4: ["cfg=2,tp=2", "cfg=2,sp=2", "sp=2,tp=2", "tp=4", "sp=4"]}
@@ -39,11 +49,14 @@ def check(path: Path, short: Path, partition: str) -> dict[str, Any]:
     whole, mine = load_dit(path, torch.float32), load_partitioned(path, groups, torch.float32, "cpu")
     for kind in INPUTS:
         latents, times, text, negative = inputs(kind)
-        wanted = torch.cat(both_halves(whole, latents, times, text, negative, Axis()))
-        got = torch.cat(both_halves(mine, latents, times, text, negative, groups.cfg))
-        found[f"error {kind}"] = float((got - wanted).abs().max())
+        wanted = torch.cat(both_halves(whole, latents, times, own_text(text, negative, Axis()), Axis()))
+        read = own_text(text, negative, groups.cfg)
+        for what, words in (("error", read), ("error heard", mine.hear(read))):
+            got = torch.cat(both_halves(mine, latents, times, words, groups.cfg))
+            found[f"{what} {kind}"] = float((got - wanted).abs().max())
         found[f"size {kind}"] = float(wanted.abs().max())
     found["bytes"], found["whole bytes"] = parameter_bytes(mine.blocks), parameter_bytes(whole.blocks)
+    found["predicted"], found["loaded"] = rank_bytes(path, Partition.parse(partition), 4), parameter_bytes(mine)
     found["self test"] = self_test(mine, path, groups, torch.float32, "cpu").error
     in_bfloat = load_partitioned(short, groups, torch.bfloat16, "cpu")
     bfloat = self_test(in_bfloat, short, groups, torch.bfloat16, "cpu")

@@ -67,10 +67,12 @@ def test_divided_equals_whole(world: int, models: tuple[Path, Path]) -> None:
         for partition, values in found.items():
             for kind in INPUTS:
                 assert values[f"error {kind}"] <= 1e-5, (partition, kind)
+                assert values[f"error heard {kind}"] <= 1e-5, (partition, kind)
                 assert values[f"size {kind}"] > 0.1, "a network that says nothing proves nothing"
             tp = Partition.parse(partition).tp
             # what is not divided: row biases, modulation tables and the cross-attention norm
             assert values["whole bytes"] / tp <= values["bytes"] <= values["whole bytes"] * (1 / tp + 0.03)
+            assert values["predicted"] == values["loaded"]
             assert values["self test"] <= 1e-5
             error, bound = values["bfloat16 self test"]
             assert 0 < bound < 0.2 and error <= bound
