@@ -328,6 +328,8 @@ def train_decoder(recipe: Recipe) -> None:
     """
     bucket = recipe.buckets[0]
     chunks, latents = clips_of(recipe, bucket), latents_of(recipe, bucket)
+    clips = range(recipe.held_back, len(latents))
+    turns = turns_of(recipe, bucket, clips)
     average = trained_vae(recipe, finished=False)
     vae = copy.deepcopy(average)
     optimizer = torch.optim.AdamW(
@@ -346,7 +348,7 @@ def train_decoder(recipe: Recipe) -> None:
         share = step / recipe.decoder_steps
         _set_rate(optimizer, recipe.decoder_rate * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * share)))
         rng = random.Random(f"{recipe.seed}/decoder/{step}")
-        error = error_of(vae, [rng.randrange(recipe.held_back, len(latents)) for _ in range(DECODED)])
+        error = error_of(vae, rng.choices(clips, cum_weights=turns, k=DECODED))
         loss = 0.5 * error.abs().mean() + error.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -481,6 +483,12 @@ def how_often(scene: world.Scene) -> int:
     return HARD_OFTEN if len(scene.solids) == 2 or scene.motion == "spin" else 1
 
 
+def turns_of(recipe: Recipe, bucket: Bucket, clips: Iterable[int]) -> list[int]:
+    """Cumulative weights to draw the clips of a shape by: the world's by `how_often`, others evenly."""
+    even = recipe.captions is not None
+    return list(accumulate(1 if even else how_often(scene_of(recipe.seed, bucket, k)) for k in clips))
+
+
 class Stock:
     """The clips of one shape that the transformer is trained on, as latents."""
 
@@ -490,9 +498,7 @@ class Stock:
         self.ends = load_file(path)["ends"] if path.exists() else self.latents[:0]
         self.lengths = end_lengths(bucket)
         self.clips = range(recipe.held_back, len(self.latents))
-        world_itself = recipe.captions is None
-        often = (how_often(scene_of(recipe.seed, bucket, k)) if world_itself else 1 for k in self.clips)
-        self.turns = list(accumulate(often))
+        self.turns = turns_of(recipe, bucket, self.clips)
 
     def draw(self, known: Tensor, rng: random.Random) -> tuple[list[int], Tensor]:
         """The numbers of B clips, and their latents [B, C, T, H, W], of which the frames `known` [B, T] are given.
