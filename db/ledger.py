@@ -70,6 +70,9 @@ _ANALYZE_FROM = 2000  # clips at which a request changes the statistics that pla
 _PLANNING = 0x506C616E  # advisory lock: "Plan"
 
 
+FILES = "files"  # in a card: what of the model lies in the store
+
+
 class RequestNotFound(LookupError):
     """No request has this id; `rushes history` lists the ids there are."""
 
@@ -620,13 +623,17 @@ def _end_clips(session: Session, request_id: str) -> int:
 
 
 def register_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
-    """Note the weights of this digest; said again it refreshes where they lie and adds to what is known of them."""
+    """Note the weights of this digest; said again it refreshes where they lie and adds to what is known of them.
+
+    Weights that lie in the store (db/models.py) keep the name they were added under, whatever their folder is called.
+    """
     known = upsert(Model).values(digest=digest, name=name, path=path, card=dict(card))
+    stays = case((Model.card.has_key(FILES), Model.name), else_=known.excluded.name)
     change(
         session,
         known.on_conflict_do_update(
             index_elements=[Model.digest],
-            set_={"name": name, "path": path, "card": Model.card.concat(known.excluded.card)},
+            set_={"name": stays, "path": path, "card": Model.card.concat(known.excluded.card)},
         ),
     )
 

@@ -13,9 +13,9 @@ from alembic.script import ScriptDirectory
 
 import db
 from db.session import connect
+from flows.models import card_of
 from flows.settings import Settings
 from model.config import Partition
-from model.weights import find_model
 
 
 def schema(url: str) -> str:
@@ -47,7 +47,7 @@ def store(settings: Settings) -> str:
 
 def weights(settings: Settings) -> str:
     """The model that engines load is there, and can be divided as they are to divide it."""
-    card = find_model(settings.model)
+    card = card_of(settings, settings.model)
     partition = Partition.parse(settings.partition)
     partition.check_heads(card.heads)
     return f"{card.name} {card.digest[:12]} on {partition.world} ranks ({partition})"

@@ -38,7 +38,12 @@ EXITS = {
     "flows.evaluation.EvaluationFailed": FAILED,
     "flows.prefect_api.PrefectUnavailable": FAILED,
     "model.weights.ModelNotFound": BAD_INPUT,
+    "model.checkpoint.BadCheckpoint": BAD_INPUT,
+    "model.checkpoint.NotEnoughMemory": FAILED,
     "model.engine.EngineError": FAILED,
+    "flows.models.BadName": BAD_INPUT,
+    "flows.models.BrokenModel": FAILED,
+    "db.models.NameTaken": BAD_INPUT,
     "db.ledger.RequestNotFound": BAD_INPUT,
     "db.ledger.RequestNotReady": FAILED,
     "db.history.SqlFailed": BAD_INPUT,
@@ -319,7 +324,7 @@ MADE_FROM = "What prompts are made from that do not say so themselves"
 def submit(
     file: Annotated[str, typer.Argument(help="Prompts as JSONL, CSV or text; - reads standard input.")],
     name: Annotated[str | None, typer.Option(help="What you call this batch (default: the file's name).")] = None,
-    model: Annotated[str | None, typer.Option(help="Shipped name or folder of the model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 96x64.", rich_help_panel=SETTING)] = None,
     frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second.", rich_help_panel=SETTING)] = None,
@@ -429,13 +434,13 @@ def submit(
 
 def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_invalid: bool) -> tuple[str, str | None]:
     """Checks and submits; (request id, flow run id or None if the ledger has all of it already)."""
+    from flows.models import card_of
     from flows.prompts import BadFile, strange_shapes
     from flows.submit import check_file, readable
     from flows.submit import submit as send
-    from model.weights import find_model
 
     options = {"model": settings.model, **options, "skip_invalid": skip_invalid}
-    card = find_model(options["model"])
+    card = card_of(settings, options["model"])
     with readable(file) as (source, path):
         options.setdefault("name", Path(source).name)
         try:
@@ -581,17 +586,17 @@ def _export(settings: Settings, request: str, folder: Path, *, quiet: bool = Fal
 @app.command(rich_help_panel=REQUESTS)
 def rewrite(
     prompt: Annotated[str, typer.Argument(help="In your own words.")],
-    model: Annotated[str | None, typer.Option(help="Shipped name or folder of the model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
     image: Annotated[bool, typer.Option("--image", help="For a picture, which tells no motion.")] = False,
     format: Format = "table",
 ) -> None:
     """Show what a prompt would be rewritten to, and which of its words mean nothing to the model."""
+    from flows.models import card_of
     from flows.rewriting import rewriter_of, try_out
     from flows.show import show_one
-    from model.weights import find_model
 
     settings = _settings()
-    card = find_model(model or settings.model)
+    card = card_of(settings, model or settings.model)
     with rewriter_of(settings, card) as rewriter:
         if rewriter is None:
             fail(f"{card.name} brings no rewriter and RUSHES_REWRITER_URL is not set: prompts stay as they are")
@@ -789,7 +794,7 @@ def _need(_: str) -> None:
 
 @app.command(rich_help_panel=OPERATION)
 def engine(
-    model: Annotated[str | None, typer.Option(help="Shipped name or folder of the model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
     partition: Annotated[str | None, typer.Option(help="How to divide it over ranks: tp=2, or cfg=2,sp=2.")] = None,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where the ranks compute.")] = None,
     linger: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for more work.")] = None,
@@ -875,7 +880,7 @@ def recaption(
         Literal["captioner", "vision"],
         typer.Option(help="The model's captioner, or the vision-language model of RUSHES_VISION_URL."),
     ] = "captioner",
-    model: Annotated[str, typer.Option(help="Whose captioner: a shipped name or a folder.")] = "mini",
+    model: Annotated[str, typer.Option(help="Whose captioner: a name or a folder.")] = "mini",
     name: Annotated[str | None, typer.Option(help="Of the new data set (default: that of the old).")] = None,
     licence: Annotated[str | None, typer.Option(help="Of the videos.")] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Wait for the captions.")] = False,
@@ -929,7 +934,7 @@ def _submit_run(deployment: str, request: dict[str, Any], watch: bool) -> None:
 
 @app.command(name="eval", rich_help_panel=TRAINING)
 def eval_(
-    model: Annotated[str, typer.Argument(help="A shipped name or a folder.")] = "mini",
+    model: Annotated[str, typer.Argument(help="A name or a folder.")] = "mini",
     prompts: Annotated[int, typer.Option(min=1, help="How many; all else that is measured grows with it.")] = 256,
     modes: Annotated[int, typer.Option(min=0, help="Clips of every mode; 0 leaves modes out.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -947,10 +952,10 @@ def eval_(
     is started unless the ledger is elsewhere.
     """
     from flows.evaluation import JUDGE, evaluate, find_judge
-    from model.weights import find_model
+    from flows.models import resolve
 
-    card, jury = find_model(model), find_judge(judge or JUDGE)
     settings = _settings()
+    card, jury = resolve(settings, model), find_judge(judge or JUDGE)
     if settings.database_url is None or settings.stack_file.exists():
         _up(settings)
         settings = _settings()  # again: they now know where the stack is
@@ -988,6 +993,56 @@ def datasets_(
             columns = ["index", "file", "start", "width", "height", "frames", "caption"]
             columns += ["before"] if found.parent else []
     show_rows(rows, columns, format)
+
+
+models = typer.Typer(invoke_without_command=True)
+app.add_typer(models, name="models", rich_help_panel=TRAINING)
+
+
+@models.callback()
+def models_(
+    context: typer.Context,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    format: Format = "table",
+) -> None:
+    """List the models that the ledger knows, or add one.
+
+    Those with bytes were added: their files lie in the store, and wherever a
+    model is asked for, their name or digest will do.
+    """
+    if context.invoked_subcommand:
+        return
+    from db.models import latest_models
+    from flows.ledgers import reading
+    from flows.models import as_row
+    from flows.show import show_rows
+
+    with reading(_settings()) as session:
+        rows = [as_row(model) for model in latest_models(session, limit)]
+    if format == "table":
+        rows = [{**row, "digest": row["digest"][:12]} for row in rows]
+    show_rows(rows, ["name", "digest", "parameters", "bytes", "trained", "dataset", "created_at"], format)
+
+
+@models.command()
+def add(
+    path: Annotated[Path, typer.Argument(help="A folder in the diffusers layout, with safetensors.")],
+    name: Annotated[str | None, typer.Option(help="What it is to be called (default: its own name).")] = None,
+    format: Format = "table",
+) -> None:
+    """Check a model folder, put it into the store, and record it.
+
+    Every engine can fetch it then: by the name that it was added under, or by
+    its digest. Added again, nothing is sent that is there.
+    """
+    from flows.models import add as add_model
+    from flows.show import show_one
+
+    added = add_model(_settings(), path, name)
+    show_one(added.facts(), format)
+    if added.already:
+        sent = f"{_count(added.sent, 'lost file')} sent again" if added.sent else "nothing was sent"
+        typer.echo(f"rushes: {added.name} is there already: {sent}", err=True)
 
 
 def main() -> None:

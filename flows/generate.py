@@ -45,6 +45,7 @@ from db.ledger import NewClip, NewRequest, Progress
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus
 from flows import engines, plan
 from flows.ledgers import ledger as ledger_of
+from flows.models import BrokenModel, card_of
 from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
@@ -67,7 +68,7 @@ from flows.settings import Settings, load_settings
 from flows.sources import Sources, of_run
 from infra.store import NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
-from model.weights import ModelCard, ModelNotFound, find_model
+from model.weights import ModelCard, ModelNotFound
 
 POLL = 1.0  # seconds between two looks at the ledger
 REPORT = 5.0  # seconds between two reports to the UI, at least
@@ -113,7 +114,7 @@ def make_clips(
     log = get_run_logger()
     try:
         source = find_source(settings, ledgers, store, request)
-    except (BadUri, BadFile, ModelNotFound, NoSuchKey) as error:
+    except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
         return refuse([str(error)])
     checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
     if wrong or (checked.bad and not request.skip_invalid):
@@ -162,9 +163,9 @@ class Source:
 def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest) -> Source:
     """Finds the prompts, puts inline ones into the store (so that every request can be read again), checks all of them.
 
-    Raises BadUri, BadFile, NoSuchKey and ModelNotFound.
+    Raises BadUri, BadFile, NoSuchKey, ModelNotFound and BrokenModel.
     """
-    card = find_model(request.model)
+    card = card_of(settings, request.model)
     defaults = request.resolve(card)
     if request.prompts:
         data = request.inline_bytes()

@@ -28,13 +28,14 @@ from db.datasets import ClipOfDataset, DatasetNotFound, DatasetRow, NewDataset
 from db.tables import CaptionOrigin
 from flows.datasets import as_cut, cuts_of, find_dataset, source_of
 from flows.ledgers import ledger as ledger_of
+from flows.models import BrokenModel, resolve
 from flows.request import digest_of
 from flows.settings import PREFIX, Settings, WrongSetting, load_settings
 from infra.tracing import flush, setup_tracing
 from model.config import Shape
 from model.data import BadData, Cut, Source, digest
 from model.vision import FRAMES, OF_AN_IMAGE, QUESTION, VisionModel
-from model.weights import ModelNotFound, find_model
+from model.weights import ModelNotFound
 
 SHARD = 64  # clips
 QUESTIONS = 8  # clips of a shard for a vision-language model: answers that a failure may lose
@@ -89,7 +90,7 @@ def recaption(request: Recaption) -> State[Any]:
         with ledger_of(settings) as ledgers:
             old = find_dataset(settings, ledgers, request.data, licence=request.licence).row
             new = write_anew(settings, ledgers, old, pen_of(settings, request), request.name or old.name)
-    except (BadData, DatasetNotFound, ModelNotFound, WrongSetting, NoCaptions) as error:
+    except (BadData, DatasetNotFound, ModelNotFound, BrokenModel, WrongSetting, NoCaptions) as error:
         return Failed(message=str(error), name="BadInput")
     finally:
         flush()
@@ -101,7 +102,7 @@ class NoCaptions(ValueError):
 
 
 def pen_of(settings: Settings, request: Recaption) -> Pen:
-    """Raises ModelNotFound, NoCaptions and WrongSetting."""
+    """Raises ModelNotFound, BrokenModel, NoCaptions and WrongSetting."""
     if request.author == "vision":
         url, name, key = settings.vision_url, settings.vision_model, settings.vision_key
         if not url or not name:
@@ -110,7 +111,7 @@ def pen_of(settings: Settings, request: Recaption) -> Pen:
         told = digest_of([QUESTION, OF_AN_IMAGE, FRAMES, ENLARGED])[:12]
         author = f"{name} at {url}, told {told}"
         return Pen(CaptionOrigin.VISION, author, lambda: VisionModel(url, name, secret), QUESTIONS, ENLARGED)
-    folder = find_model(request.model).path
+    folder = resolve(settings, request.model).path
     from model.captioner import NoCaptioner, Reporter, captioner_digest
 
     try:

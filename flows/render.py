@@ -34,6 +34,7 @@ from db.leases import Lease, LeasedClip, LeaseLost, NewArtifact
 from db.tables import ClipDirection, ClipMode
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
+from flows.models import resolve
 from flows.settings import Settings, load_settings
 from infra.store import NoSuchKey, Store, StoreUnavailable
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
@@ -42,7 +43,7 @@ from model.config import Partition
 from model.encode import encode_mp4, encode_png
 from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed
 from model.media import BadMedia, read_frames
-from model.weights import ModelCard, find_model
+from model.weights import ModelCard
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 IDLE = 1.0  # seconds between two looks for work
@@ -105,7 +106,7 @@ def run_engine(
     say: Callable[[str], None] = log.info,
 ) -> Done:
     """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens."""
-    card, partition = find_model(settings.model), Partition.parse(settings.partition)
+    card, partition = resolve(settings, settings.model), Partition.parse(settings.partition)
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
     work = work or (lambda shard: shard.run())

@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     prompts_folder: Path | None = Field(
         default=None, description="prompts_uri may name files below it; default: home/prompts"
     )
-    model: str = Field(default="mini", min_length=1, description="Model that engines load: a shipped name or a folder")
+    model: str = Field(default="mini", min_length=1, description="Model that engines load: a name or a folder")
     partition: str = Field(
         default="tp=2", description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…"
     )

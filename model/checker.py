@@ -39,6 +39,7 @@ NARROW, WIDE = 64, 128
 UNSURE = 0.15  # standard deviation of the noise in training: a generated latent is never quite a real one
 HELD_STILL = 2000  # clips of one frame that stands, which is how a solid is compared before and after something
 PASSING = 2000  # the same of scenes in which one solid passes behind another
+STOPPED = 1500  # and of spins: without them a judge says of any lone cube before a standing camera that it spins
 UNSEEN = 2000  # clips of held-out combinations, which the generator never sees and its judge must know
 WEIGHTS = "checker.safetensors"
 T = TypeVar("T")
@@ -118,19 +119,19 @@ def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
 
 def still_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
     """Encoded clips that show the first or the last frame of a scene all the time, and the scene that this is."""
-    # Of two of which one bounces it is a matter of chance which side is whose.
-    shown = [
-        _scene_with(random.Random(f"{recipe.seed}/still/{k}"), lambda s: s.motion != "bounce" or len(s.solids) == 1)
-        for k in range(HELD_STILL)
-    ]
-    passing = [
-        _scene_with(random.Random(f"{recipe.seed}/passing/{k}"), lambda s: s.motion == "behind") for k in range(PASSING)
-    ]
-    latents = [
-        _encoded(recipe, name, [(scene, k % 2) for k, scene in enumerate(scenes)], _stopped)
-        for name, scenes in (("held_still", shown), ("held_passing", passing))
-    ]
-    return torch.cat(latents), [held_still(scene, k % 2) for some in (shown, passing) for k, scene in enumerate(some)]
+    kinds: dict[str, tuple[int, Callable[[world.Scene], bool]]] = {
+        # Of two of which one bounces it is a matter of chance which side is whose.
+        "still": (HELD_STILL, lambda s: s.motion != "bounce" or len(s.solids) == 1),
+        "passing": (PASSING, lambda s: s.motion == "behind"),
+        "spin": (STOPPED, lambda s: s.motion == "spin"),
+    }
+    latents: list[Tensor] = []
+    scenes: list[world.Scene] = []
+    for kind, (count, wanted) in kinds.items():
+        some = [_scene_with(random.Random(f"{recipe.seed}/{kind}/{k}"), wanted) for k in range(count)]
+        latents.append(_encoded(recipe, f"held_{kind}", [(scene, k % 2) for k, scene in enumerate(some)], _stopped))
+        scenes += [held_still(scene, k % 2) for k, scene in enumerate(some)]
+    return torch.cat(latents), scenes
 
 
 def _scene_with(rng: random.Random, wanted: Callable[[world.Scene], bool]) -> world.Scene:
@@ -180,7 +181,7 @@ def train(recipe: Recipe, out: Path, steps: int, batch: int = 64, start: Path | 
     latents = latents_of(recipe, bucket)
     seen = latents, [scene_of(recipe.seed, bucket, k) for k in range(len(latents))]
     unseen, still = unseen_latents(recipe), still_latents(recipe)
-    parts = (seen, unseen, still, still)  # those that stand make up nearly a quarter
+    parts = (seen, unseen, still, still)  # those that stand make up three tenths
     latents = torch.cat([part for part, _ in parts])
     truth = labels_of([scene for _, scenes in parts for scene in scenes])
     torch.manual_seed(recipe.seed)

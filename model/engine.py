@@ -31,6 +31,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from model.checkpoint import NotEnoughMemory, check_memory, free_bytes
 from model.conditioning import Frames, Given
 from model.config import Partition
 from model.weights import find_model
@@ -230,6 +231,12 @@ class Engine:
         """
         if self._ranks:
             return
+        if self.device == "cpu":  # a rank looks at its own GPU itself
+            size = 4 if self.dtype == "float32" else 2
+            try:
+                check_memory(self.card.path, self.partition, free_bytes("cpu"), size, "cpu")
+            except NotEnoughMemory as error:
+                raise StartFailed(str(error)) from None
         try:
             self._spawn()
             self.ready = tuple(self._greeting(rank) for rank in range(self.partition.world))

@@ -99,6 +99,7 @@ class Rank:
         import torch
 
         from model import partition
+        from model.checkpoint import check_memory, free_bytes
         from model.rows import DividedDecoder
         from model.weights import load_text, load_vae
 
@@ -114,6 +115,7 @@ class Rank:
         self.world = divided.world
         if self.device == "cuda":
             torch.cuda.set_device(self.rank)
+            check_memory(path, divided, free_bytes(self.device), dtype.itemsize, self.device)
         laps = {"import": time.perf_counter() - started}
 
         def lap(name: str) -> None:

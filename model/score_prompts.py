@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -81,7 +81,8 @@ def users_prompts(most: int) -> list[UsersPrompt]:
 def judges_scenes(count: int, behind: int) -> list[world.Scene]:
     """Scenes to try a judge on: `count` as they come, and more until in `behind` one solid passes behind the other.
 
-    Only these show every attribute: a second solid, and the side that the first one goes to.
+    Only these show every attribute: a second solid, and the side that the first one goes to. Every spin comes once more
+    at rest: lone cubes before a standing camera mostly spin, and a judge that says so of all of them would seem right.
     """
     rng = random.Random("score/judge")
     scenes = [world.sample_scene(rng) for _ in range(count)]
@@ -91,7 +92,7 @@ def judges_scenes(count: int, behind: int) -> list[world.Scene]:
         if scene.motion == "behind":
             scenes.append(scene)
             passing += 1
-    return scenes
+    return scenes + [replace(scene, motion="still") for scene in scenes if scene.motion == "spin"]
 
 
 # --- what prompts ask for ---------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from model.config import DiTConfig, Shape, VAEConfig
@@ -134,7 +134,12 @@ def _release(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_digest(path: Path) -> str:
-    """sha256 over (relative name, sha256 of content) of every file that a model renders from, in name order.
+    """The digest of a model folder: that over the files that it renders from (`covered_files`)."""
+    return digest_of((file.relative_to(path).as_posix(), file_digest(file)) for file in covered_files(path))
+
+
+def covered_files(path: Path) -> list[Path]:
+    """Every file that a model renders from, in name order.
 
     Those are `rushes.json`, `model_index.json` and the JSON, safetensors and tokenizer files of the folders it names.
     What else lies there (a model card, a rewriter, a captioner, an evaluation) changes no pixel, and so no recipe.
@@ -142,13 +147,20 @@ def folder_digest(path: Path) -> str:
     index = path / "model_index.json"
     named = [part for part in read_json(index) if not part.startswith("_")] if index.is_file() else ["."]
     files = {file for part in named for file in (path / part).rglob("*")} | {index, path / "rushes.json"}
+    return sorted(f for f in files if f.suffix in (".json", ".safetensors", ".txt", ".model") and f.is_file())
+
+
+def digest_of(files: Iterable[tuple[str, str]]) -> str:
+    """sha256 over (relative name, sha256 of content) of files, in name order."""
     whole = hashlib.sha256()
-    for file in sorted(f for f in files if f.suffix in (".json", ".safetensors", ".txt", ".model") and f.is_file()):
-        with file.open("rb") as stream:
-            whole.update(
-                f"{file.relative_to(path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
-            )
+    for name, sha256 in sorted(files, key=lambda file: PurePosixPath(file[0])):
+        whole.update(f"{name}\0{sha256}\n".encode())
     return whole.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

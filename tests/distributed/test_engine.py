@@ -5,6 +5,7 @@ Starting ranks costs seconds, so one engine serves many tests here. Where a test
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,16 @@ def test_every_rank_holds_its_part_and_tested_it(engine: Engine) -> None:
             info.parameter_bytes < 0.75 * whole
         )  # the embedders, whole on every rank, are a large part of a tiny model
         assert 0 < info.self_test <= 1e-5
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "huge")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"ffn_dim": 10**10}))
+    engine = Engine(folder, Partition(tp=2))
+    with pytest.raises(StartFailed, match=r"needs \d+\.\d GiB a rank .* are free on cpu: no partition would fit"):
+        engine.start()
+    assert not engine.running
 
 
 def test_clips_come_with_frames_times_and_steps(engine: Engine) -> None:

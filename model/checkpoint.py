@@ -1,0 +1,504 @@
+"""What a model folder holds, told without loading it: is it whole, is it a model that is computed here, does it fit.
+
+Only JSON files and the headers of safetensors are read, a few megabytes of what may be a hundred gigabytes; a pickle is
+never opened. What the headers say is compared with the network that `config.json` describes, built without memory:
+that alone needs torch, which is imported then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from model.config import DiTConfig, Partition, VAEConfig
+from model.weights import SECOND, TRANSFORMER, WEIGHTS, covered_files, dit_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+INDEX, CONFIG, VAE, TEXT, TOKENIZER = "model_index.json", "config.json", "vae", "text_encoder", "tokenizer"
+TEXT_WEIGHTS = "model.safetensors"  # as transformers calls them
+KNOWN = {  # the classes that are computed here, by the folder they lie in
+    TRANSFORMER: ("WanTransformer3DModel",),
+    SECOND: ("WanTransformer3DModel",),
+    VAE: ("AutoencoderKLWan", "CausalVideoVAE"),
+    TEXT: ("UMT5EncoderModel",),
+}
+OURS = ("WanTransformer3DModel", "CausalVideoVAE")  # classes that are loaded strictly: no tensor may be left over
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+MAX_HEADER = 100_000_000  # bytes; the bound of safetensors itself
+BITS = {  # of an element of each type that safetensors knows
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+FLOATS = ("F16", "BF16", "F32", "F64")  # types that weights can be taken from without a scale that lies elsewhere
+AGAIN = "fetch the folder again"
+GIB = 1 << 30
+
+
+class BadCheckpoint(ValueError):
+    """The folder is incomplete, damaged, or holds a model that is not computed here. The message says what to do."""
+
+
+class NotEnoughMemory(ValueError):
+    """The model does not fit into memory in this partition. The message says how much it needs and what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as a safetensors header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One folder of a model that holds weights."""
+
+    folder: Path
+    kind: str  # the class that computes it
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.parameters for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A model folder in which all is well."""
+
+    path: Path
+    parts: Mapping[str, Part]
+    boundary: float | None  # the time below which the second expert takes over, if there is one
+
+    @property
+    def parameters(self) -> int:
+        """Of the transformer, or of both experts together."""
+        return sum(part.parameters for name, part in self.parts.items() if name in (TRANSFORMER, SECOND))
+
+    @property
+    def bytes(self) -> int:
+        """Of all weight files."""
+        return sum(file.stat().st_size for part in self.parts.values() for file in part.files)
+
+
+def check_folder(path: Path) -> Checked:
+    """Looks at everything that rendering will read of a folder in the diffusers layout. Raises BadCheckpoint."""
+    index = _object(path / INDEX)
+    named = _folders(path, index)
+    boundary = _boundary(path, index)
+    parts = {name: _part(path / name, named[name]) for name in KNOWN if name in named}
+    _fit_together(path, parts)
+    for part in parts.values():
+        _compare(part)
+    for file in covered_files(path):
+        if not file.stat().st_size:
+            raise BadCheckpoint(f"{file} is empty: fetch it again")
+    return Checked(path=path, parts=parts, boundary=boundary)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _folders(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The folders that model_index.json names, each with its class; what it sets to null it does not name."""
+    entries = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    named = {name: str(value[-1]) for name, value in entries.items() if any(value)}
+    for name in named:
+        if PurePosixPath(name).name != name or not (path / name).is_dir():
+            raise BadCheckpoint(f"{path / INDEX} names the folder {name}, which is not there: {AGAIN}")
+    for name in (TRANSFORMER, VAE, TEXT, TOKENIZER):
+        if name not in named:
+            raise BadCheckpoint(f"{path / INDEX} names no {name}: name a folder of a whole text-to-video pipeline")
+    if not any((path / TOKENIZER / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise BadCheckpoint(f"{path / TOKENIZER} has neither tokenizer.json nor spiece.model: {AGAIN}")
+    if SECOND not in named and (path / SECOND).is_dir():
+        raise BadCheckpoint(f"{path / SECOND} is there, but {INDEX} does not name it: name it there, or remove it")
+    return named
+
+
+def _boundary(path: Path, index: Mapping[str, Any]) -> float | None:
+    """Where the second expert takes over: an index has both that time and that expert, or neither."""
+    boundary, second = index.get("boundary_ratio"), (path / SECOND).is_dir()
+    if second and boundary is None:
+        raise BadCheckpoint(
+            f"{path / INDEX} names {SECOND} and no boundary_ratio: set it to the time at which {SECOND} takes over "
+            "(0.875 in Wan 2.2 T2V-A14B)"
+        )
+    if boundary is None:
+        return None
+    if not second:
+        raise BadCheckpoint(f"{path / INDEX} has boundary_ratio={boundary} and no {SECOND}: {AGAIN}, or set it to null")
+    if not isinstance(boundary, int | float) or not 0 < boundary < 1:
+        raise BadCheckpoint(f"{path / INDEX}: boundary_ratio={boundary!r} must be a number between 0 and 1")
+    return float(boundary)
+
+
+def _part(folder: Path, named: str) -> Part:
+    """A folder's weights by their headers, as what `config.json` calls them, or else `named`, as the index does."""
+    config, known = _object(folder / CONFIG), KNOWN[folder.name]
+    kind = config.get("_class_name") or (config.get("architectures") or [named])[0]
+    if kind not in known:
+        raise BadCheckpoint(
+            f"{folder / CONFIG} calls for {kind}, which is not computed here: "
+            f"{folder.name} must be {' or '.join(known)}"
+        )
+    files, tensors = _weights(folder, TEXT_WEIGHTS if folder.name == TEXT else WEIGHTS)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise BadCheckpoint(
+                f"{folder}: {name} is stored as {tensor.dtype}, not as one of {', '.join(FLOATS)}: "
+                "take weights that are not quantised"
+            )
+    return Part(folder=folder, kind=kind, config=config, files=files, tensors=tensors)
+
+
+def _fit_together(path: Path, parts: Mapping[str, Part]) -> None:
+    """Parts of different models lie in one folder more easily than one thinks, and image-to-video looks like text."""
+    transformers = [_dit_config(parts[name]) for name in (TRANSFORMER, SECOND) if name in parts]
+    dit, vae, text = transformers[0], parts[VAE].config, parts[TEXT].config
+    if transformers[-1] != dit:
+        raise BadCheckpoint(f"{path}: {TRANSFORMER} and {SECOND} differ in their {CONFIG}: both must be of one shape")
+    latents = vae.get("z_dim", 16) if parts[VAE].kind == "AutoencoderKLWan" else vae.get("latent_channels", 16)
+    if not dit.in_channels == dit.out_channels == latents:
+        raise BadCheckpoint(
+            f"{path}: the transformer takes {dit.in_channels} channels and gives {dit.out_channels}, the autoencoder "
+            f"has {latents}: all three must be the same, as in a text-to-video model"
+        )
+    if text.get("d_model") != dit.text_dim:
+        raise BadCheckpoint(
+            f"{path}: the text encoder gives {text.get('d_model')} channels, the transformer takes {dit.text_dim}: "
+            "take both from one release"
+        )
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _weights(folder: Path, stem: str) -> tuple[tuple[Path, ...], dict[str, Stored]]:
+    """The safetensors files of a folder, and all their tensors."""
+    index, single = folder / f"{stem}.index.json", folder / stem
+    if not index.is_file():
+        if not single.is_file():
+            raise BadCheckpoint(_no_weights(folder, stem))
+        return (single,), read_header(single)
+    places = _object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise BadCheckpoint(f"{index} has no weight_map from tensors to files: {AGAIN}")
+    headers: dict[str, dict[str, Stored]] = {}
+    for name in sorted(set(places.values())):
+        if PurePosixPath(name).name != name or not name.endswith(".safetensors"):
+            raise BadCheckpoint(f"{index} names {name!r}, which is no safetensors file of that folder: {AGAIN}")
+        if not (folder / name).is_file():
+            raise BadCheckpoint(f"{folder / name} is missing, {index.name} names it: fetch that file")
+        headers[name] = read_header(folder / name)
+    lacking = next((tensor for tensor, file in places.items() if tensor not in headers[file]), None)
+    if lacking is not None:
+        raise BadCheckpoint(f"{folder / places[lacking]} has no {lacking}, which {index.name} says it has: {AGAIN}")
+    return tuple(folder / name for name in headers), {k: v for header in headers.values() for k, v in header.items()}
+
+
+def _no_weights(folder: Path, stem: str) -> str:
+    there = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in there if name.endswith(PICKLES)]
+    others = [name for name in there if name.endswith(".safetensors")]
+    if others:
+        return f"{folder} has {others[0]}, but neither {stem} nor {stem}.index.json: {AGAIN}"
+    if pickles:
+        return (
+            f"{folder} has its weights as a pickle only ({pickles[0]}), which is never opened here, since it may run "
+            f"any program: convert it to safetensors (save_pretrained(..., safe_serialization=True)) as {stem}"
+        )
+    return f"{folder} has no weights: neither {stem} nor {stem}.index.json is there: {AGAIN}"
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, by its header alone. Raises BadCheckpoint for a file that is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8:
+            raise BadCheckpoint(f"{file} has {size} bytes, the length of its header alone takes 8: fetch it again")
+        if length > MAX_HEADER:
+            raise BadCheckpoint(
+                f"{file} begins with {length}, which is no length of a header (at most {MAX_HEADER}): fetch it again"
+            )
+        if size < 8 + length:
+            raise BadCheckpoint(f"{file} has {size} bytes, its header alone ends at {8 + length}: fetch it again")
+        try:
+            header = json.loads(stream.read(length))
+            spans = {name: _tensor(said) for name, said in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadCheckpoint(f"{file} has a header that cannot be read ({error}): fetch it again") from None
+    end = 0
+    for name, (_, begin, after) in sorted(spans.items(), key=lambda each: each[1][1:]):
+        if begin != end:
+            raise BadCheckpoint(f"{file}: {name} begins at byte {begin}, where {end} is due: fetch it again")
+        end = after
+    if size != 8 + length + end:
+        raise BadCheckpoint(f"{file} has {size} bytes, its header says {8 + length + end}: fetch it again")
+    return {name: tensor for name, (tensor, _, _) in spans.items()}
+
+
+def _tensor(said: Mapping[str, Any]) -> tuple[Stored, int, int]:
+    """A tensor, and from where to where its bytes go. Raises KeyError, TypeError or ValueError for what is none."""
+    stored, (begin, end) = Stored(said["dtype"], tuple(said["shape"])), said["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*stored.shape, begin, end)):
+        raise ValueError(f"shape {stored.shape} and offsets {begin}, {end} must be whole numbers")
+    if stored.parameters * BITS[stored.dtype] != 8 * (end - begin):
+        raise ValueError(f"{stored.shape} of {stored.dtype} do not take {end - begin} bytes")
+    return stored, begin, end
+
+
+# --- what should be there ---------------------------------------------------------------------------------------------
+
+
+def _compare(part: Part) -> None:
+    """The tensors are those that `config.json` asks for. What a class of others has no place for it ignores; ours do
+    not."""
+    wanted, there = _shapes(part), {name: tensor.shape for name, tensor in part.tensors.items()}
+    cure = f"{AGAIN}, with the {CONFIG} that belongs to it"
+    if missing := [name for name in wanted if name not in there]:
+        raise BadCheckpoint(f"{part.folder}: the weights lack {_first(missing)}, which {CONFIG} asks for: {cure}")
+    if part.kind in OURS and (spare := [name for name in there if name not in wanted]):
+        raise BadCheckpoint(f"{part.folder}: the weights hold {_first(spare)}, which {CONFIG} has no place for: {cure}")
+    for name, shape in wanted.items():
+        if there[name] != shape:
+            raise BadCheckpoint(f"{part.folder}: {name} is {there[name]}, {CONFIG} asks for {shape}: {cure}")
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the class reads. Raises BadCheckpoint for a config that says no shapes."""
+    if part.kind == "WanTransformer3DModel":
+        return _dit_shapes(_dit_config(part))
+    try:
+        if part.kind == "UMT5EncoderModel":
+            return _umt5_shapes(part)
+        if part.kind == "CausalVideoVAE":
+            from model.vae import VAE
+
+            return _on_meta(lambda: VAE(VAEConfig.from_json(dict(part.config))))
+        from diffusers import AutoencoderKLWan
+
+        return _on_meta(lambda: AutoencoderKLWan.from_config(dict(part.config)))
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise _unreadable(part, error) from None
+
+
+def _dit_config(part: Part) -> DiTConfig:
+    try:
+        config = DiTConfig.from_diffusers(dict(part.config))
+        sizes = (config.layers, config.heads, config.ffn_dim, config.text_dim, config.in_channels, *config.patch)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError("sizes must be whole numbers above 0")
+        return config
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _unreadable(part, error) from None
+
+
+def _unreadable(part: Part, error: Exception) -> BadCheckpoint:
+    why = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
+    return BadCheckpoint(f"{part.folder / CONFIG} {why}: take the one that belongs to the weights")
+
+
+@lru_cache(maxsize=8)
+def _dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    from model.dit import DiT
+
+    return _on_meta(lambda: DiT(config))
+
+
+def _on_meta(build: Any) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    with torch.device("meta"):
+        network: nn.Module = build()
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _umt5_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """transformers fills what it does not find with noise and says so in a log, so this must know what it looks for."""
+    config = part.config
+    width, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
+    embedding = next((name for name in EMBEDDINGS if name in part.tensors), EMBEDDINGS[0])
+    shapes: dict[str, tuple[int, ...]] = {embedding: (config["vocab_size"], width)}
+    for k in range(config["num_layers"]):
+        attention, feed = f"encoder.block.{k}.layer.0", f"encoder.block.{k}.layer.1"
+        shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+        shapes[f"{attention}.SelfAttention.o.weight"] = (width, inner)
+        buckets = config.get("relative_attention_num_buckets", 32)
+        shapes[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (buckets, config["num_heads"])
+        gates = ("wi_0", "wi_1") if config.get("feed_forward_proj", "gated-gelu").startswith("gated") else ("wi",)
+        shapes |= {f"{feed}.DenseReluDense.{name}.weight": (hidden, width) for name in gates}
+        shapes[f"{feed}.DenseReluDense.wo.weight"] = (width, hidden)
+        shapes |= {f"{layer}.layer_norm.weight": (width,) for layer in (attention, feed)}
+    return shapes | {"encoder.final_layer_norm.weight": (width,)}
+
+
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table under two names: either will do
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def rank_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
+    """Bytes of the transformer's parameters, or of both experts', that one rank holds. All ranks hold as much.
+
+    Only tensor parallelism divides weights; ranks of the other axes hold copies.
+    """
+    return dtype_bytes * sum(_share(dit_config(path, name), partition.tp) for name in _transformers(path))
+
+
+def vae_bytes(path: Path) -> int:
+    """Bytes of the autoencoder's parameters, which every rank holds, in float32."""
+    _, tensors = _weights(path / VAE, WEIGHTS)
+    return 4 * sum(tensor.parameters for tensor in tensors.values())
+
+
+def text_bytes(path: Path, dtype_bytes: int) -> int:
+    """Bytes of the text encoder's parameters, which the first rank alone holds."""
+    _, tensors = _weights(path / TEXT, TEXT_WEIGHTS)
+    if EMBEDDINGS[0] in tensors:
+        tensors.pop(EMBEDDINGS[1], None)  # one table in memory
+    return dtype_bytes * sum(tensor.parameters for tensor in tensors.values())
+
+
+def what_fits(
+    path: Path, heads: int, free_bytes: int, dtype_bytes: int, max_ranks: int = 64, *, shared: bool = False
+) -> Partition | None:
+    """The smallest partition whose weights fit into `free_bytes`, or None.
+
+    `free_bytes` are each rank's own, as on GPUs, or where `shared` those of all ranks together: then more ranks never
+    need less, since what tensor parallelism does not divide is held by each.
+    """
+    ffn = dit_config(path).ffn_dim
+    for tp in (n for n in range(1, min(heads, max_ranks) + 1) if heads % n == 0 and ffn % n == 0):
+        partition = Partition(tp=tp)
+        if _needed(path, partition, dtype_bytes, shared) <= free_bytes:
+            return partition
+    return None
+
+
+def check_memory(path: Path, partition: Partition, free_bytes: int, dtype_bytes: int, device: str) -> None:
+    """Raises NotEnoughMemory where the weights alone would not fit; activations come on top, and are not counted.
+
+    `free_bytes` are those of the GPU with least, or of the host, whose memory all ranks on a CPU share.
+    """
+    shared = not device.startswith("cuda")
+    needed = _needed(path, partition, dtype_bytes, shared)
+    if needed <= free_bytes:
+        return
+    fitting = what_fits(path, dit_config(path).heads, free_bytes, dtype_bytes, shared=shared)
+    each, text = rank_bytes(path, partition, dtype_bytes) + vae_bytes(path), text_bytes(path, dtype_bytes)
+    raise NotEnoughMemory(
+        f"model {path.name} on {partition} needs {_gib(each)} a rank and {_gib(text)} more for the text encoder of "
+        f"the first, {_gib(needed)} {'for all of them' if shared else 'on that one'}; "
+        f"{_gib(free_bytes)} are free on {device}: "
+        + (f"partition {fitting} would fit" if fitting else "no partition would fit: free memory, or add some")
+    )
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that can still be taken: on this process's current GPU, or of the host as far as its cgroups allow."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    groups = _left_to(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return min([_available(Path("/proc/meminfo")), *groups])
+
+
+def _needed(path: Path, partition: Partition, dtype_bytes: int, shared: bool) -> int:
+    """Bytes in the fullest memory: that of all ranks together where it is shared, else the first rank's."""
+    each = rank_bytes(path, partition, dtype_bytes) + vae_bytes(path)
+    return (partition.world if shared else 1) * each + text_bytes(path, dtype_bytes)
+
+
+def _transformers(path: Path) -> list[str]:
+    return [TRANSFORMER, SECOND] if (path / SECOND / CONFIG).is_file() else [TRANSFORMER]
+
+
+def _share(config: DiTConfig, tp: int) -> int:
+    """Parameters of one of `tp` ranks, by the plan that places DeepSpeed's layers."""
+    from model.partition import WAN_PLAN
+
+    count = 0
+    for name, shape in _dit_shapes(config).items():
+        layer, _, leaf = name.rpartition(".")
+        kind = next((kind for pattern, kind in WAN_PLAN.items() if re.fullmatch(pattern, layer)), None)
+        whole = kind is None or (kind == "row" and leaf == "bias")  # added once, after the sum over the ranks
+        count += math.prod(shape) // (1 if whole else tp)
+    return count
+
+
+def _available(meminfo: Path) -> int:
+    return next(
+        int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
+    )
+
+
+def _left_to(root: Path, own: Path) -> list[int]:
+    """What the memory limits of this process's cgroups, of either version, leave it; [] without limits."""
+    left: list[int] = []
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else _V2
+        inside = top / group.lstrip("/")
+        for folder in (inside, *inside.parents):  # the limit of a group above holds too
+            if folder.is_relative_to(top) and (folder / limit).is_file() and (folder / used).is_file():
+                bound = (folder / limit).read_text().strip()
+                if bound != "max":
+                    left.append(max(0, int(bound) - int((folder / used).read_text()) + _cached(folder / "memory.stat")))
+    return left
+
+
+_V2 = ("memory.max", "memory.current")
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of files that a cgroup counts as used and that the kernel gives up when they are needed."""
+    facts = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    prefix = "total_" if "total_active_file" in facts else ""
+    return sum(int(facts.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB // 10 else f"{count / (1 << 20):.1f} MiB"
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises BadCheckpoint."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadCheckpoint(f"{file} is missing: name a folder in the diffusers layout, or {AGAIN}") from None
+    except ValueError as error:
+        raise BadCheckpoint(f"{file} is not JSON ({error}): {AGAIN}") from None
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{file} must hold a JSON object: {AGAIN}")
+    return value
