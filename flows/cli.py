@@ -42,6 +42,8 @@ EXITS = {
     "model.checkpoint.NotEnoughMemory": FAILED,
     "model.engine.EngineError": FAILED,
     "flows.models.BadName": BAD_INPUT,
+    "flows.forecast.BadGpus": BAD_INPUT,
+    "flows.layout.CannotFit": FAILED,
     "flows.models.BrokenModel": FAILED,
     "db.models.NameTaken": BAD_INPUT,
     "db.ledger.RequestNotFound": BAD_INPUT,
@@ -481,6 +483,48 @@ def _finished(settings: Settings, request_id: str) -> int | None:
     with reading(settings) as session:
         row = request_by(session, request_id)
     return row.total if row and row.status == "completed" else None
+
+
+@app.command(name="plan", rich_help_panel=REQUESTS)
+def plan_(
+    file: Annotated[Path, typer.Argument(help="Prompts as JSONL, CSV or text.")],
+    gpus: Annotated[str, typer.Option(help="How many of which kind, like 8xh200.")],
+    model: Annotated[str | None, typer.Option(help="A model, or one of Wan's releases by size, like wan-14b.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 832x480.", rich_help_panel=SETTING)] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SETTING)] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=SETTING)] = None,
+    samples: Annotated[int | None, typer.Option(help="Clips of each prompt.", rich_help_panel=SETTING)] = None,
+    format: Format = "table",
+) -> None:
+    """Say how a file would best be divided over GPUs, and how long it would take.
+
+    Nothing is submitted, and neither GPUs nor weights need to be here. Speeds
+    are assumed from data sheets and from what was published of Wan 2.2.
+    """
+    from flows.forecast import forecast
+    from flows.prompts import parse_size
+    from flows.show import show_rows
+
+    given: dict[str, Any] = {"frames": frames, "steps": steps, "guidance": guidance, "samples": samples}
+    options = {option: value for option, value in given.items() if value is not None}
+    if size is not None:
+        sides = parse_size(size)
+        if sides is None:
+            fail(f"--size {size!r} must be WIDTHxHEIGHT, like 832x480", BAD_INPUT)
+        options["width"], options["height"] = sides
+    settings = _settings()
+    planned = forecast(settings, file, gpus, model or settings.model, options, lambda said: typer.echo(said, err=True))
+    rows = planned.rows()
+    show_rows(rows, list(rows[0]), format)
+    if format == "table":
+        layout = planned.layout
+        typer.echo(
+            f"{_count(planned.clips, 'clip')}: {layout.seconds / 3600:.2f} hours, {layout.gpu_hours:.1f} GPU-hours. "
+            "Assumed, not measured: half of the stated speed, and Wan 2.2's published time beside the denoising"
+        )
+    if planned.bad:
+        fail(f"{_count(planned.bad, 'line')} cannot be read as prompts and were left out of the plan", BAD_INPUT)
 
 
 @app.command(rich_help_panel=REQUESTS)

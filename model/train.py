@@ -781,7 +781,7 @@ def run(
     validate: Callable[[], dict[str, float]],
 ) -> None:
     """Steps from the last checkpoint to `steps`; every so many it validates, logs a line to STAGE.jsonl and saves."""
-    first = checkpoint.load()
+    first = told = checkpoint.load()
     total: dict[str, float] = {}
     started = time.monotonic()
     for step in range(first, steps):
@@ -790,7 +790,6 @@ def run(
         done = step + 1
         if done % recipe.every and done != steps:
             continue
-        lines = (done - first) % recipe.every or recipe.every
         row: dict[str, Any] = {
             "stage": stage,
             "step": done,
@@ -798,7 +797,8 @@ def run(
             "seconds": round(time.monotonic() - started, 1),
             "steps_per_second": round((done - first) / (time.monotonic() - started), 3),
         }
-        means, total = over_ranks(recipe, {key: value / lines for key, value in total.items()}), {}
+        means = over_ranks(recipe, {key: value / (done - told) for key, value in total.items()})
+        total, told = {}, done
         row |= {key: round(value, 4) for key, value in means.items()}
         if recipe.rank == 0:
             row |= {key: round(value, 4) for key, value in validate().items()}

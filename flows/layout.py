@@ -1,0 +1,306 @@
+"""How many GPUs should render one clip, and how many clips at once: pure functions on plain values.
+
+One GPU a clip gives the most clips an hour, wherever a clip fits; more GPUs a clip give the next clip sooner, and are
+needed where one is too small. So a batch is best begun with many small replicas and ended with few large ones, and how
+far to go depends on how many clips there are, how long each takes, and when all must be done.
+
+A clip on n GPUs is predicted to take `parallel / n + serial` seconds: the part that every further GPU shortens, and the
+part that none does (Amdahl 1967). Both follow from the network's operations and the clip's pixels, with three rates
+that are fitted to what was measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from model.config import DiTConfig, Partition
+from model.config import Shape as Size
+
+PETA, MEGA, GIB = 1e15, 1e6, 1 << 30
+SPARE = 0.08  # of a GPU's memory for what nobody counts: the context, fragments, the allocator's slack
+
+
+class CannotFit(ValueError):
+    """No partition of the GPUs at hand holds the model and a clip of this shape. The message says what it takes."""
+
+
+class Gpu(NamedTuple):
+    """One GPU: bytes of memory, and dense bfloat16 operations a second as its maker states them."""
+
+    memory: int
+    flops: float
+
+
+GPUS = {  # data sheets, SXM versions where there are several
+    "a100": Gpu(80 * GIB, 312e12),
+    "h100": Gpu(80 * GIB, 989e12),
+    "h200": Gpu(141 * GIB, 989e12),
+    "b200": Gpu(180 * GIB, 2250e12),
+    "l40s": Gpu(48 * GIB, 362e12),
+    "rtx4090": Gpu(24 * GIB, 165e12),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """What a clip's cost depends on of a model."""
+
+    dit: DiTConfig
+    text_tokens: int = 512
+    stride: tuple[int, int, int] = (4, 8, 8)  # of the autoencoder: frames, rows, columns
+    experts: int = 1  # transformers in memory, of which one works at a time
+    beside: int = 0  # bytes of text encoder and autoencoder
+
+    def tokens(self, size: Size) -> int:
+        """Length of the transformer's sequence."""
+        time, rows, columns = (stride * patch for stride, patch in zip(self.stride, self.dit.patch, strict=True))
+        frames = math.ceil(((size.frames - 1) // self.stride[0] + 1) / self.dit.patch[0])
+        return frames * math.ceil(size.height / rows) * math.ceil(size.width / columns) if time else 0
+
+    def operations(self, size: Size) -> float:
+        """Floating point operations of one pass: two for every weight a token meets, four for every pair it attends."""
+        tokens, width, layers = self.tokens(size), self.dit.width, self.dit.layers
+        of_tokens = 2 * tokens * (6 * width**2 + 2 * width * self.dit.ffn_dim)
+        of_text = 2 * self.text_tokens * 2 * width**2
+        pairs = 4 * width * tokens * (tokens + self.text_tokens)
+        return float(layers * (of_tokens + of_text + pairs))
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the transformers' blocks in bfloat16: all but all of their parameters."""
+        width = self.dit.width
+        return 2 * self.experts * self.dit.layers * (8 * width**2 + 2 * width * self.dit.ffn_dim)
+
+    def memory(self, size: Size, partition: Partition, guided: bool) -> int:
+        """Bytes on the fullest GPU of a partition.
+
+        Activations are counted as the widest moment of a block: the stream in two types, queries, keys, values and
+        output, and the feed-forward's hidden channels.
+        """
+        copies = 2 if guided and partition.cfg == 1 else 1
+        channels = 10 * self.dit.width + 2 * self.dit.ffn_dim // partition.tp
+        activations = 2 * copies * channels * math.ceil(self.tokens(size) / partition.sp)
+        return self.weights // partition.tp + self.beside + activations
+
+
+def wan(
+    layers: int, heads: int, ffn: int, *, channels: int = 16, stride: tuple[int, int, int] = (4, 8, 8), experts: int = 1
+) -> Network:
+    """A release of Wan: heads of 128 channels, UMT5-XXL (11 GB in bfloat16) and an autoencoder of half a gigabyte."""
+    dit = DiTConfig(
+        layers=layers,
+        heads=heads,
+        head_dim=128,
+        ffn_dim=ffn,
+        text_dim=4096,
+        in_channels=channels,
+        out_channels=channels,
+    )
+    return Network(dit=dit, stride=stride, experts=experts, beside=12 * GIB)
+
+
+RELEASES = {
+    "wan-1.3b": wan(30, 12, 8960),
+    "wan-14b": wan(40, 40, 13824),
+    "wan-5b": wan(30, 24, 14336, channels=48, stride=(4, 16, 16)),
+    "wan-a14b": wan(40, 40, 13824, experts=2),
+}
+
+
+# --- what a clip takes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Clips that are alike."""
+
+    size: Size
+    steps: int
+    guided: bool
+    clips: int = 1
+
+    def peta(self, network: Network) -> float:
+        """10^15 operations of one clip's denoising."""
+        return self.steps * (1 + self.guided) * network.operations(self.size) / PETA
+
+    @property
+    def megapixels(self) -> float:
+        """Of one clip, all frames together: what text, decoding, encoding and storing grow with, all but the text."""
+        return self.size.width * self.size.height * self.size.frames / MEGA
+
+
+class Measured(NamedTuple):
+    """A clip that was timed on so many GPUs."""
+
+    work: Work
+    gpus: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Seconds on one GPU: a petaflop of denoising, a megapixel of what else divides, and one of what does not."""
+
+    petaflop: float
+    megapixel: float
+    undivided: float
+
+    def seconds(self, work: Work, network: Network, gpus: int = 1) -> float:
+        """Predicted seconds of one clip."""
+        divided = self.petaflop * work.peta(network) + self.megapixel * work.megapixels
+        return divided / gpus + self.undivided * work.megapixels
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> Rates:
+        """What to assume before anything was measured: half of the stated speed, and for all else what Wan 2.2's own
+        table leaves beside the denoising on eight H100 (72.7 s for a megapixel in 81 frames, part of it divided)."""
+        slower = GPUS["h100"].flops / gpu.flops
+        return cls(petaflop=2 * PETA / gpu.flops, megapixel=0.5 * slower, undivided=0.38 * slower)
+
+    @classmethod
+    def fit(cls, measured: Sequence[Measured], network: Network) -> Rates:
+        """The rates above or at zero with the least squared relative error. Raises ValueError without measurements."""
+        if not measured:
+            raise ValueError("there is nothing to fit rates to: at least one measured clip is needed")
+        rows = np.array(
+            [[m.work.peta(network) / m.gpus, m.work.megapixels / m.gpus, m.work.megapixels] for m in measured]
+        )
+        rows /= np.array([[m.seconds] for m in measured])
+        wanted = np.ones(len(rows))
+        best, least = np.zeros(3), math.inf
+        for count in (1, 2, 3):  # so few rates that all choices of those above zero can be tried
+            for chosen in combinations(range(3), count):
+                part, *_ = np.linalg.lstsq(rows[:, chosen], wanted, rcond=None)
+                rates = np.zeros(3)
+                rates[list(chosen)] = part
+                error = float(((rows @ rates - wanted) ** 2).sum())
+                if (part >= 0).all() and error < least - 1e-12:
+                    best, least = rates, error
+        return cls(petaflop=float(best[0]), megapixel=float(best[1]), undivided=float(best[2]))
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def partition_of(network: Network, size: Size, gpus: int, gpu: Gpu, guided: bool) -> Partition | None:
+    """How so many GPUs divide one clip: as little tensor parallelism as memory asks for, then the two halves of
+    guidance, then the sequence, in the order of what they cost on the wire. None where it does not fit or divide."""
+    room, heads = (1 - SPARE) * gpu.memory, network.dit.heads
+    for tp in (n for n in range(1, gpus + 1) if gpus % n == 0 and network.dit.ffn_dim % n == 0):
+        rest = gpus // tp
+        cfg = 2 if guided and rest % 2 == 0 else 1
+        partition = Partition(cfg=cfg, sp=rest // cfg, tp=tp)
+        if heads % (partition.sp * tp) == 0 and network.memory(size, partition, guided) <= room:
+            return partition
+    return None
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Replicas of one size at work until their share of the clips is done."""
+
+    gpus: int  # of one replica
+    replicas: int
+    clips: Mapping[Work, int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A batch, phase after phase."""
+
+    phases: tuple[Phase, ...]
+    gpus: int  # all of them
+
+    @property
+    def seconds(self) -> float:
+        """From the first clip's beginning to the last one's end."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.seconds / 3600
+
+
+def best_layout(
+    work: Sequence[Work], network: Network, rates: Rates, gpu: Gpu, gpus: int, degrees: Iterable[int] | None = None
+) -> Layout:
+    """The layout that has all clips done soonest: replicas of one size throughout, or of two, small ones first.
+
+    degrees: the replicas' sizes to choose from; by default the powers of two, and all GPUs together.
+    Raises CannotFit when no replica holds one of the shapes.
+    """
+    clips = [each for each in work if each.clips > 0]
+    sizes = sorted({n for n in degrees or (*(1 << k for k in range(10)), gpus) if 1 <= n <= gpus})
+    fitting = [n for n in sizes if all(partition_of(network, w.size, n, gpu, w.guided) for w in clips)]
+    if not fitting:
+        raise CannotFit(_why(clips, network, gpu, gpus))
+    layouts = [Layout(phases=(_phase(clips, n, gpus, network, rates),), gpus=gpus) for n in fitting]
+    for small, large in combinations(fitting, 2):
+        layouts += _in_two(clips, small, large, gpus, network, rates)
+    return min(layouts, key=lambda layout: layout.seconds)
+
+
+def _phase(work: Sequence[Work], n: int, gpus: int, network: Network, rates: Rates) -> Phase:
+    """All of it on replicas of n GPUs: the longest clip first, each to the replica that is free first (Graham 1969)."""
+    replicas = gpus // n
+    free = [0.0] * replicas
+    for each in sorted(work, key=lambda w: -rates.seconds(w, network, n)):
+        seconds = rates.seconds(each, network, n)
+        rounds = max(0, each.clips // replicas - 2)  # rounds of one for every replica change nothing in who is first
+        free = [busy + rounds * seconds for busy in free]
+        heapq.heapify(free)
+        for _ in range(each.clips - rounds * replicas):
+            heapq.heapreplace(free, free[0] + seconds)
+    return Phase(gpus=n, replicas=replicas, clips={w: w.clips for w in work}, seconds=max(free))
+
+
+def _in_two(
+    work: Sequence[Work], small: int, large: int, gpus: int, network: Network, rates: Rates
+) -> Iterable[Layout]:
+    """Small replicas until whole rounds of them are done, large ones for what is left: up to two rounds' worth."""
+    replicas = gpus // small
+    total = sum(each.clips for each in work)
+    longest_first = sorted(work, key=lambda w: -rates.seconds(w, network, small))
+    for rounds in {total // replicas - k for k in range(3)}:
+        if rounds < 1 or rounds * replicas >= total:
+            continue
+        first, second = _split(longest_first, rounds * replicas)
+        phases = (_phase(first, small, gpus, network, rates), _phase(second, large, gpus, network, rates))
+        yield Layout(phases=phases, gpus=gpus)
+
+
+def _split(work: Sequence[Work], count: int) -> tuple[list[Work], list[Work]]:
+    """The first `count` clips, and the others."""
+    first: list[Work] = []
+    second: list[Work] = []
+    for each in work:
+        taken = min(count, each.clips)
+        count -= taken
+        for part, clips in ((first, taken), (second, each.clips - taken)):
+            if clips:
+                part.append(Work(size=each.size, steps=each.steps, guided=each.guided, clips=clips))
+    return first, second
+
+
+def _why(work: Sequence[Work], network: Network, gpu: Gpu, gpus: int) -> str:
+    for each in work:
+        if not any(partition_of(network, each.size, n, gpu, each.guided) for n in range(1, gpus + 1)):
+            widest = Partition(sp=1, tp=max(n for n in range(1, gpus + 1) if network.dit.heads % n == 0))
+            needed = network.memory(each.size, widest, each.guided)
+            return (
+                f"{each.size} does not fit: divided over {widest.world} of {gpus} GPUs it still takes "
+                f"{needed / GIB:.0f} GiB of each, which have {(1 - SPARE) * gpu.memory / GIB:.0f} to spare: use more "
+                "or larger GPUs, or smaller clips"
+            )
+    return "no size of replica holds all of these shapes: plan them apart"
