@@ -8,7 +8,7 @@ JOBS   ?= 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo eval up down test lint types clean
+.PHONY: help demo eval bench up down test lint types clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,6 +18,9 @@ demo: $(VENV)/.set-up   ## set up, start the stack, render examples/prompts.json
 
 eval: $(VENV)/.set-up   ## set up, measure what mini can do, print the tables (ARGS='--prompts 64 --modes 0')
 	@$(BIN)/rushes eval $(ARGS)
+
+bench: $(VENV)/.set-up  ## set up, measure the engine beside diffusers, print the tables (ARGS='step')
+	@$(BIN)/python -m model.bench $(ARGS)
 
 up: $(VENV)/.set-up     ## start the local stack (or mend it)
 	@$(BIN)/rushes up

@@ -36,7 +36,7 @@ from model.weights import WEIGHTS as VAE_WEIGHTS
 SHAPE = BUCKETS[0].shape  # 64x64 with 17 frames: what every score is taken at
 CELLS = (5, 8, 8)  # its latent frames, rows and columns
 NARROW, WIDE = 64, 128
-UNSURE = 0.15  # standard deviation of the noise in training: a generated latent is never quite a real one
+UNSURE = 0.05  # standard deviation of the noise in training, at most; with 0.15 a spin drowns in it
 HELD_STILL = 2000  # clips of one frame that stands, which is how a solid is compared before and after something
 PASSING = 2000  # the same of scenes in which one solid passes behind another
 STOPPED = 1500  # and of spins: without them a judge says of any lone cube before a standing camera that it spins

@@ -351,12 +351,15 @@ def parameter_bytes(module: nn.Module) -> int:
 
 
 class WeightFiles:
-    """The tensors of a model's transformer, read slice by slice (safetensors only)."""
+    """The tensors of a model's transformer, read slice by slice (safetensors only).
+
+    One file is open at a time: what has been read of a file stays resident for as long as it is mapped.
+    """
 
     def __init__(self, path: Path, part: str = TRANSFORMER) -> None:
         self.path = path / part
         self.files = transformer_files(path, part)
-        self.opened: dict[Path, Any] = {}
+        self.opened: tuple[Path, Any] | None = None
         self.stack = ExitStack()
 
     def __enter__(self) -> WeightFiles:
@@ -370,9 +373,10 @@ class WeightFiles:
         from safetensors import safe_open
 
         file = self.files[name]
-        if file not in self.opened:
-            self.opened[file] = self.stack.enter_context(safe_open(file, "pt"))
-        return self.opened[file].get_slice(name)
+        if self.opened is None or self.opened[0] != file:
+            self.stack.close()
+            self.opened = file, self.stack.enter_context(safe_open(file, "pt"))
+        return self.opened[1].get_slice(name)
 
 
 @torch.no_grad()

@@ -1,0 +1,219 @@
+"""Measures the engine on this machine, and prints Markdown: `python -m model.bench`, or `make bench`.
+
+What is compared is run side by side in one go, since machines and their moods differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+
+from model.config import DiTConfig, Partition, Shape
+from model.diffusion import noise
+from model.dit import DiT
+from model.engine import ClipSpec, Engine
+from model.partition import connect, groups_of, load_partitioned, parameter_bytes
+from model.vae import to_pixels
+from model.weights import SHIPPED, TRANSFORMER, WEIGHTS, find_model, load_dit, load_text, load_vae
+
+GIB = 1 << 30
+LARGE = DiTConfig(layers=11, heads=12, head_dim=128, ffn_dim=8960, text_dim=4096)  # Wan 1.3B's width, 2 GB in float32
+
+
+def random_checkpoint(folder: Path, config: DiTConfig) -> int:
+    """Writes a transformer of random weights, a file for every block, and returns its bytes."""
+    (folder / TRANSFORMER).mkdir(parents=True)
+    (folder / TRANSFORMER / "config.json").write_text(json.dumps(config.to_diffusers()))
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
+    places: dict[str, str] = {}
+    for name in shapes:
+        block = name.split(".")[1] if name.startswith("blocks.") else "rest"
+        places[name] = f"{block}.safetensors"
+    for file in sorted(set(places.values())):
+        tensors = {name: torch.randn(shapes[name]) / 64 for name, place in places.items() if place == file}
+        save_file(tensors, folder / TRANSFORMER / file)
+    (folder / TRANSFORMER / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
+    return sum(file.stat().st_size for file in (folder / TRANSFORMER).glob("*.safetensors"))
+
+
+def _peak() -> int:
+    """The most resident memory that this process has had, in bytes. (getrusage would count its parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+
+
+def _load(rank: int, folder: Path, partition: Partition, port: int, out: Path) -> None:
+    """One process: loads its part, or without a partition the whole, and writes down what that took."""
+    torch.set_num_threads(1)
+    divided = partition.world > 1
+    connect(rank, partition.world, port, "cpu")
+    groups = groups_of(partition, "cpu")
+    if divided:
+        importlib.import_module("deepspeed.module_inject.layers")  # which takes memory too, whatever is loaded
+    before, started = _peak(), time.perf_counter()
+    dit = load_partitioned(folder, groups, torch.float32, "cpu") if divided else load_dit(folder, torch.float32)
+    for parameter in dit.parameters():  # a mapped file is only read when somebody looks
+        parameter.sum()
+    took = time.perf_counter() - started
+    found = {"bytes": parameter_bytes(dit), "peak": _peak() - before, "seconds": took}
+    (out / f"{rank}.json").write_text(json.dumps(found))
+    if divided:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def loading(config: DiTConfig = LARGE) -> Iterator[str]:
+    """The most memory that loading a random checkpoint takes, whole and by two ranks."""
+    yield "| loaded | weights of a rank | peak resident memory above the start | seconds |"
+    yield "|---|---|---|---|"
+    with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
+        size = random_checkpoint(Path(folder) / "model", config)
+        for partition in (Partition(), Partition(tp=2)):
+            out = Path(folder) / str(partition)
+            out.mkdir()
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            mp.spawn(_load, (Path(folder) / "model", partition, port, out), nprocs=partition.world)
+            ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(partition.world)]
+            what = f"{size / GIB:.2f} GiB whole" if partition.world == 1 else f"by each of {partition.world} ranks"
+            worst: dict[str, Any] = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+            yield (
+                f"| {what} | {worst['bytes'] / GIB:.2f} GiB | {worst['peak'] / GIB:.2f} GiB | {worst['seconds']:.1f} |"
+            )
+
+
+def step(rounds: int = 15) -> Iterator[str]:
+    """One denoising step of mini against diffusers' transformer with the same weights: both halves of guidance."""
+    from diffusers import WanTransformer3DModel
+
+    folder = SHIPPED / "mini"
+    ours, text = load_dit(folder, torch.float32), load_text(folder, torch.float32)
+    theirs = WanTransformer3DModel.from_pretrained(folder / TRANSFORMER, dtype=torch.float32).eval()
+    yield "| clips at once | ours, ms | diffusers, ms | ours of theirs | largest difference |"
+    yield "|---|---|---|---|---|"
+    for clips in (1, 4, 16):
+        random = torch.Generator().manual_seed(0)
+        x, times = torch.randn(2 * clips, 16, 5, 8, 8, generator=random), torch.full((2 * clips,), 0.7)
+        words = text.encode(["a red ball slides to the left"] * clips + [""] * clips)
+        with torch.inference_mode():
+            heard = ours.hear(words)
+            calls: dict[str, Callable[[], torch.Tensor]] = {
+                "ours": lambda x=x, t=times, heard=heard: ours(x, t, heard),
+                "theirs": lambda x=x, t=times, w=words: theirs(x, 1000 * t, w, return_dict=False)[0],
+            }
+            error = (calls["ours"]() - calls["theirs"]()).abs().max().item()
+            taken: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(rounds):  # by turns, so that a busy moment hits both
+                for name, call in calls.items():
+                    started = time.perf_counter()
+                    call()
+                    taken[name].append(time.perf_counter() - started)
+        a, b = (median(taken[name]) for name in ("ours", "theirs"))
+        yield f"| {clips} | {1000 * a:.1f} | {1000 * b:.1f} | {a / b:.2f} | {error:.0e} |"
+
+
+def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
+    """Whole clips of mini, 25 steps, guided: an engine of one rank against diffusers' pipeline and our decoder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    folder = SHIPPED / "mini"
+    card, vae = find_model(folder), load_vae(folder, torch.float32)
+    shape = Shape(card.width, card.height, card.frames)
+    prompts = [f"a {colour} ball slides to the left" for colour in ("red", "green", "blue", "yellow")]
+    specs = [
+        ClipSpec(
+            clip_id=str(k),
+            prompt=prompts[k % len(prompts)],
+            negative_prompt="",
+            seed=k,
+            width=shape.width,
+            height=shape.height,
+            frames=shape.frames,
+            fps=card.fps,
+            steps=25,
+            guidance=card.guidance,
+            solver="euler",
+            shift=card.shift,
+        )
+        for k in range(count)
+    ]
+    parts: dict[str, Any] = dict(
+        transformer=WanTransformer3DModel.from_pretrained(folder / TRANSFORMER, dtype=torch.float32),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=None,
+    )
+    pipeline: Any = WanPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+
+    @torch.inference_mode()
+    def theirs(batch: int) -> float:
+        started = time.perf_counter()
+        for first in range(0, count, batch):
+            some = specs[first : first + batch]
+            latents = pipeline(
+                prompt=[spec.prompt for spec in some],
+                negative_prompt=[""] * len(some),
+                width=shape.width,
+                height=shape.height,
+                num_frames=shape.frames,
+                num_inference_steps=25,
+                guidance_scale=card.guidance,
+                max_sequence_length=card.max_prompt_tokens,
+                latents=torch.stack([noise(spec.seed, vae.latent_shape(shape)) for spec in some]),
+                output_type="latent",
+            ).frames
+            for latent in latents:
+                to_pixels(vae.decode(latent[None]))
+        return time.perf_counter() - started
+
+    def ours(batch: int) -> tuple[float, float]:
+        with Engine(folder, Partition(), threads_per_rank=threads, micro_batch=batch) as engine:
+            list(engine.render(specs[:1]))  # started and warm
+            started = time.perf_counter()
+            made = list(engine.render(specs))
+            taken = time.perf_counter() - started
+        return taken, sum(clip.seconds["decode"] for clip in made) / sum(sum(clip.seconds.values()) for clip in made)
+
+    torch.set_num_threads(threads)
+    theirs(count)
+    yield f"| clips at once, of {count} | ours, s a clip | diffusers, s a clip | times as fast | decoding, of ours |"
+    yield "|---|---|---|---|---|"
+    for batch in (1, 16):
+        (a, decode), b = ours(batch), theirs(batch)
+        yield f"| {batch} | {a / count:.2f} | {b / count:.2f} | {b / a:.2f} | {decode:.0%} |"
+
+
+BENCHES = {"loading": loading, "step": step, "clips": clips}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model.bench", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("which", nargs="*", choices=[*BENCHES, []], help="which (default: all)")
+    for name in parser.parse_args().which or BENCHES:
+        print(f"### {(BENCHES[name].__doc__ or name).splitlines()[0]}\n")
+        for line in BENCHES[name]():
+            print(line, flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()
