@@ -117,11 +117,11 @@ class _LogStep:
         self.start, self.end = start, end
         self.h = _log_snr(end) - _log_snr(start)
         self.phi = math.expm1(-self.h)
-        self.gain = (1 - end) * self.phi
+        self.gain = end / start - 1  # (1 - end) * phi
 
     def straight(self, x: Tensor, clean: Tensor) -> Tensor:
-        """Where the step leads if the clean clip is what it seems."""
-        return self.end / self.start * x - self.gain * clean
+        """Where the step leads if the clean clip is what it seems. What is clean already stays so, to the bit."""
+        return clean + self.end / self.start * (x - clean)
 
     def back(self, time: float) -> float:
         """How far back a time lies, in steps (so it is below 0)."""

@@ -187,14 +187,15 @@ def test_a_known_end_comes_as_a_request_brings_it(trained: Path) -> None:
             assert torch.equal(clean[row], stock.latents[clip].float())
 
 
-def test_clips_with_two_solids_come_up_more_often(trained: Path) -> None:
+def test_clips_with_two_solids_and_spins_come_up_more_often(trained: Path) -> None:
     recipe = small(trained)
     bucket = recipe.buckets[0]
-    two = [len(scene_of(recipe.seed, bucket, k).solids) == 2 for k in range(bucket.clips)]
+    scenes = [scene_of(recipe.seed, bucket, k) for k in range(bucket.clips)]
+    hard = [len(scene.solids) == 2 or scene.motion == "spin" for scene in scenes]
     chosen, _ = Stock(recipe, bucket).draw(torch.zeros(4000, 3, dtype=torch.bool), random.Random(0))
-    own = sum(two[recipe.held_back :]) / (bucket.clips - recipe.held_back)
+    own = sum(hard[recipe.held_back :]) / (bucket.clips - recipe.held_back)
     assert 0 < own < 1, "this seed has both"
-    share = sum(two[k] for k in chosen) / len(chosen)
+    share = sum(hard[k] for k in chosen) / len(chosen)
     assert share == pytest.approx(3 * own / (3 * own + 1 - own), abs=0.03)
 
 
