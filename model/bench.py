@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,8 +26,9 @@ from safetensors.torch import save_file
 from model.config import DiTConfig, Partition, Shape
 from model.diffusion import noise
 from model.dit import DiT
-from model.engine import ClipSpec, Engine
+from model.engine import Engine
 from model.partition import connect, groups_of, load_partitioned, parameter_bytes
+from model.score_modes import spec_of
 from model.vae import to_pixels
 from model.weights import SHIPPED, TRANSFORMER, WEIGHTS, find_model, load_dit, load_text, load_vae
 
@@ -138,20 +140,7 @@ def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
     shape = Shape(card.width, card.height, card.frames)
     prompts = [f"a {colour} ball slides to the left" for colour in ("red", "green", "blue", "yellow")]
     specs = [
-        ClipSpec(
-            clip_id=str(k),
-            prompt=prompts[k % len(prompts)],
-            negative_prompt="",
-            seed=k,
-            width=shape.width,
-            height=shape.height,
-            frames=shape.frames,
-            fps=card.fps,
-            steps=25,
-            guidance=card.guidance,
-            solver="euler",
-            shift=card.shift,
-        )
+        replace(spec_of(card, prompts[k % len(prompts)], seed=k, steps=25, overlap=5), solver="euler")
         for k in range(count)
     ]
     parts: dict[str, Any] = dict(

@@ -128,13 +128,14 @@ def still_latents(recipe: Recipe) -> tuple[Tensor, list[world.Scene]]:
     latents: list[Tensor] = []
     scenes: list[world.Scene] = []
     for kind, (count, wanted) in kinds.items():
-        some = [_scene_with(random.Random(f"{recipe.seed}/{kind}/{k}"), wanted) for k in range(count)]
+        some = [scene_with(random.Random(f"{recipe.seed}/{kind}/{k}"), wanted) for k in range(count)]
         latents.append(_encoded(recipe, f"held_{kind}", [(scene, k % 2) for k, scene in enumerate(some)], _stopped))
         scenes += [held_still(scene, k % 2) for k, scene in enumerate(some)]
     return torch.cat(latents), scenes
 
 
-def _scene_with(rng: random.Random, wanted: Callable[[world.Scene], bool]) -> world.Scene:
+def scene_with(rng: random.Random, wanted: Callable[[world.Scene], bool]) -> world.Scene:
+    """The next scene of one kind."""
     while not wanted(scene := world.sample_scene(rng)):
         pass
     return scene

@@ -46,8 +46,9 @@ def rotary(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torc
 @lru_cache(maxsize=16)
 def turns_of(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rotary`, [N, K/2] each: the same at every step of a clip."""
-    angles = rotary(cells, axes, device)
-    return angles.cos(), angles.sin()
+    with torch.inference_mode(False):  # kept, they may serve a training next
+        angles = rotary(cells, axes, device)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, N, H, K], cos and sin [N, 1, K/2]

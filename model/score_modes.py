@@ -103,7 +103,7 @@ def measure_modes(
     """Means over the prompts, by mode. `sources`: a clip for each prompt; by default what the model makes of it."""
     model = find_model(model_folder)
     with Engine(model.path, Partition(), threads_per_rank=threads, micro_batch=micro_batch, log=log) as engine:
-        plain = [_spec(model, prompt, seed, steps, overlap) for seed, prompt in enumerate(prompts)]
+        plain = [spec_of(model, prompt, seed, steps, overlap) for seed, prompt in enumerate(prompts)]
         clips = _render(engine, plain) if sources is None else list(sources)
         restored = through_autoencoder(model, clips)
         return {
@@ -118,7 +118,8 @@ def measure_modes(
         }
 
 
-def _spec(model: ModelCard, prompt: str, seed: int, steps: int | None, overlap: int) -> ClipSpec:
+def spec_of(model: ModelCard, prompt: str, seed: int, steps: int | None, overlap: int) -> ClipSpec:
+    """A clip of the prompt alone, in the model's own size and with its own settings but for `steps`."""
     return ClipSpec(
         clip_id=f"clip {seed}",
         prompt=prompt,

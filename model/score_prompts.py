@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model import world
-from model.checker import SHAPE, labels_of
+from model.checker import SHAPE, labels_of, scene_with
 from model.lexicon import Said
 from model.rewrite import examples
 from model.score_clips import Labels, share
@@ -66,10 +66,9 @@ def questions_with(wanted: Callable[[world.Scene], bool], count: int) -> list[As
     """Prompts of scenes of one kind."""
     rng = random.Random("score/some")
     found: list[Asked] = []
-    while len(found) < count:
-        scene = world.sample_scene(rng)
-        if wanted(scene):
-            found.append(Asked(scene, world.describe(scene, rng, frames=SHAPE.frames), OTHER_SEED + len(found)))
+    for k in range(count):
+        scene = scene_with(rng, wanted)
+        found.append(Asked(scene, world.describe(scene, rng, frames=SHAPE.frames), OTHER_SEED + k))
     return found
 
 
@@ -87,11 +86,7 @@ def judges_scenes(count: int, behind: int) -> list[world.Scene]:
     rng = random.Random("score/judge")
     scenes = [world.sample_scene(rng) for _ in range(count)]
     passing = sum(scene.motion == "behind" for scene in scenes)
-    while passing < behind:
-        scene = world.sample_scene(rng)
-        if scene.motion == "behind":
-            scenes.append(scene)
-            passing += 1
+    scenes += [scene_with(rng, lambda s: s.motion == "behind") for _ in range(passing, behind)]
     return scenes + [replace(scene, motion="still") for scene in scenes if scene.motion == "spin"]
 
 
