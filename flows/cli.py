@@ -422,16 +422,21 @@ def submit(
     }
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
-        from flows.prompts import parse_size
-
-        sides = parse_size(size)
-        if sides is None:
-            fail(f"--size {size!r} must be WIDTHxHEIGHT, like 96x64", BAD_INPUT)
-        options["width"], options["height"] = sides
+        options |= _sides(size, like="96x64")
     settings = _settings()
     request_id, run_id = _submit(settings, file, options, skip_invalid=skip_invalid)
     if watch and run_id:
         raise typer.Exit(_watch(settings, request_id, run_id))
+
+
+def _sides(size: str, like: str) -> dict[str, int]:
+    """The options that --size stands for."""
+    from flows.prompts import parse_size
+
+    sides = parse_size(size)
+    if sides is None:
+        fail(f"--size {size!r} must be WIDTHxHEIGHT, like {like}", BAD_INPUT)
+    return dict(zip(("width", "height"), sides, strict=True))
 
 
 def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_invalid: bool) -> tuple[str, str | None]:
@@ -503,16 +508,12 @@ def plan_(
     are assumed from data sheets and from what was published of Wan 2.2.
     """
     from flows.forecast import forecast
-    from flows.prompts import parse_size
     from flows.show import show_rows
 
     given: dict[str, Any] = {"frames": frames, "steps": steps, "guidance": guidance, "samples": samples}
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
-        sides = parse_size(size)
-        if sides is None:
-            fail(f"--size {size!r} must be WIDTHxHEIGHT, like 832x480", BAD_INPUT)
-        options["width"], options["height"] = sides
+        options |= _sides(size, like="832x480")
     settings = _settings()
     planned = forecast(settings, file, gpus, model or settings.model, options, lambda said: typer.echo(said, err=True))
     rows = planned.rows()
@@ -521,7 +522,7 @@ def plan_(
         layout = planned.layout
         typer.echo(
             f"{_count(planned.clips, 'clip')}: {layout.seconds / 3600:.2f} hours, {layout.gpu_hours:.1f} GPU-hours. "
-            "Assumed, not measured: half of the stated speed, and Wan 2.2's published time beside the denoising"
+            "Assumed, not measured: half of the stated speed, and what Wan 2.2's table shows beside the denoising"
         )
     if planned.bad:
         fail(f"{_count(planned.bad, 'line')} cannot be read as prompts and were left out of the plan", BAD_INPUT)

@@ -40,7 +40,7 @@ class Forecast:
         """A line for every shape in every phase."""
         found: list[dict[str, Any]] = []
         for number, phase in enumerate(self.layout.phases, 1):
-            for work, clips in phase.clips.items():
+            for work in phase.work:
                 partition = partition_of(self.network, work.size, phase.gpus, self.gpu, work.guided)
                 assert partition is not None  # or there would be no such layout
                 found.append(
@@ -48,7 +48,7 @@ class Forecast:
                         "phase": number,
                         "shape": str(work.size),
                         "steps": work.steps,
-                        "clips": clips,
+                        "clips": work.clips,
                         "replicas": phase.replicas,
                         "partition": str(partition),
                         "memory_gib": round(self.network.memory(work.size, partition, work.guided) / GIB, 1),

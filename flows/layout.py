@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -60,9 +60,9 @@ class Network:
 
     def tokens(self, size: Size) -> int:
         """Length of the transformer's sequence."""
-        time, rows, columns = (stride * patch for stride, patch in zip(self.stride, self.dit.patch, strict=True))
+        _, rows, columns = (stride * patch for stride, patch in zip(self.stride, self.dit.patch, strict=True))
         frames = math.ceil(((size.frames - 1) // self.stride[0] + 1) / self.dit.patch[0])
-        return frames * math.ceil(size.height / rows) * math.ceil(size.width / columns) if time else 0
+        return frames * math.ceil(size.height / rows) * math.ceil(size.width / columns)
 
     def operations(self, size: Size) -> float:
         """Floating point operations of one pass: two for every weight a token meets, four for every pair it attends."""
@@ -159,8 +159,11 @@ class Rates:
 
     @classmethod
     def of(cls, gpu: Gpu) -> Rates:
-        """What to assume before anything was measured: half of the stated speed, and for all else what Wan 2.2's own
-        table leaves beside the denoising on eight H100 (72.7 s for a megapixel in 81 frames, part of it divided)."""
+        """What to assume before anything was measured.
+
+        Half of the stated speed; and for a megapixel on an H100 the 0.38 seconds that by Wan 2.2's table no GPU
+        shortens, and half a second that they do (a guess: there a single GPU, offloading, takes four).
+        """
         slower = GPUS["h100"].flops / gpu.flops
         return cls(petaflop=2 * PETA / gpu.flops, megapixel=0.5 * slower, undivided=0.38 * slower)
 
@@ -211,7 +214,7 @@ class Phase:
 
     gpus: int  # of one replica
     replicas: int
-    clips: Mapping[Work, int]
+    work: tuple[Work, ...]
     seconds: float
 
 
@@ -262,7 +265,7 @@ def _phase(work: Sequence[Work], n: int, gpus: int, network: Network, rates: Rat
         heapq.heapify(free)
         for _ in range(each.clips - rounds * replicas):
             heapq.heapreplace(free, free[0] + seconds)
-    return Phase(gpus=n, replicas=replicas, clips={w: w.clips for w in work}, seconds=max(free))
+    return Phase(gpus=n, replicas=replicas, work=tuple(work), seconds=max(free))
 
 
 def _in_two(
@@ -289,7 +292,7 @@ def _split(work: Sequence[Work], count: int) -> tuple[list[Work], list[Work]]:
         count -= taken
         for part, clips in ((first, taken), (second, each.clips - taken)):
             if clips:
-                part.append(Work(size=each.size, steps=each.steps, guided=each.guided, clips=clips))
+                part.append(replace(each, clips=clips))
     return first, second
 
 

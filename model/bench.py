@@ -130,11 +130,25 @@ def step(rounds: int = 15) -> Iterator[str]:
         yield f"| {clips} | {1000 * a:.1f} | {1000 * b:.1f} | {a / b:.2f} | {error:.0e} |"
 
 
-def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
-    """Whole clips of mini, 25 steps, guided: an engine of one rank against diffusers' pipeline and our decoder."""
+def their_pipeline(folder: Path) -> Any:
+    """diffusers' `WanPipeline` over a model folder of ours, whose autoencoder it does not have: it ends at latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
+    parts: dict[str, Any] = dict(
+        transformer=WanTransformer3DModel.from_pretrained(folder / TRANSFORMER, dtype=torch.float32),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=None,
+    )
+    pipeline = WanPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
+    """Whole clips of mini, 25 steps, guided: an engine of one rank against diffusers' pipeline and our decoder."""
     folder = SHIPPED / "mini"
     card, vae = find_model(folder), load_vae(folder, torch.float32)
     shape = Shape(card.width, card.height, card.frames)
@@ -143,15 +157,7 @@ def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
         replace(spec_of(card, prompts[k % len(prompts)], seed=k, steps=25, overlap=5), solver="euler")
         for k in range(count)
     ]
-    parts: dict[str, Any] = dict(
-        transformer=WanTransformer3DModel.from_pretrained(folder / TRANSFORMER, dtype=torch.float32),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=None,
-    )
-    pipeline: Any = WanPipeline(**parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = their_pipeline(folder)
 
     @torch.inference_mode()
     def theirs(batch: int) -> float:

@@ -2,18 +2,37 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from transformers import AutoTokenizer, UMT5EncoderModel
+from diffusers import WanPipeline
 
+from model.bench import their_pipeline
 from model.config import Partition, Shape
 from model.diffusion import denoise, guide, noise, schedule, whole_times
 from model.engine import Engine
 from model.weights import SECOND, SHIPPED, find_model, load_dit, load_text, load_vae
 from tests.tiny import CLIP, tiny_model, tiny_wan
+
+STEPS, GUIDANCE, NEGATIVE = 6, 3.0, "a green cube"
+
+
+def walked(pipeline: WanPipeline, shape: Shape, start: torch.Tensor, length: int, output: str) -> Any:
+    """What diffusers makes of the one request that all tests here ask."""
+    return pipeline(
+        prompt=CLIP.prompt,
+        negative_prompt=NEGATIVE,
+        width=shape.width,
+        height=shape.height,
+        num_frames=shape.frames,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        max_sequence_length=length,
+        latents=start,
+        output_type=output,
+    ).frames
 
 
 @pytest.fixture(scope="module", params=["tiny", "mini"])
@@ -25,37 +44,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.no_grad()
 def test_diffusers_pipeline_and_our_sampler_agree(folder: Path) -> None:
-    shape, steps, guidance = Shape(64, 64, 9), 6, 3.0
-    prompt, negative = "a red ball moves left", "a green cube"
+    shape = Shape(64, 64, 9)
     dit, text, vae = (load(folder, torch.float32) for load in (load_dit, load_text, load_vae))
     start = noise(5, vae.latent_shape(shape))[None]
-
-    pipeline = WanPipeline(
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        prompt=prompt,
-        negative_prompt=negative,
-        width=shape.width,
-        height=shape.height,
-        num_frames=shape.frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        max_sequence_length=text.length,
-        latents=start,
-        output_type="latent",
-    ).frames
-
-    words = text.encode([prompt, negative])
+    pipeline = their_pipeline(folder)
+    theirs = walked(pipeline, shape, start, text.length, "latent")
+    words = text.encode([CLIP.prompt, NEGATIVE])
 
     def velocity(x: torch.Tensor, now: float) -> torch.Tensor:
         with_text, without = dit(torch.cat((x, x)), torch.full((2,), now), words).chunk(2)
-        return guide(with_text, without, guidance)
+        return guide(with_text, without, GUIDANCE)
 
     *_, ours = denoise(velocity, start, pipeline.scheduler.sigmas.tolist(), "euler")
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
@@ -63,7 +61,6 @@ def test_diffusers_pipeline_and_our_sampler_agree(folder: Path) -> None:
 
 
 RELEASES = ("2.1", "2.2-ti2v", "2.2-a14b")
-STEPS, GUIDANCE, NEGATIVE = 6, 3.0, "a green cube"
 SIZES = {"2.1": Shape(48, 32, 9), "2.2-ti2v": Shape(64, 96, 5), "2.2-a14b": Shape(32, 48, 5)}
 
 
@@ -76,20 +73,7 @@ def their_frames(release: str, folder: Path, start: torch.Tensor) -> torch.Tenso
     """[T, H, W, 3] in 0..1 of diffusers' pipeline, opened from the folder with nothing said but the request."""
     pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    shape = SIZES[release]
-    frames = pipeline(
-        prompt=CLIP.prompt,
-        negative_prompt=NEGATIVE,
-        width=shape.width,
-        height=shape.height,
-        num_frames=shape.frames,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        max_sequence_length=512,
-        latents=start,
-        output_type="np",
-    ).frames
-    return torch.from_numpy(frames[0])
+    return torch.from_numpy(walked(pipeline, SIZES[release], start, 512, "np")[0])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from diffusers import WanTransformer3DModel
 
 from model.config import DiTConfig, Partition
 from model.dit import DiT
-from model.layers import attention, short_attention
+from model.layers import attention, short_attention, turns_of
 from model.patch import INPUT, OUTPUT, grid, patchify, unpatchify
 
 CONFIG = DiTConfig(layers=2, heads=4, head_dim=16, ffn_dim=128, text_dim=24)
@@ -86,3 +86,14 @@ def test_a_partition_is_read_as_it_is_written(text: str, partition: Partition) -
 def test_a_wrong_partition_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="partition"):
         Partition.parse(text)
+
+
+def test_a_training_may_follow_an_inference_of_the_same_shape() -> None:
+    """The rotary tables of a shape are kept, and what was made for inference alone cannot be trained through."""
+    turns_of.cache_clear()
+    dit = DiT(DiTConfig(layers=1, heads=2, head_dim=12, ffn_dim=32, text_dim=8, freq_dim=16))
+    latents, times, text = torch.randn(1, 16, 1, 4, 4), torch.rand(1), torch.randn(1, 3, 8)
+    with torch.inference_mode():
+        dit(latents, times, text)
+    dit(latents, times, text).sum().backward()
+    assert dit.patch_embedding.weight.grad is not None

@@ -36,7 +36,7 @@ def test_every_clip_of_a_file_is_planned_and_bad_lines_are_named(prompts: Path, 
 def test_a_model_that_is_here_is_planned_by_its_own_sizes(prompts: Path, tmp_path: Path) -> None:
     found = forecast(Settings(home=tmp_path), prompts, "2xl40s", "mini", {}, lambda _: None)
     assert {row["shape"] for row in found.rows()} == {"64x64x17", "64x64x1"}
-    assert {found.network.tokens(work.size) for phase in found.layout.phases for work in phase.clips} == {16, 80}
+    assert {found.network.tokens(work.size) for phase in found.layout.phases for work in phase.work} == {16, 80}
 
 
 @pytest.mark.parametrize("text", ["8h200", "0xh200", "8x", "8xtpu", "-1xh100", ""])
