@@ -36,9 +36,9 @@ def flicker(clips: Tensor) -> float:
     return round((clips[:, :, 2:] - 2 * clips[:, :, 1:-1] + clips[:, :, :-2]).abs().mean().item() * 127.5, 2)
 
 
-def frozen(clips: Tensor, frame: int) -> Tensor:
-    """Every clip held still at one frame: the checker then says what that frame alone shows."""
-    return clips[:, :, frame : frame + 1].expand_as(clips)
+def frozen(clips: Tensor, frame: int | Tensor) -> Tensor:
+    """Every clip held still at one frame, all at the same or each at its own [B]: what that frame alone shows."""
+    return clips[torch.arange(len(clips)), :, frame, None].expand_as(clips)
 
 
 def identity(look: Callable[[Tensor], Labels], clips: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float | None]:
@@ -60,8 +60,7 @@ def permanence(
     pixels of its colour after, over before; within a quarter counts as the same.
     """
     before, after, ratio = _best_seen(clips, scenes)
-    each = torch.arange(len(clips))
-    first, last = (look(clips[each, :, at, None].expand_as(clips)) for at in (before, after))
+    first, last = (look(frozen(clips, at)) for at in (before, after))
     rightwards = torch.tensor([scene.direction > 0 for scene in scenes])
     same: dict[str, Tensor] = {}
     for name in ("colour", "shape"):
