@@ -90,6 +90,14 @@ COLUMNS: dict[str, tuple[Any, str]] = {
     "window": (Integer, "most frames made at once, where it is made in several windows"),
     "overlap": (Integer, "frames that a window takes over from what is known"),
     "made_frames": (Integer, "frames that went through the model, where that is not all of them once"),
+    "predicted_seconds": (Double, "engine time, as it was predicted when its shard was planned"),
+    "predicted_bytes": (BigInteger, "memory on the fullest rank, predicted"),
+    "peak_bytes": (BigInteger, "memory on the fullest rank, measured"),
+    "step_cache": (Double, "how little the first block may change for the others to be skipped"),
+    "skipped_steps": (Integer, "steps that the step cache answered"),
+    "reproductions": (Integer, "times it was rendered again to compare"),
+    "lowest_psnr": (Double, "dB, of those that differed"),
+    "largest_difference": (Integer, "of any value of 255 in any of them"),
 }
 
 # In a MetaData of its own: a view is no table that migrations would create.
@@ -155,6 +163,14 @@ class HistoryRow:
     window: int | None
     overlap: int | None
     made_frames: int | None
+    predicted_seconds: float | None
+    predicted_bytes: int | None
+    peak_bytes: int | None
+    step_cache: float | None
+    skipped_steps: int | None
+    reproductions: int
+    lowest_psnr: float | None
+    largest_difference: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +189,8 @@ class AttemptRow:
     encode_seconds: float | None
     put_seconds: float | None
     drift: float | None
+    skipped_steps: int | None
+    peak_bytes: int | None
     trace_id: str | None
     started_at: datetime
     finished_at: datetime | None

@@ -183,6 +183,8 @@ def record_clip(
     seconds: Mapping[str, float],
     trace_id: str | None = None,
     drift: float | None = None,
+    skipped_steps: int | None = None,
+    peak_bytes: int | None = None,
 ) -> bool:
     """The clip is done: its bytes are stored, now they count. `seconds` by stage (STAGES).
 
@@ -209,6 +211,7 @@ def record_clip(
         update(Attempt)
         .where(Attempt.clip_id == clip_id, Attempt.status == AttemptStatus.RUNNING)
         .values(status=AttemptStatus.DONE, finished_at=_now(), trace_id=trace_id, drift=drift)
+        .values(skipped_steps=skipped_steps, peak_bytes=peak_bytes)
         .values({f"{stage}_seconds": spent for stage, spent in seconds.items()}),
     )
     change(

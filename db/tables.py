@@ -204,6 +204,9 @@ class Shard(Base):
     height: Mapped[int]
     frames: Mapped[int]
     size: Mapped[int]  # clips it was planned with
+    partition: Mapped[str | None]  # the only one whose engines may claim it; null: any
+    predicted_seconds: Mapped[float | None]  # of an engine, for all its clips
+    predicted_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of memory, on the fullest rank
     owner: Mapped[str | None]
     attempt: Mapped[int] = mapped_column(server_default=text("0"))  # the fence: up by one with every claim
     leased_until: Mapped[datetime | None]
@@ -221,6 +224,7 @@ class Shard(Base):
         CheckConstraint("attempt >= 1 or status not in ('leased', 'done')", name="attempt"),
         CheckConstraint("(status in ('done', 'cancelled')) = (finished_at is not null)", name="finished"),
         CheckConstraint("size >= 1", name="size"),
+        CheckConstraint("predicted_seconds > 0 and predicted_bytes > 0", name="predicted"),
         CheckConstraint("priority between 0 and 100", name="priority"),
         # prevents a claim from reading finished shards: those that can be claimed, in the order they are
         Index(
@@ -287,6 +291,7 @@ class Clip(Base):
     window: Mapped[int | None]  # most frames made at once, where the clip is made in several
     overlap: Mapped[int | None]
     made_frames: Mapped[int | None]  # that go through the model, where that is not all of them once
+    step_cache: Mapped[float | None]  # how little the first block may change for the others to be skipped; null: never
     status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
     error: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
@@ -323,6 +328,7 @@ class Clip(Base):
         ),
         # prevents windows that take over more than they hold
         CheckConstraint('overlap >= 1 and "window" > overlap and made_frames >= 1', name="windows"),
+        CheckConstraint("step_cache > 0 and step_cache < 'infinity'", name="step_cache"),
         # prevents "done" without a video, and a video on a clip that is said to have none
         CheckConstraint("(status = 'done') = (artifact is not null)", name="done"),
         # prevents a rendering outside any lease
@@ -400,12 +406,15 @@ class Attempt(Base):
     encode_seconds: Mapped[float | None]
     put_seconds: Mapped[float | None]
     drift: Mapped[float | None]  # largest difference of the partitioned model from the whole one, where it was measured
+    skipped_steps: Mapped[int | None]  # that a step cache answered
+    peak_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of memory, on the fullest rank
     trace_id: Mapped[str | None]
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
 
     __table_args__ = (
         CheckConstraint("number >= 1", name="number"),
+        CheckConstraint("skipped_steps >= 0 and peak_bytes > 0", name="measured"),
         CheckConstraint("(status = 'running') = (finished_at is null)", name="finished"),
         # prevents two engines from being at one clip
         Index("uq_attempts_running", "clip_id", unique=True, postgresql_where=text("status = 'running'")),
@@ -426,6 +435,34 @@ class Take(Base):
     __table_args__ = (
         CheckConstraint(_HEX64.format("recipe"), name="recipe"),
         Index("ix_takes_sha256", "sha256"),
+    )
+
+
+class Reproduction(Base):
+    """A clip rendered once more, on some partition, and how far its frames are from the stored ones."""
+
+    __tablename__ = "reproductions"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    clip_id: Mapped[str] = mapped_column(ForeignKey("clips.id"))
+    partition: Mapped[str]
+    device: Mapped[str]
+    code_version: Mapped[str]
+    step_cache: Mapped[float | None]  # with which it was rendered this time
+    sha256: Mapped[str]  # of the file that came of it, which is not kept
+    identical: Mapped[bool]
+    psnr: Mapped[float | None]  # dB; null where nothing differs
+    largest: Mapped[int]  # difference of any value, of 255
+    seconds: Mapped[float]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint(_HEX64.format("sha256"), name="sha256"),
+        # prevents a rendering from being called the same while something differs
+        CheckConstraint(
+            "largest between 0 and 255 and identical = (largest = 0) and identical = (psnr is null)", name="drift"
+        ),
+        Index("ix_reproductions_clip_id", "clip_id", "id"),
     )
 
 
