@@ -308,13 +308,23 @@ class Shard:
         return data
 
     def render_all(self, publisher: ThreadPoolExecutor) -> None:
-        """Every clip once. When the ranks end under a clip, that clip has failed; the others go on with new ranks."""
-        while left := [clip for clip in self.clips if clip.clip_id not in self.settled | self.cancelled]:
+        """Every clip once. When the ranks end under some clips, these have failed; the others go on with new ranks.
+
+        Which of them it was nobody knows, so whatever failed before is tried again alone: a clip that ends the ranks
+        costs its neighbours one attempt and no more.
+        """
+        fresh = [clip for clip in self.clips if clip.attempt_no == 1]
+        for some in (fresh, *([clip] for clip in self.clips if clip.attempt_no > 1)):
+            self.render_some(some, publisher)
+
+    def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> None:
+        while left := [clip for clip in clips if clip.clip_id not in self.settled | self.cancelled]:
             pending: list[Future[None]] = []
             failure: Exception | None = None
             try:
-                specs = self.specs(left)
-                for rendered in self.crew.engine.render(specs, on_step=self.on_step, cancelled=self.unwanted):
+                for rendered in self.crew.engine.render(
+                    self.specs(left), on_step=self.on_step, cancelled=self.unwanted, on_failure=self.fail
+                ):
                     pending.append(publisher.submit(self.publish, rendered))
                     pending = [f for f in pending if not f.done() or f.result()]
             except (RankDied, RankHung, RenderFailed) as error:
@@ -378,6 +388,7 @@ class Shard:
                 ),
                 seconds={**rendered.seconds, "encode": encoded - began, "put": ended - encoded},
                 trace_id=self.trace_id,
+                peak_bytes=rendered.peak_bytes,
             )
         self.settled.add(clip.clip_id)
         self.finished += kept
@@ -387,14 +398,10 @@ class Shard:
     def trace(self, rendered: RenderedClip, after: Sequence[tuple[str, float, float]]) -> None:
         """One span for the clip; in it one for each stage, those of the ranks by what they timed."""
         clip = span_between("clip", rendered.started, after[-1][2], parent=self.span, clip_id=rendered.clip_id)
-        at = rendered.started
-        for stage in ("text", "denoise", "decode"):
-            until = at + rendered.seconds.get(stage, 0.0)
-            steps = [Event(f"step {k}", when) for k, when in enumerate(rendered.steps, 1)] if stage == "denoise" else []
-            span_between(stage, at, until, parent=clip, events=steps)
-            at = until
-        for stage, began, ended in after:
-            span_between(stage, began, ended, parent=clip)
+        steps = [Event(f"step {k}", when) for k, when in enumerate(rendered.steps, 1)]
+        for stage, began, ended in (*rendered.spans, *after):
+            within = [step for step in steps if stage == "denoise" and began <= step.at <= ended]
+            span_between(stage, began, ended, parent=clip, events=within)
 
     def patiently(self, ask: Callable[[], T]) -> T:
         """What the store answers: a rendered clip is worth waiting for as long as the lease is ours."""
@@ -414,6 +421,7 @@ class Shard:
         named = getattr(failure, "clip_id", None)
         guilty = {named} if named else self.started - self.settled - self.cancelled
         for clip_id in guilty:
+            self.on_step(clip_id, 0, 0)  # one that failed before its turn has an attempt too
             self.settle_failed(clip_id, str(failure))
 
     def settle_failed(self, clip_id: str, error: str) -> None:

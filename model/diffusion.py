@@ -7,7 +7,7 @@ Time runs from 0 (clean) to 1 (noise), in training and in sampling alike; betwee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,7 @@ SOLVERS = ("euler", "ab2", "unipc")
 THOUSAND = 1000  # times that Wan was trained at
 NEARLY = 1 - 1e-6  # the last time before 1 of which a logarithm can be taken
 Velocity = Callable[[Tensor, float], Tensor]  # (x, time) -> d x / d time
+Walk = Generator[tuple[Tensor, float], Tensor, Tensor]  # yields (x, time), is sent the velocity there, returns the end
 
 
 def blend(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -41,15 +42,42 @@ def schedule(steps: int, shift: float, solver: str = "euler") -> list[float]:
     return [t / (t + (1 - t) / shift) for t in even]  # written so that both ends are exact
 
 
+def told(time: float, solver: str) -> float:
+    """The time that the network is told: for unipc the whole thousandth below, as Wan's own sampler does."""
+    return int(THOUSAND * min(time, NEARLY)) / THOUSAND if solver == "unipc" else time
+
+
 def whole_times(velocity: Velocity, solver: str) -> Velocity:
-    """For unipc: the velocity at the whole thousandth below, which is what Wan's own sampler tells the network."""
-    if solver != "unipc":
-        return velocity
-    return lambda x, now: velocity(x, int(THOUSAND * min(now, NEARLY)) / THOUSAND)
+    """The velocity as this solver asks for it."""
+    return lambda x, now: velocity(x, told(now, solver))
+
+
+def told_times(steps: Walk, solver: str) -> Walk:
+    """The same walk, in the times that the network is told."""
+    x, now = next(steps)
+    while True:
+        velocity = yield x, told(now, solver)
+        try:
+            x, now = steps.send(velocity)
+        except StopIteration as arrived:
+            return arrived.value
 
 
 def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str = "euler") -> Iterator[Tensor]:
-    """Walks x from times[0] to times[-1] and yields it after every step. One call of `velocity` a step.
+    """Walks x from times[0] to times[-1] and yields it after every step. One call of `velocity` a step."""
+    steps = walk(x, times, solver)
+    x, now = next(steps)
+    while True:
+        try:
+            x, now = steps.send(velocity(x, now))
+        except StopIteration as arrived:
+            yield arrived.value
+            return
+        yield x
+
+
+def walk(x: Tensor, times: Sequence[float], solver: str = "euler") -> Walk:
+    """The way from times[0] to times[-1] as a conversation, so that whoever answers may answer for several at once.
 
     euler: first order. ab2: the two-step Adams-Bashforth method for uneven steps (second order; Hairer, Nørsett and
     Wanner, "Solving Ordinary Differential Equations I", III.5), whose first step is Euler's. unipc: UniPC-2 in its
@@ -57,22 +85,23 @@ def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str =
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(SOLVERS)}")
-    if solver == "unipc":
-        yield from _unipc(velocity, x, times)
-        return
+    return (yield from _unipc(x, times) if solver == "unipc" else _adams_bashforth(x, times, 1 + (solver == "ab2")))
+
+
+def _adams_bashforth(x: Tensor, times: Sequence[float], order: int) -> Walk:
     last: Tensor | None = None
     last_step = 0.0
     for now, after in pairwise(times):
-        slope, step = velocity(x, now), after - now
-        if solver == "ab2" and last is not None:
+        slope, step = (yield x, now), after - now
+        if order == 2 and last is not None:
             x = x + step * (slope + (slope - last) * (step / (2 * last_step)))
         else:
             x = x + step * slope
         last, last_step = slope, step
-        yield x
+    return x
 
 
-def _unipc(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:
+def _unipc(x: Tensor, times: Sequence[float]) -> Walk:
     """Every step predicts from what was seen at the last two times; what is seen on arrival corrects it afterwards.
 
     The network is not asked again about the corrected point: a step costs one call.
@@ -80,13 +109,13 @@ def _unipc(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Te
     sigmas = [min(time, NEARLY) for time in times]
     start, seen = x, list[Tensor]()  # where the last step began; the clean clip as it was predicted there, and before
     for k, now in enumerate(times[:-1]):
-        clean = x - sigmas[k] * velocity(x, now)
+        clean = x - sigmas[k] * (yield x, now)
         if k:
             x = _corrected(start, seen, clean, sigmas[max(0, k - 2) : k + 1])
         seen, start = [*seen[-1:], clean], x
         two = 0 < k < len(times) - 2  # the last step leads to where the signal is infinitely stronger than the noise
         x = _predicted(x, seen[-2:] if two else [clean], sigmas[k - two : k + 2])
-        yield x
+    return x
 
 
 def _predicted(x: Tensor, seen: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:

@@ -20,6 +20,8 @@ from model.config import DiTConfig
 from model.layers import Block, Heard, LayerNorm32, sinusoid, turns_of
 from model.patch import grid, patchify, unpatchify
 
+ENOUGH = 16  # rows from which on products of this size gave the same bits whatever their number
+
 
 class TimeMLP(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
@@ -50,10 +52,17 @@ class Conditioning(nn.Module):
         self.channels = config.freq_dim
 
     def forward(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """times [B, S] -> embedding [B, S, D], modulation [B, S, 6, D]."""
-        weight = self.time_embedder.linear_1.weight
-        embedding = self.time_embedder(sinusoid(times, self.channels).to(weight.dtype))
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        """times [B, S] -> embedding [B, S, D], modulation [B, S, 6, D].
+
+        Few times are filled up to ENOUGH: a product with less rows may take another path through the CPU's library, and
+        then a clip's last bits would depend on how many others there are.
+        """
+        weight, count = self.time_embedder.linear_1.weight, times.numel()
+        flat = F.pad(times.flatten(), (0, max(0, ENOUGH - count)))
+        embedding = self.time_embedder(sinusoid(flat, self.channels).to(weight.dtype))
+        modulation = self.time_proj(F.silu(embedding))
+        shape = times.shape
+        return embedding[:count].view(*shape, -1), modulation[:count].view(*shape, 6, -1)
 
     def embed(self, text: Tensor) -> Tensor:
         """[B, L, Dt] -> [B, L, D]."""

@@ -1,12 +1,13 @@
 """The parent of a partitioned model: starts its ranks, hands them clips, takes frames back, ends them all on trouble.
 
 Knows processes and bytes, no tensors: torch lives in the ranks (`model.rank`). Every rank gets the same jobs in the
-same order over its own socket pair, as JSON; rank 0 answers with steps and results. Frames come back through two
+same order over its own socket pair, as JSON; rank 0 answers with steps and results. Frames come back through
 anonymous memory files that the parent made and rank 0 inherited, so that nothing is left behind by whoever is killed.
 
 Frames that a clip is to keep go to the ranks in a memory file of their own, whose descriptor follows the job.
 
-Two jobs are under way at a time: while the caller encodes and stores the frames of one, the ranks denoise the next.
+A job is one clip. There are always some more under way than are denoised together: while the caller encodes and stores
+one, the ranks decode the next, denoise others and encode the prompts of those that follow.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from mmap import PROT_READ, mmap
@@ -38,7 +40,7 @@ from model.weights import find_model
 
 Message: TypeAlias = "dict[str, Any]"
 Device = Literal["cpu", "cuda"]
-IN_FLIGHT = 2
+AHEAD = 1  # clips that ranks are given beyond those that they denoise
 POLL = 0.1  # seconds between two looks at what has been cancelled
 
 
@@ -47,7 +49,11 @@ class EngineError(Exception):
 
 
 class RankDied(EngineError):
-    """A rank's process ended, killed from outside or out of memory. Start the engine again and repeat the clips."""
+    """A rank's process ended, killed from outside or by an error. Start the engine again and repeat the clips."""
+
+
+class OutOfMemory(RankDied):
+    """A rank had no memory left for what it was given. Fewer clips at a time need less."""
 
 
 class RankHung(EngineError):
@@ -111,23 +117,25 @@ class ClipSpec:
             overlap=self.overlap,
         )
 
-    @property
-    def alike(self) -> tuple[object, ...]:
-        """Clips that agree in this can be denoised as one batch."""
-        size = self.width, self.height, self.given, self.strength
-        return *size, self.steps, self.guidance, self.solver, self.shift
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedClip:
-    """Frames, and how long they took. Times are unix seconds; a clip's share of a micro-batch is an equal one."""
+    """Frames, and how long they took. Times are unix seconds."""
 
     clip_id: str
     frames: Frames
-    seconds: dict[str, float]  # text, denoise, decode
+    seconds: dict[str, float]  # text, denoise, decode; a step's time is shared among the clips that took it
+    spans: tuple[tuple[str, float, float], ...]  # stage, from when, to when
     steps: tuple[float, ...]  # when each denoising step ended
-    started: float
-    finished: float
+    peak_bytes: int  # of memory, on the fullest rank, since its start
+
+    @property
+    def started(self) -> float:
+        return self.spans[0][1]
+
+    @property
+    def finished(self) -> float:
+        return self.spans[-1][2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +152,12 @@ class RankInfo:
 @dataclass(slots=True)
 class _Job:
     number: int
-    specs: Sequence[ClipSpec]
-    steps: list[float] = field(default_factory=list)
-    told: set[str] = field(default_factory=set)  # clips whose cancellation the ranks know of
+    place: int  # among the clips to render
+    spec: ClipSpec
+    slot: int
+    begun: bool = False
+    dropped: bool = False  # the ranks know that nobody wants it any more
+    steps: list[float] = field(default_factory=list[float])
 
 
 @dataclass(slots=True)
@@ -156,16 +167,17 @@ class _Rank:
 
 
 class Wire:
-    """JSON messages over a socket pair, some with an open file."""
+    """JSON messages over a socket pair, some with an open file. Several threads may send."""
 
     def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+        self.connection, self.turn = connection, threading.Lock()
 
     def send(self, message: Message, file: int | None = None) -> None:
         """`file` is a descriptor that the other side gets one of its own for. Raises OSError when it is gone."""
-        self.connection.send_bytes(json.dumps({**message, "file": file is not None}).encode())
-        if file is not None:
-            send_handle(self.connection, file, None)
+        with self.turn:
+            self.connection.send_bytes(json.dumps({**message, "file": file is not None}).encode())
+            if file is not None:
+                send_handle(self.connection, file, None)
 
     def receive(self) -> Message:
         """Waits for a message; "file" is a descriptor or None. Raises EOFError or OSError when the other is gone."""
@@ -179,9 +191,8 @@ class Engine:
 
     step_timeout: seconds without a sign of life (a step, a decoded clip) after which the ranks count as hung.
     start_timeout: seconds that loading may take.
-    micro_batch: clips of one shape that are denoised together. Only 1 gives a clip the same bytes whatever comes with
-        it: sums over a batch of another size may round differently. (On one CPU batches of 2 and 3 gave the bytes that
-        single clips did; of 6, one pixel value in 80,000 was one level off.)
+    micro_batch: clips of one shape that are denoised together; they join and leave between any two steps. A clip's
+        bytes do not depend on its neighbours (`model.batch`), but may on this number. Halved when memory runs out.
     dtype: of the transformer; by default float32 on a CPU and bfloat16 on CUDA.
     log: where the ranks' standard output and error go; by default this process's standard error.
     """
@@ -210,7 +221,9 @@ class Engine:
         self.log = log
         self.ready: tuple[RankInfo, ...] = ()
         self._ranks: list[_Rank] = []
-        self._slots: list[int] = []
+        self._slots: list[int] = []  # memory files for frames
+        self._free: list[int] = []  # those that no job uses
+        self._left: dict[int, int] = {}  # jobs that their caller has left, and their slots
         self._next_job = 0
 
     def __enter__(self) -> Engine:
@@ -261,74 +274,96 @@ class Engine:
         *,
         on_step: Callable[[str, int, int], None] = lambda clip_id, step, steps: None,
         cancelled: Callable[[], set[str]] = set,
+        on_failure: Callable[[RenderFailed], None] | None = None,
     ) -> Generator[RenderedClip]:
-        """Yields the clips one by one, in order; the ranks work on while the caller looks at one.
+        """Yields clip by clip as they are done; the ranks work on while the caller looks at one.
 
         `on_step(clip_id, step, steps)` is called with step 0 when a clip's turn has come, and after each denoising
         step; a clip made in several windows takes more of them than it asks for, an edit fewer. `cancelled()` is asked
         many times a second for the ids that nobody wants any more: a running one stops at its next step, and none of
-        them is yielded.
-        Raises RenderFailed, RankDied or RankHung; the ranks are gone then.
+        them is yielded. `on_failure` is told of a clip that the model cannot make; the others go on. Without it, that
+        is raised.
+        Out of memory, the engine starts again with half as many clips at a time, down to one.
+        Raises RenderFailed. Raises RankDied or RankHung; the ranks are gone then.
         """
         if not self._ranks:
             raise EngineError("the engine has not been started")
-        waiting = deque(self._batches(specs))
-        jobs: deque[_Job] = deque()
-        heard, begun = time.monotonic(), -1
+        left = dict(enumerate(specs))
+        while True:
+            try:
+                for place, made in self._render(left, on_step, cancelled):
+                    del left[place]
+                    if isinstance(made, RenderedClip):
+                        yield made
+                    elif on_failure is not None:
+                        on_failure(made)
+                    else:
+                        raise made
+                return
+            except OutOfMemory:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch //= 2
+                self.start()
+
+    def _render(
+        self,
+        specs: Mapping[int, ClipSpec],
+        on_step: Callable[[str, int, int], None],
+        cancelled: Callable[[], set[str]],
+    ) -> Generator[tuple[int, RenderedClip | RenderFailed]]:
+        waiting, jobs = deque(specs.items()), dict[int, _Job]()
+        heard = time.monotonic()
         try:
             while waiting or jobs:
                 dropped = cancelled()
-                while waiting and len(jobs) < IN_FLIGHT:
-                    batch = waiting.popleft()
-                    if wanted := [spec for spec in batch if spec.clip_id not in dropped]:
-                        jobs.append(self._submit(wanted))
-                for job in jobs:
-                    self._cancel(job, dropped)
-                if jobs and jobs[0].number != begun:
-                    begun = jobs[0].number
-                    for spec in jobs[0].specs:
-                        on_step(spec.clip_id, 0, spec.steps)
-                message = self._next_message(jobs)
+                while waiting and self._free:
+                    place, spec = waiting.popleft()
+                    if spec.clip_id not in dropped:
+                        job = self._submit(place, spec)
+                        jobs[job.number] = job
+                for job in jobs.values():
+                    if job.spec.clip_id in dropped:
+                        self._drop(job)
+                message = self._next_message(list(jobs.values()))
                 if message is None:
                     if jobs and time.monotonic() - heard > self.step_timeout:
                         raise RankHung(f"no step for {self.step_timeout:g} s; {self._states()}")
                     continue
                 heard = time.monotonic()
-                job = next((job for job in jobs if job.number == message["job"]), None)
-                if job is None:  # of a render that its caller left
-                    continue
-                if message["type"] == "step":
-                    job.steps.append(message["time"])
-                    for spec in job.specs:
-                        on_step(spec.clip_id, message["step"], message["steps"])
-                elif message["type"] == "done":
-                    jobs.remove(job)
-                    clips = self._collect(job, message)
-                    yield from (clip for clip in clips if clip.clip_id not in cancelled())
-                    heard = time.monotonic()
+                if message["type"] == "steps":
+                    for number, step, steps in message["steps"]:
+                        if job := jobs.get(number):
+                            job.steps.append(message["time"])
+                            on_step(job.spec.clip_id, step, steps)
+                elif message["type"] == "begin":
+                    if job := jobs.get(message["job"]):
+                        job.begun = True
+                        on_step(job.spec.clip_id, 0, job.spec.steps)
+                elif (slot := self._left.pop(message["job"], None)) is not None:
+                    self._free.append(slot)
+                else:
+                    job = jobs.pop(message["job"])
+                    made = self._outcome(job, message)
+                    self._free.append(job.slot)
+                    if made is not None and job.spec.clip_id not in cancelled():
+                        yield job.place, made
+                        heard = time.monotonic()
         except EngineError:
             self._end_ranks()
             raise
         finally:
-            with suppress(OSError):
-                for job in jobs:  # the caller has left, or a clip has failed
-                    self._cancel(job, {spec.clip_id for spec in job.specs})
+            if self._ranks:
+                with suppress(OSError, EngineError):
+                    for job in jobs.values():  # the caller has left
+                        self._left[job.number] = job.slot
+                        self._drop(job)
 
-    def _batches(self, specs: Sequence[ClipSpec]) -> list[list[ClipSpec]]:
-        """Neighbours that are alike, at most `micro_batch` of them."""
-        batches: list[list[ClipSpec]] = []
-        for spec in specs:
-            if batches and len(batches[-1]) < self.micro_batch and batches[-1][0].alike == spec.alike:
-                batches[-1].append(spec)
-            else:
-                batches.append([spec])
-        return batches
-
-    def _submit(self, specs: list[ClipSpec]) -> _Job:
-        job = _Job(self._next_job, specs)
+    def _submit(self, place: int, spec: ClipSpec) -> _Job:
+        job = _Job(self._next_job, place, spec, self._free.pop(0))
         self._next_job += 1
-        message = {"type": "render", "job": job.number, "clips": [_without_pixels(spec) for spec in specs]}
-        file = _pixels_file(specs)
+        message = {"type": "render", "job": job.number, "slot": job.slot, "clip": _without_pixels(spec)}
+        file = _pixels_file(spec)
         try:
             for number in range(len(self._ranks)):
                 self._tell(number, message, file)
@@ -337,12 +372,11 @@ class Engine:
                 os.close(file)
         return job
 
-    def _cancel(self, job: _Job, dropped: set[str]) -> None:
+    def _drop(self, job: _Job) -> None:
         """Rank 0 tells the others at the next step, so that all stop at the same one."""
-        news = dropped & {spec.clip_id for spec in job.specs} - job.told
-        if news and self._ranks:
-            job.told |= news
-            self._tell(0, {"type": "cancel", "job": job.number, "clips": sorted(news)})
+        if not job.dropped:
+            job.dropped = True
+            self._tell(0, {"type": "cancel", "job": job.number})
 
     def _tell(self, rank: int, message: Message, file: int | None = None) -> None:
         try:
@@ -364,30 +398,27 @@ class Engine:
             return message
         return None
 
-    def _collect(self, job: _Job, message: Message) -> list[RenderedClip]:
-        """Copies the frames of a job out of its memory file."""
-        finished, clips, offset = message["time"], list[RenderedClip](), 0
-        for spec in job.specs:
-            if spec.clip_id in message["cancelled"]:
-                continue
-            frames = np.empty((spec.frames, spec.height, spec.width, 3), np.uint8)
-            view = frames.reshape(-1).data
-            while view:
-                count = os.preadv(self._slots[job.number % IN_FLIGHT], [view], offset)
-                if not count:
-                    raise RenderFailed(spec.clip_id, f"rank 0 wrote {offset} bytes of frames, more were announced")
-                view, offset = view[count:], offset + count
-            clips.append(
-                RenderedClip(
-                    clip_id=spec.clip_id,
-                    frames=frames,
-                    seconds=message["seconds"],
-                    steps=tuple(job.steps),
-                    started=message["started"],
-                    finished=finished,
-                )
-            )
-        return clips
+    def _outcome(self, job: _Job, message: Message) -> RenderedClip | RenderFailed | None:
+        """What a rank's last word on a clip means; frames are copied out of the clip's memory file. None: dropped."""
+        if message["type"] == "dropped":
+            return None
+        if message["type"] == "failed":
+            return RenderFailed(job.spec.clip_id, message["reason"])
+        frames, offset = np.empty((job.spec.frames, job.spec.height, job.spec.width, 3), np.uint8), 0
+        view = frames.reshape(-1).data
+        while view:
+            count = os.preadv(self._slots[job.slot], [view], offset)
+            if not count:
+                return RenderFailed(job.spec.clip_id, f"rank 0 wrote {offset} bytes of frames, more were announced")
+            view, offset = view[count:], offset + count
+        return RenderedClip(
+            clip_id=job.spec.clip_id,
+            frames=frames,
+            seconds=message["seconds"],
+            spans=tuple((stage, began, ended) for stage, began, ended in message["spans"]),
+            steps=tuple(job.steps),
+            peak_bytes=message["peak_bytes"],
+        )
 
     def _spawn(self) -> None:
         """Every rank leads a process group of its own: a Ctrl-C for the parent must not reach it first.
@@ -402,7 +433,8 @@ class Engine:
             "HF_HUB_OFFLINE": "1",  # a rank reads its model folder and nothing else
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        self._slots = [os.memfd_create(f"rushes-frames-{k}") for k in range(IN_FLIGHT)]
+        self._slots = [os.memfd_create(f"rushes-frames-{k}") for k in range(self.micro_batch + AHEAD)]
+        self._free = list(range(len(self._slots)))
         output = self.log.open("ab") if self.log is not None else None
         try:
             with socket.create_server(("127.0.0.1", 0), backlog=max(world, 16)) as listener:
@@ -417,6 +449,7 @@ class Engine:
                         "device": self.device,
                         "dtype": self.dtype,
                         "threads": self.threads_per_rank,
+                        "micro_batch": self.micro_batch,
                         "frame_step": self.card.frame_step,
                         "boundary": self.card.boundary,
                         "parent": os.getpid(),
@@ -482,9 +515,13 @@ class Engine:
                     self._ranks[k].process.wait(1)
                 return RankDied(f"rank {k} of {len(self._ranks)} died ({_ending(self._ranks[k].process.poll())})")
         first = min((said for said in reports.values() if said is not None), key=lambda said: said["time"])
-        if first["clips"]:
+        if not self.ready:
+            return StartFailed(first["reason"])
+        if first["memory"]:
+            return OutOfMemory(f"a rank ran out of memory ({self.micro_batch} at a time): {first['reason']}")
+        if len(first["clips"]) == 1:
             return RenderFailed(first["clips"][0], first["reason"])
-        return EngineError(first["reason"]) if self.ready else StartFailed(first["reason"])
+        return RankDied(f"a rank failed: {first['reason']}")
 
     def _states(self) -> str:
         """Where each rank is, as the kernel says."""
@@ -507,7 +544,7 @@ class Engine:
             rank.wire.connection.close()
         for slot in self._slots:
             os.close(slot)
-        self._ranks, self._slots, self.ready = [], [], ()
+        self._ranks, self._slots, self._free, self._left, self.ready = [], [], [], {}, ()
 
 
 PIXELS = ("start", "end")
@@ -519,9 +556,9 @@ def _without_pixels(spec: ClipSpec) -> Message:
     return {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in PIXELS} | counts
 
 
-def _pixels_file(specs: Sequence[ClipSpec]) -> int | None:
-    """A memory file with the frames that the clips bring, one after the other; None if they bring none."""
-    parts = [np.ascontiguousarray(f) for spec in specs for f in (spec.start, spec.end) if f is not None]
+def _pixels_file(spec: ClipSpec) -> int | None:
+    """A memory file with the frames that a clip brings, one after the other; None if it brings none."""
+    parts = [np.ascontiguousarray(frames) for frames in (spec.start, spec.end) if frames is not None]
     if not parts:
         return None
     with ExitStack() as unless_whole:
@@ -535,20 +572,17 @@ def _pixels_file(specs: Sequence[ClipSpec]) -> int | None:
     return file
 
 
-def clips_in(message: Message) -> list[ClipSpec]:
-    """The clips of a job as a rank got it, their frames mapped from the memory file, which is closed."""
-    if message["file"] is None:
-        return [ClipSpec(**clip) for clip in message["clips"]]
-    with open(message["file"], "rb") as file:
-        pixels = np.frombuffer(mmap(file.fileno(), 0, prot=PROT_READ), np.uint8)
-    specs: list[ClipSpec] = []
-    for clip in message["clips"]:
+def clip_in(message: Message) -> ClipSpec:
+    """The clip of a job as a rank got it, its frames mapped from the memory file, which is closed."""
+    clip = dict(message["clip"])
+    if message["file"] is not None:
+        with open(message["file"], "rb") as file:
+            pixels = np.frombuffer(mmap(file.fileno(), 0, prot=PROT_READ), np.uint8)
         for name in PIXELS:
             if name in clip:
                 shape = clip[name], clip["height"], clip["width"], 3
                 clip[name], pixels = pixels[: math.prod(shape)].reshape(shape), pixels[math.prod(shape) :]
-        specs.append(ClipSpec(**clip))
-    return specs
+    return ClipSpec(**clip)
 
 
 def _ending(code: int | None) -> str:

@@ -1,9 +1,13 @@
 """One rank of an engine: `python -m model.rank SETTINGS`, started by `model.engine` only.
 
-All ranks get the same jobs in the same order and run the denoising loop in lockstep. Beside the transformer's own there
-are three collectives: rank 0 sends the encoded prompts once a job, the latents that a window begins with, and one small
-"go on or stop" a step. Rank 0 alone encodes; all decode, each some rows of the picture (`model.rows`). Whatever goes
-wrong is reported and ends the process; the parent then ends the others.
+All ranks get the same clips in the same order and take every denoising step in lockstep. Before each step rank 0 says
+in one small message which clips take part, so that all let the same ones join and leave. Beside the transformer's own
+collectives there is one more: a clip that joins brings its prompts and the latents it begins with, from rank 0.
+
+What is not denoising is done by a thread of its own while the steps go on (`Side`): rank 0 encodes prompts and given
+frames there; all ranks decode there, each some rows of the picture (`model.rows`), over a process group of their own.
+Whatever goes wrong with one clip is said of that clip. All else is reported and ends the process; the parent then ends
+the others.
 """
 
 from __future__ import annotations
@@ -14,30 +18,33 @@ import queue
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.conditioning import Canvas, Frames, Window, hold, seed_of, times_from, windows
+from model.conditioning import Canvas, Frames, Window, seed_of, times_from, windows
 from model.config import Partition, Shape
-from model.engine import ClipSpec, Message, Wire, clips_in
+from model.engine import ClipSpec, Message, Wire, clip_in
 from model.weights import SECOND, TRANSFORMER
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
-    from model.dit import DiT
-    from model.layers import Heard
+    from model.batch import Kind
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
 
 PROMPTS_KEPT = 256
-HEARD_BYTES = 64 << 20  # of keys and values that are worth keeping from step to step
+STAGES = ("text", "denoise", "decode")
+IDLE = 1.0  # seconds after which rank 0 says that there is nothing to do: the others wait for its word
 
 
 class Inbox:
@@ -48,8 +55,7 @@ class Inbox:
 
     def __init__(self, wire: Wire, parent: int) -> None:
         self.wire, self.parent = wire, parent
-        self.jobs: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.dropped: dict[int, set[str]] = {}  # by job: clips that nobody wants any more
+        self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
@@ -59,46 +65,129 @@ class Inbox:
                 while not self.wire.connection.poll(0.5):
                     if os.getppid() != self.parent:
                         os._exit(1)
-                message = self.wire.receive()
-                if message["type"] == "cancel":
-                    self.dropped.setdefault(message["job"], set()).update(message["clips"])
-                else:
-                    self.jobs.put(message)
+                self.messages.put(self.wire.receive())
         except (EOFError, OSError):
             os._exit(1)
+
+
+@dataclass(slots=True)
+class Job:
+    """A clip on this rank, from the parent's message to its frames."""
+
+    number: int
+    spec: ClipSpec
+    slot: int  # which memory file its frames go to
+    plan: list[Window] = field(default_factory=list[Window])
+    window: int = 0  # the one under way
+    step: int = 0  # over all windows
+    # Of rank 0, until the clip joins:
+    canvas: Canvas | None = None
+    text: Tensor | None = None  # [2, L, Dt] prompt and negative prompt
+    begin: Tensor | None = None  # [C, T, H, W] what the window begins with
+    kind: Kind | None = None  # whom it may sit beside
+    dropped: bool = False  # nobody wants it any more
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    spans: list[tuple[str, float, float]] = field(default_factory=list[tuple[str, float, float]])
+
+    @property
+    def times(self) -> list[float]:
+        from model.diffusion import schedule
+
+        return times_from(schedule(self.spec.steps, self.spec.shift, self.spec.solver), self.spec.strength or 1.0)
+
+    @property
+    def steps(self) -> int:
+        """Of all windows."""
+        return len(self.plan) * (len(self.times) - 1)
+
+    def spent(self, stage: str, began: float, share: int = 1) -> None:
+        """Since `began` (unix seconds) it was in this stage, one of so many clips."""
+        now = time.time()
+        self.seconds[stage] += (now - began) / share
+        if self.spans and self.spans[-1][0] == stage:  # many steps, one span
+            began = self.spans.pop()[1]
+        self.spans.append((stage, began, now))
+
+
+class Side:
+    """A thread that does one thing after the other. What it raises ends the process."""
+
+    def __init__(self, fatal: Callable[[BaseException, Sequence[str]], None], device: str) -> None:
+        self.work: queue.Queue[tuple[Callable[[], None], str]] = queue.Queue()
+        self.fatal, self.device = fatal, device
+        threading.Thread(target=self._run, name="side", daemon=True).start()
+
+    def do(self, work: Callable[[], None], clip_id: str) -> None:
+        """Something for this clip."""
+        self.work.put((work, clip_id))
+
+    def wait(self) -> None:
+        """Until all is done."""
+        self.work.join()
+
+    def _run(self) -> None:
+        import torch
+
+        torch.set_grad_enabled(False)  # which every thread must say for itself
+        with torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else nullcontext():
+            while True:
+                work, clip_id = self.work.get()
+                try:
+                    work()
+                except BaseException as problem:
+                    self.fatal(problem, [clip_id])
+                self.work.task_done()
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
     wire = Wire(Connection(settings["wire"]))
-    inbox = Inbox(wire, settings["parent"])
-    current: list[str] = []  # clips under way
-    try:
-        started = time.perf_counter()
-        rank = Rank(settings, wire, inbox, started)
-        while (message := inbox.jobs.get())["type"] == "render":
-            current = [clip["clip_id"] for clip in message["clips"]]
-            rank.render(message["job"], clips_in(message))
-            current = []
-    except BaseException as problem:
+    rank: Rank | None = None
+
+    def fatal(problem: BaseException, clips: Sequence[str] = ()) -> None:
         import traceback
 
-        traceback.print_exc()
+        traceback.print_exception(problem)
         reason = f"{type(problem).__name__}: {problem}"
-        clips = [problem.clip_id] if isinstance(problem, Unrenderable) else current
+        memory = out_of_memory(problem)
         with suppress(OSError):
-            wire.send({"type": "error", "reason": reason, "clips": clips, "time": time.time()})
+            wire.send({"type": "error", "reason": reason, "clips": [*clips], "memory": memory, "time": time.time()})
         sys.stderr.flush()
         os._exit(1)  # no destructors: in a broken process group they abort
+
+    try:
+        rank = Rank(settings, wire, Inbox(wire, settings["parent"]), fatal)
+        rank.serve()
+    except BaseException as problem:
+        fatal(problem, rank.at_work if rank else ())
     os._exit(0)
 
 
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether fewer clips at once could have helped."""
+    import torch
+
+    said = "can't allocate memory" in str(problem) or "not enough memory" in str(problem)  # the CPU's allocator
+    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or (isinstance(problem, RuntimeError) and said)
+
+
 class Rank:
-    def __init__(self, settings: dict[str, Any], wire: Wire, inbox: Inbox, started: float) -> None:
+    """One share of the model, and the clips it is at."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        wire: Wire,
+        inbox: Inbox,
+        fatal: Callable[[BaseException, Sequence[str]], None],
+    ) -> None:
         """Imports, joins the group, loads this rank's part, tests it and tells the parent."""
+        started = time.perf_counter()
         import torch
+        import torch.distributed as dist
 
         from model import partition
+        from model.batch import Batch
         from model.checkpoint import check_memory, free_bytes
         from model.rows import DividedDecoder
         from model.weights import load_text, load_vae
@@ -109,7 +198,6 @@ class Rank:
         self.device: str = settings["device"]
         self.wire, self.inbox, self.slots = wire, inbox, settings["slots"]
         self.frame_step: int = settings["frame_step"]
-        self.boundary: float | None = settings["boundary"]
         path, dtype = Path(settings["path"]), getattr(torch, settings["dtype"])
         divided = Partition.parse(settings["partition"])
         self.world = divided.world
@@ -122,175 +210,255 @@ class Rank:
             laps[name] = time.perf_counter() - started - sum(laps.values())
 
         partition.connect(self.rank, self.world, settings["port"], self.device, settings["listener"])
-        self.groups = partition.groups_of(divided, self.device)
+        groups = partition.groups_of(divided, self.device)
+        beside: Any = dist.new_group() if self.world > 1 else None  # of the side thread: two threads, two orders
         lap("connect")
-        parts = [TRANSFORMER] if self.boundary is None else [TRANSFORMER, SECOND]
-        self.experts = [partition.load_partitioned(path, self.groups, dtype, self.device, part=p) for p in parts]
+        boundary: float | None = settings["boundary"]
+        parts = [TRANSFORMER] if boundary is None else [TRANSFORMER, SECOND]
+        experts = [partition.load_partitioned(path, groups, dtype, self.device, part=p) for p in parts]
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
         self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
-        self.decoder = DividedDecoder(self.vae, self.rank, self.world)
+        self.decoder = DividedDecoder(self.vae, self.rank, self.world, beside)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
-            partition.self_test(dit, path, self.groups, dtype, self.device, part).error
-            for dit, part in zip(self.experts, parts, strict=True)
+            partition.self_test(dit, path, groups, dtype, self.device, part).error
+            for dit, part in zip(experts, parts, strict=True)
         ]
         lap("self_test")
+        self.peak = Peak(self.device, beside)
+        self.batch = Batch(experts, seats=settings["micro_batch"], boundary=boundary, groups=groups)
+        self.jobs: dict[int, Job] = {}  # of rank 0: all that are not done; of the others: those under way
+        self.ready: deque[Job] = deque()  # of rank 0: may begin to be denoised
+        self.side = Side(fatal, self.device)
+        # Two threads with two communicators on one GPU could wait for each other: there decoding comes between steps.
+        self.by_turns = self.device == "cuda" and self.world > 1
         info = {
             "rank": self.rank,
             "pid": os.getpid(),
-            "parameter_bytes": sum(map(partition.parameter_bytes, self.experts)),
+            "parameter_bytes": sum(map(partition.parameter_bytes, experts)),
             "self_test": max(tested),
             "seconds": {name: round(value, 3) for name, value in laps.items()},
         }
         wire.send({"type": "ready", "info": info})
 
-    def render(self, job: int, specs: list[ClipSpec]) -> None:
-        """Makes clips that are alike as one batch, window by window; rank 0 decodes them and tells the parent.
+    @property
+    def at_work(self) -> list[str]:
+        """Clips that are being denoised."""
+        return [self.jobs[number].spec.clip_id for number in self.batch]
 
-        B is the number of clips. A clip that is cancelled under way stays in the batch until all of it is: leaving
-        would change the shapes, and with them the last bits of its neighbours.
-        """
-        from model.diffusion import denoise, schedule, whole_times
+    def serve(self) -> None:
+        """Step after step, until the parent says exit."""
+        while (turn := self._agree(self._next_turn() if self.rank == 0 else [])) is not None:
+            for number in set(self.batch) - set(turn):
+                self.batch.leave(number)
+            for number in turn:
+                if number not in self.batch:
+                    self._join(number)
+            if len(self.batch):
+                self._step()
 
-        first, started = specs[0], time.time()
-        clock = Clock()
-        stopped = self._agree(job, specs)
-        plan = windows(first.given, self.frame_step)
-        times = times_from(schedule(first.steps, first.shift, first.solver), first.strength or 1.0)
-        text, negative = self._prepare(specs)  # [B, L, Dt] twice
-        texts = [self._heard(dit, text, negative, first.guidance) for dit in self.experts]
-        canvas = Canvas(first.given, *given_frames(specs), self.frame_step) if self.rank == 0 else None
-        clock.lap("text")
-        steps = 0
-        for number, window in enumerate(plan):
-            x = self._begin(specs, number, window, canvas)  # [B, C, T, H, W]
-            clock.lap("decode")
-            velocity = self._velocity(first.guidance, texts, window.known(self.frame_step))
-            walk = denoise(whole_times(velocity, first.solver), x, times, first.solver)
-            while len(stopped) < len(specs) and (after := next(walk, None)) is not None:
-                x, steps = after, steps + 1
-                if self.rank == 0:
-                    said = {"type": "step", "job": job, "step": steps, "steps": len(plan) * (len(times) - 1)}
-                    self.wire.send({**said, "time": time.time()})
-                stopped = self._agree(job, specs)
-            clock.lap("denoise")
-            if len(stopped) == len(specs):
-                break
-            frames = self._decode(specs, window, x, stopped)
-            if canvas is not None:
-                canvas.paint(window, frames)
-            clock.lap("decode")
-        for old in [number for number in list(self.inbox.dropped) if number <= job]:
-            self.inbox.dropped.pop(old, None)
-        if canvas is not None:
-            kept = [k for k, spec in enumerate(specs) if spec.clip_id not in stopped]
-            self._write(job, list(canvas.frames[kept]))
-            clock.lap("decode")
-            seconds = {name: value / len(specs) for name, value in clock.laps.items()}
-            done = {"type": "done", "job": job, "cancelled": sorted(stopped), "seconds": seconds, "started": started}
-            self.wire.send({**done, "time": time.time()})
+    # --- who takes part in the next step ------------------------------------------------------------------------------
 
-    def _heard(self, dit: DiT, text: Tensor, negative: Tensor, guidance: float) -> Tensor | list[Heard]:
-        """What a transformer is given of the prompts at every step.
+    def _next_turn(self) -> list[int] | None:
+        """Rank 0: the clips of the next step, or None for the end. Waits a moment when there are none."""
+        wait = not len(self.batch) and not self.ready
+        with suppress(queue.Empty):
+            while True:
+                message = self.inbox.messages.get(wait, IDLE) if wait else self.inbox.messages.get_nowait()
+                if message["type"] == "exit":
+                    return None
+                self._take(message)
+                wait = False
+        turn: list[int] = []
+        for number in self.batch:
+            if self.jobs[number].dropped:
+                self._end(self.jobs[number], "dropped")
+            else:
+                turn.append(number)
+        while self.ready and len(turn) < self.batch.seats:
+            if self.ready[0].dropped:
+                self._end(self.ready.popleft(), "dropped")
+            elif not turn or self.ready[0].kind == self.jobs[turn[0]].kind:
+                turn.append(self.ready.popleft().number)
+            else:
+                break  # its turn comes when those under way are done
+        return turn
 
-        Its blocks' keys and values, unless these are large: beside a long clip making them anew costs next to nothing.
-        """
-        from model.partition import own_text
+    def _take(self, message: Message) -> None:
+        """Rank 0: a message of the parent, or of the side thread."""
+        number = message["job"]
+        if message["type"] == "render":
+            self.jobs[number] = Job(number, clip_in(message), message["slot"])
+            self.side.do(partial(self._prepare, self.jobs[number]), self.jobs[number].spec.clip_id)
+        elif message["type"] == "ready":
+            job = self.jobs[number]
+            if job.window:  # it has waited its turn
+                self.ready.appendleft(job)
+            else:
+                self.ready.append(job)
+        elif message["type"] == "cancel" and number in self.jobs:
+            self.jobs[number].dropped = True
+        elif message["type"] == "over":
+            del self.jobs[number]
 
-        mine = text if guidance == 1 else own_text(text, negative, self.groups.cfg)
-        size = 2 * mine.shape[0] * mine.shape[1] * dit.config.width // self.groups.tp.size * dit.config.layers
-        return dit.hear(mine) if size * dit.proj_out.weight.element_size() <= HEARD_BYTES else mine
-
-    def _velocity(
-        self, guidance: float, texts: Sequence[Tensor | list[Heard]], known: Sequence[bool]
-    ) -> Callable[[Tensor, float], Tensor]:
-        """The guided velocity of latents [B, C, T, H, W] at a time, `known` latent frames held.
-
-        Where there are two experts, the first one works above the boundary and the second one below.
-        """
-        experts = [
-            hold(self._predictor(dit, guidance, text), known) for dit, text in zip(self.experts, texts, strict=True)
-        ]
-        boundary = self.boundary or 0.0
-        return lambda x, now: experts[now < boundary](x, now)
-
-    def _predictor(self, dit: DiT, guidance: float, text: Tensor | list[Heard]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The guided velocity of latents [B, C, T, H, W] at times [B] or [B, T]."""
-        from model.diffusion import guide
-        from model.partition import both_halves
-
-        def predict(x: Tensor, times: Tensor) -> Tensor:
-            if guidance == 1:  # the conditional prediction itself: there is nothing to compare it with
-                return dit(x, times, text)
-            return guide(*both_halves(dit, x, times, text, self.groups.cfg), guidance)
-
-        return predict
-
-    def _begin(self, specs: list[ClipSpec], number: int, window: Window, canvas: Canvas | None) -> Tensor:
-        """Latents [B, C, T, H, W] from rank 0 to all: noise (blended into what is edited), and what is known."""
+    def _agree(self, turn: list[int] | None) -> list[int] | None:
+        """Rank 0's word on the next step, on all ranks."""
+        if self.world == 1:
+            return turn
         import torch
         import torch.distributed as dist
 
+        word = torch.full((2 + self.batch.seats,), -1, dtype=torch.int64)
+        if turn is not None:
+            word[: 2 + len(turn)] = torch.tensor([len(turn), min(self.jobs, default=1 << 62), *turn])
+        dist.broadcast(word, 0)
+        count, oldest, *numbers = word.tolist()
+        if self.rank:
+            self.jobs = {number: job for number, job in self.jobs.items() if number >= oldest}
+        return None if count < 0 else numbers[:count]
+
+    def _join(self, number: int) -> None:
+        """A clip begins to be denoised: all ranks get what rank 0 has prepared."""
+        import torch
+        import torch.distributed as dist
+
+        from model.diffusion import told_times, walk
+
+        if self.rank == 0:
+            job = self.jobs[number]
+            text, x, window = job.text, job.begin, job.window
+            assert text is not None and x is not None
+            job.begin = None
+            if not window:
+                self.wire.send({"type": "begin", "job": number, "time": time.time()})
+        else:
+            job, text, x, window = self._job(number), torch.zeros(0), torch.zeros(0), 0
+        if self.world > 1:
+            sizes = torch.tensor([window, *text.shape, *x.shape] if self.rank == 0 else [0] * 8)
+            dist.broadcast(sizes, 0)
+            window, *shape = sizes.tolist()
+            if self.rank:
+                text, x = torch.empty(shape[:3]), torch.empty(shape[3:])
+            dist.broadcast(text, 0)
+            dist.broadcast(x, 0)
+        spec, job.window = job.spec, window
+        known = job.plan[window].known(self.frame_step)
+        way = told_times(walk(x.to(self.device), job.times, spec.solver), spec.solver)
+        self.batch.join(number, way, text[0], text[1], spec.guidance, known)
+
+    def _job(self, number: int) -> Job:
+        """A clip whose turn has come, on a rank that rank 0 told so.
+
+        Clips begin in the order in which they were sent: whichever comes before it has been dropped.
+        """
+        while number not in self.jobs:
+            message = self.inbox.messages.get()
+            if message["type"] == "render":
+                spec = clip_in(message)
+                if message["job"] == number:
+                    self.jobs[number] = Job(number, spec, message["slot"], windows(spec.given, self.frame_step))
+        return self.jobs[number]
+
+    # --- what is done -------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        import torch
+
+        going, began = [self.jobs[number] for number in self.batch], time.time()
+        arrived = self.batch.step()
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # or the queue of steps would run ahead of a cancellation
+        for job in going:
+            job.step += 1
+            job.spent("denoise", began, len(going))
+        if self.rank == 0:
+            steps = [(job.number, job.step, job.steps) for job in going]
+            self.wire.send({"type": "steps", "steps": steps, "time": time.time()})
+        for job in going:
+            if (latents := arrived.get(job.number)) is None:
+                continue
+            if bool(latents.isfinite().all()):
+                self.side.do(partial(self._decode, job, job.window, latents), job.spec.clip_id)
+            elif self.rank == 0:
+                guidance = job.spec.guidance
+                self._end(job, "failed", f"the model computed latents that are not finite (guidance={guidance})")
+        if self.by_turns:
+            self.side.wait()
+
+    def _end(self, job: Job, how: str, reason: str = "") -> None:
+        """Rank 0: there will be no frames of this clip."""
+        self.wire.send({"type": how, "job": job.number, "reason": reason, "time": time.time()})
+        del self.jobs[job.number]
+
+    def _prepare(self, job: Job) -> None:
+        """Rank 0, beside the steps: prompts are encoded, and what the clip begins with."""
+        import torch
+
+        began, spec = time.time(), job.spec
+        try:
+            job.plan = windows(spec.given, self.frame_step)
+            job.text = torch.stack([self._encode(spec.prompt), self._encode(spec.negative_prompt)])
+            job.spent("text", began)
+            job.canvas = Canvas(spec.given, *given_frames(spec), self.frame_step)
+            self._begin(job)
+        except Exception as problem:
+            if out_of_memory(problem):
+                raise
+            self._over(job, "failed", reason=f"{type(problem).__name__}: {problem}")
+
+    def _begin(self, job: Job) -> None:
+        """Rank 0: latents that the window begins with: noise (blended into what is edited), and what is known."""
+        import torch
+
+        from model.batch import Kind
         from model.diffusion import blend, noise
 
-        x, size = torch.zeros(0), torch.zeros(5, dtype=torch.int64)
-        if canvas is not None:
-            latent = self.vae.latent_shape(Shape(specs[0].width, specs[0].height, window.frames))
-            x = torch.stack([noise(seed_of(spec.seed, number), latent) for spec in specs])
-            if specs[0].strength is not None:
-                draft = self._encode_frames(drafts(specs, window))
-                x = blend(draft, x, torch.tensor(specs[0].strength))
-            if any(known := window.known(self.frame_step)):
-                clean, places = self._encode_frames(canvas.known(window)), torch.tensor(known).nonzero().flatten()
-                x[:, :, places] = clean[:, :, places]
-            size = torch.tensor(x.shape)
-        if self.world > 1:
-            dist.broadcast(size, 0)
-            if canvas is None:
-                x = torch.empty(*size.tolist())
-            dist.broadcast(x, 0)
-        return x.to(self.device)
+        began, spec, window = time.time(), job.spec, job.plan[job.window]
+        assert job.canvas is not None
+        x = noise(seed_of(spec.seed, job.window), self.vae.latent_shape(Shape(spec.width, spec.height, window.frames)))
+        if spec.strength is not None:
+            x = blend(self._latents_of(draft(spec, window)), x, torch.tensor(spec.strength))
+        if any(known := window.known(self.frame_step)):
+            clean, places = self._latents_of(job.canvas.known(window)[0]), torch.tensor(known).nonzero().flatten()
+            x[:, places] = clean[:, places]
+        job.begin, job.kind = x, Kind(tuple(x.shape), spec.guidance != 1, any(known))
+        job.spent("decode", began)
+        self.inbox.messages.put({"type": "ready", "job": job.number})
 
-    def _encode_frames(self, pixels: Frames) -> Tensor:
-        """[B, T, H, W, 3] -> latents on the CPU, clip by clip to bound memory."""
-        import torch
+    def _decode(self, job: Job, number: int, latents: Tensor) -> None:
+        """Beside the steps: latents [C, T, H, W] become frames, on rank 0. All ranks have the same latents."""
+        began, window, spec = time.time(), job.plan[number], job.spec
+        pixels = self.decoder.decode(latents[None])
+        peak = self.peak()
+        if pixels is None:
+            return
+        assert job.canvas is not None
+        if pixels.shape != (window.frames, spec.height, spec.width, 3):
+            raise ValueError(f"the decoder gave {pixels.shape} for {window.frames} frames")
+        job.canvas.paint(window, pixels[None])
+        job.spent("decode", began)
+        job.window = number + 1
+        if job.dropped:
+            self._over(job, "dropped")
+        elif job.window < len(job.plan):
+            self._begin(job)
+        else:
+            began = time.time()
+            self._write(job.slot, job.canvas.frames[0])
+            job.spent("decode", began)
+            self._over(job, "done", seconds=job.seconds, spans=job.spans, peak_bytes=peak)
 
+    def _over(self, job: Job, how: str, **said: Any) -> None:
+        """The side thread's last word on a clip."""
+        self.wire.send({"type": how, "job": job.number, "time": time.time(), **said})
+        self.inbox.messages.put({"type": "over", "job": job.number})
+
+    def _latents_of(self, pixels: Frames) -> Tensor:
+        """[T, H, W, 3] -> [C, T, H, W] on the CPU."""
         from model.vae import to_video
 
-        latents: list[Tensor] = []
-        for clip in pixels:
-            latents.append(self.vae.encode(to_video(clip[None], self.device))[0].float().cpu())
-        return torch.stack(latents)
-
-    def _agree(self, job: int, specs: list[ClipSpec]) -> set[str]:
-        """The clips that rank 0 has been told to stop: all ranks must see the same, at the same step."""
-        import torch
-        import torch.distributed as dist
-
-        dropped = self.inbox.dropped.get(job, set()) if self.rank == 0 else set[str]()
-        flags = torch.tensor([spec.clip_id in dropped for spec in specs], dtype=torch.uint8)
-        if self.world > 1:
-            dist.broadcast(flags, 0)
-        return {spec.clip_id for spec, flag in zip(specs, flags.tolist(), strict=True) if flag}
-
-    def _prepare(self, specs: list[ClipSpec]) -> tuple[Tensor, Tensor]:
-        """Encoded prompts and negative prompts [B, L, Dt], from rank 0 to all."""
-        import torch
-        import torch.distributed as dist
-
-        size, both = torch.zeros(3, dtype=torch.int64), torch.zeros(0)
-        if self.rank == 0:
-            words = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs]
-            both = torch.stack([self._encode(prompt) for prompt in words])  # [2B, L, Dt]
-            size = torch.tensor(both.shape)
-        if self.world > 1:
-            dist.broadcast(size, 0)
-            if self.rank != 0:
-                both = torch.empty(*size.tolist())
-            dist.broadcast(both, 0)
-        text, negative = both.to(self.device).chunk(2)
-        return text, negative
+        return self.vae.encode(to_video(pixels[None], self.device))[0].float().cpu()
 
     def _encode(self, prompt: str) -> Tensor:
         """[L, Dt] on the CPU; the last prompts are remembered, the empty negative one among them."""
@@ -302,74 +470,50 @@ class Rank:
         self.encoded.move_to_end(prompt)
         return self.encoded[prompt]
 
-    def _decode(self, specs: list[ClipSpec], window: Window, latents: Tensor, stopped: set[str]) -> Frames:
-        """[B, C, T, H, W] -> frames [B, T, H, W, 3], clip by clip; black where a clip was cancelled.
-
-        Rank 0 alone gets the frames. Every rank has the same latents, and stops where they are not finite.
-        """
-        frames: Frames = np.zeros((len(specs), window.frames, specs[0].height, specs[0].width, 3), np.uint8)
-        for k, (spec, latent) in enumerate(zip(specs, latents, strict=True)):
-            if spec.clip_id in stopped:
-                continue
-            if not bool(latent.isfinite().all()):
-                reason = f"the model computed latents that are not finite (guidance={spec.guidance})"
-                raise Unrenderable(spec.clip_id, reason)
-            pixels = self.decoder.decode(latent[None])
-            if pixels is None:
-                continue
-            if pixels.shape != frames.shape[1:]:
-                raise Unrenderable(spec.clip_id, f"the decoder gave {pixels.shape} for {window.frames} frames")
-            frames[k] = pixels
-        return frames
-
-    def _write(self, job: int, clips: Sequence[Frames]) -> None:
-        """Lays the frames of the clips one after the other into the job's memory file."""
-        slot, offset = self.slots[job % len(self.slots)], 0
-        os.ftruncate(slot, 0)
-        for frames in clips:
-            view = np.ascontiguousarray(frames).reshape(-1).data
-            while view:
-                count = os.pwrite(slot, view, offset)
-                view, offset = view[count:], offset + count
+    def _write(self, slot: int, frames: Frames) -> None:
+        """Lays a clip's frames into its memory file."""
+        file, offset = self.slots[slot], 0
+        os.ftruncate(file, 0)
+        view = np.ascontiguousarray(frames).reshape(-1).data
+        while view:
+            count = os.pwrite(file, view, offset)
+            view, offset = view[count:], offset + count
 
 
-class Clock:
-    """Seconds by stage."""
+class Peak:
+    """The most memory that any rank has had, in bytes: allocated on its GPU, else resident."""
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = dict.fromkeys(("text", "denoise", "decode"), 0.0)
-        self.last = time.perf_counter()
+    def __init__(self, device: str, group: ProcessGroup | None) -> None:
+        self.device, self.group = device, group
 
-    def lap(self, stage: str) -> None:
-        """What has passed since the last call went into this stage."""
-        now = time.perf_counter()
-        self.laps[stage] += now - self.last
-        self.last = now
+    def __call__(self) -> int:
+        import torch
+        import torch.distributed as dist
 
-
-def given_frames(specs: list[ClipSpec]) -> tuple[Frames, Frames]:
-    """What clips that are alike begin and end with, [B, n, H, W, 3] each."""
-    nothing: Frames = np.zeros((0, specs[0].height, specs[0].width, 3), np.uint8)
-    kept = [nothing if spec.start is None or spec.strength is not None else spec.start for spec in specs]
-    return np.stack(kept), np.stack([nothing if spec.end is None else spec.end for spec in specs])
+        most = torch.tensor(torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_peak())
+        if self.group is not None:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return int(most)
 
 
-def drafts(specs: list[ClipSpec], window: Window) -> Frames:
-    """The part of what is edited that a window covers, [B, T, H, W, 3]; a short one is held."""
-    parts: list[Frames] = []
-    for spec in specs:
-        assert spec.start is not None
-        places = np.arange(window.first, window.first + window.frames).clip(0, len(spec.start) - 1)
-        parts.append(spec.start[places])
-    return np.stack(parts)
+def resident_peak() -> int:
+    """The most resident memory that this process has had, in bytes. (getrusage would count its parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
-class Unrenderable(Exception):
-    """One clip of a batch has no pixels. The parent reports it as RenderFailed."""
+def given_frames(spec: ClipSpec) -> tuple[Frames, Frames]:
+    """What a clip begins and ends with, [1, n, H, W, 3] each."""
+    nothing: Frames = np.zeros((0, spec.height, spec.width, 3), np.uint8)
+    start = nothing if spec.start is None or spec.strength is not None else spec.start
+    return start[None], (nothing if spec.end is None else spec.end)[None]
 
-    def __init__(self, clip_id: str, reason: str) -> None:
-        super().__init__(reason)
-        self.clip_id = clip_id
+
+def draft(spec: ClipSpec, window: Window) -> Frames:
+    """The part of what is edited that a window covers, [T, H, W, 3]; a short one is held."""
+    assert spec.start is not None
+    places = np.arange(window.first, window.first + window.frames).clip(0, len(spec.start) - 1)
+    return spec.start[places]
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def spec_of(model: ModelCard, prompt: str, seed: int, steps: int | None, overlap
 
 
 def _render(engine: Engine, specs: Sequence[ClipSpec]) -> list[Frames]:
-    return [clip.frames for clip in engine.render(specs)]
+    made = {clip.clip_id: clip.frames for clip in engine.render(specs)}
+    return [made[spec.clip_id] for spec in specs]
 
 
 def _kept(

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from model.config import Partition
-from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
+from model.engine import ClipSpec, Engine, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
@@ -176,9 +176,14 @@ def test_a_stopped_rank_counts_as_hung(engine: Engine) -> None:
 
 
 def test_a_clip_that_the_model_refuses_is_named(engine: Engine) -> None:
+    odd, failed = replace(CLIP, clip_id="odd", frames=8), list[RenderFailed]()
     with pytest.raises(RenderFailed, match=r"clip odd: ValueError: frames=8 must be 4n\+1") as failure:
-        list(engine.render([CLIP, replace(CLIP, clip_id="odd", frames=8)]))
-    assert failure.value.clip_id == "odd" and not engine.running
+        list(engine.render([CLIP, odd]))
+    assert failure.value.clip_id == "odd"
+    wanted = frames(engine, CLIP)
+    made = engine.render([CLIP, odd, CLIP], on_failure=failed.append)
+    assert [clip.frames.tobytes() for clip in made] == wanted * 2, "the ranks are unharmed, and so are the neighbours"
+    assert [failure.clip_id for failure in failed] == ["odd"]
 
 
 def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
@@ -211,27 +216,50 @@ def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_one_rank_renders_micro_batches_and_names_a_clip_without_pixels(model: Path) -> None:
-    specs = [replace(CLIP, clip_id=f"clip{k}", seed=k, prompt=p) for k, p in enumerate(("a ball", "a cube", "a ball"))]
-    with Engine(model, Partition(), micro_batch=2, log=model / "ranks.log") as engine:
-        together = list(engine.render(specs))
-        seen: list[str] = []
-        some = engine.render(
-            specs[:2],
-            on_step=lambda clip_id, step, _: seen.append(clip_id) if step else None,
-            cancelled=lambda: {"clip0"} if seen else set(),
+def test_clips_join_and_leave_a_batch_and_are_the_same_as_alone(model: Path) -> None:
+    """Of other lengths, prompts, solvers: five clips in three seats, one of them without finite pixels."""
+    specs = [
+        replace(CLIP, clip_id=f"clip{k}", seed=k, prompt=prompt, steps=steps, solver=solver, guidance=2.0 + k)
+        for k, (prompt, steps, solver) in enumerate(
+            [("a ball", 3, "ab2"), ("a cube", 6, "unipc"), ("a red ball", 2, "euler"), ("a ball", 5, "ab2")]
         )
-        kept = list(some)
-        engine.micro_batch = 1
-        alone = list(engine.render(specs))
-        with pytest.raises(RenderFailed, match=r"clip wild: .*not finite"):
-            list(engine.render([replace(CLIP, clip_id="wild", guidance=1e38)]))
-    assert [clip.clip_id for clip in together] == ["clip0", "clip1", "clip2"] == [clip.clip_id for clip in alone]
-    assert [clip.clip_id for clip in kept] == ["clip1"], "clip0 was cancelled under way"
-    assert np.array_equal(kept[0].frames, together[1].frames)
-    for one, other in zip(together, alone, strict=True):
-        assert difference(one, other) <= 1  # another batch size is another order of sums: the last bit may differ
+    ]
+    wild = replace(CLIP, clip_id="wild", guidance=1e38)
+    with Engine(model, Partition(), micro_batch=3, log=model / "ranks.log") as engine:
+        failed: list[RenderFailed] = []
+        together = list(engine.render([specs[0], wild, *specs[1:]], on_failure=failed.append))
+        alone = [clip for spec in specs for clip in engine.render([spec])]
+        begun: list[str] = []
+        kept = engine.render(
+            specs[:2],
+            on_step=lambda clip_id, step, _: begun.append(clip_id) if step else None,
+            cancelled=lambda: {"clip0"} if begun else set(),
+        )
+        assert [clip.clip_id for clip in kept] == ["clip1"], "clip0 was cancelled under way"
+    assert [str(failure) for failure in failed] == [
+        "clip wild: the model computed latents that are not finite (guidance=1e+38)"
+    ]
+    frames_of = {clip.clip_id: clip.frames for clip in together}
+    assert list(frames_of) != sorted(frames_of), "the shortest is done first"
+    for clip in alone:
+        assert np.array_equal(clip.frames, frames_of[clip.clip_id]), clip.clip_id
     assert difference(alone[0], alone[1]) > 1
+
+
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(model: Path) -> None:
+    specs = [replace(CLIP, clip_id=f"clip{k}", seed=k, width=256, height=256) for k in range(3)]
+    with Engine(model, Partition(), micro_batch=2, log=model / "ranks.log") as engine:
+        (pid,) = pids_of(engine)
+        rank = psutil.Process(pid)
+        rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms + (8 << 20),) * 2)
+        made = list(engine.render(specs))
+        assert engine.micro_batch == 1 and pids_of(engine) != [pid]
+        assert sorted(clip.clip_id for clip in made) == ["clip0", "clip1", "clip2"]
+        rank = psutil.Process(*pids_of(engine))
+        rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms,) * 2)
+        with pytest.raises(OutOfMemory, match=r"a rank ran out of memory \(1 at a time\)"):
+            list(engine.render([replace(specs[0], width=512, height=512)]))
+        assert not engine.running
 
 
 def difference(one: RenderedClip, other: RenderedClip) -> int:
