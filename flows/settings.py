@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of each rank")
     micro_batch: int = Field(
-        default=1, ge=1, le=256, description="Clips denoised together; above 1 neighbours may change a clip's last bits"
+        default=1, ge=1, le=256, description="Clips denoised together; another number may change a clip's last bits"
     )
     engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
     linger: float = Field(
