@@ -125,7 +125,7 @@ def load_partitioned(
 ) -> DiT:
     """This rank's share of a transformer of a model folder, in evaluation mode.
 
-    Only the slices that this rank keeps are read from the files; under ZeRO-3 those of its tensor parallel slice, of one
+    Only the slices that this rank keeps are read from the files; under ZeRO-3 all of its tensor parallel slice, one
     layer at a time.
     Raises ValueError when the partition does not divide the network or the files do not hold it.
     """

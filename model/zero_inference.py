@@ -1,10 +1,9 @@
 """ZeRO-3 for rendering: every parameter of a transformer divided over ranks, and whole only while it is used.
 
-Parameters are gathered in units: a block, an embedder, the head. While one unit computes, the next one is on its way, so
-that a rank needs memory for its part and two units. DeepSpeed divides and gathers (`deepspeed.zero.Init`); when that
-happens is decided here. `deepspeed.initialize` would decide it by the order of module calls that it saw in an earlier
-forward, one linear layer at a time: it loses that order whenever a text is heard between two steps, and it gathers keys
-and values of texts that were heard long ago.
+Parameters are gathered in units: a block, an embedder, the head. While a block computes, the next one is on its way, so
+a rank needs memory for its part and two units. DeepSpeed divides and gathers (`deepspeed.zero.Init`); when that happens
+is decided here. `deepspeed.initialize` would go by the order of module calls that it saw in an earlier forward, one
+linear layer at a time, and lose that order whenever a text is heard between two steps.
 
 Source: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (Rajbhandari et al. 2020), stage 3, and
 "DeepSpeed Inference" (Aminabadi et al. 2022), ZeRO-Inference.
@@ -16,7 +15,6 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -35,7 +33,7 @@ def divide_weights(dit: DiT, group: ProcessGroup, fill: Callable[[nn.Module, str
     from deepspeed.runtime.zero.partition_parameters import Init
 
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed takes the device from it
-    for name, module in reversed(list(dit.named_modules())):  # children first: what is divided already, Init passes over
+    for name, module in reversed(list(dit.named_modules())):  # children first: Init passes over what is divided
         if any(True for _ in module.parameters(recurse=False)):
             fill(module, f"{name}." if name else "")
             # Without the last argument torch's own F.linear would be replaced, for all networks of this process.
