@@ -74,13 +74,13 @@ class Sent(TorchDispatchMode):
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         ranks = next(dist.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject))
-        factors = {
+        factors: dict[str, Fraction | int] = {
             "c10d::allreduce_": Fraction(2 * (ranks - 1), ranks),
             "c10d::allgather_": ranks - 1,
             "c10d::_allgather_base_": ranks - 1,
             "c10d::alltoall_base_": Fraction(ranks - 1, ranks),
         }
-        return factors[name] * size
+        return Fraction(factors[name] * size)
 
 
 def traffic(path: Path, groups: Groups, partition: str, dtype: torch.dtype) -> list[tuple[str, ...]]:
