@@ -32,7 +32,7 @@ def divide_weights(dit: DiT, group: ProcessGroup, fill: Callable[[nn.Module, str
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed takes the device from it
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())  # DeepSpeed takes the device from it; all ranks are on one machine
     for name, module in reversed(list(dit.named_modules())):  # children first: Init passes over what is divided
         if any(True for _ in module.parameters(recurse=False)):
             fill(module, f"{name}." if name else "")
