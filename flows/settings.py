@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     )
     model: str = Field(default="mini", min_length=1, description="Model that engines load: a name or a folder")
     partition: str = Field(
-        default="tp=2", description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…"
+        default="tp=2", description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…,zero=…"
     )
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of each rank")

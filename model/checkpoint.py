@@ -366,9 +366,20 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table under
 def rank_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
     """Bytes of the transformer's parameters, or of both experts', that one rank holds. All ranks hold as much.
 
-    Only tensor parallelism divides weights; ranks of the other axes hold copies.
+    Tensor parallelism and ZeRO-3 divide weights; ranks of the other axes hold copies.
     """
-    return dtype_bytes * sum(_share(dit_config(path, name), partition.tp) for name in _transformers(path))
+    shares = [_shares(dit_config(path, name), partition.tp) for name in _transformers(path)]
+    return dtype_bytes * sum(-(-count // partition.zero) for share in shares for count in share.values())
+
+
+def gathered_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
+    """Bytes of parameters that ZeRO-3 gathers beside those that a rank holds: a block's, and those of the next."""
+    if partition.zero == 1:
+        return 0
+    share = _shares(dit_config(path), partition.tp)  # experts are alike, and take turns
+    block = sum(count for name, count in share.items() if name.startswith("blocks.0."))
+    beside = sum(count for name, count in share.items() if not name.startswith("blocks."))
+    return dtype_bytes * 2 * max(block, beside)
 
 
 def vae_bytes(path: Path) -> int:
@@ -388,14 +399,16 @@ def text_bytes(path: Path, dtype_bytes: int) -> int:
 def what_fits(
     path: Path, heads: int, free_bytes: int, dtype_bytes: int, max_ranks: int = 64, *, shared: bool = False
 ) -> Partition | None:
-    """The smallest partition whose weights fit into `free_bytes`, or None.
+    """The smallest partition whose weights fit into `free_bytes`, or None; one that sends all weights at every step
+    (ZeRO-3) only where no other fits.
 
     `free_bytes` are each rank's own, as on GPUs, or where `shared` those of all ranks together: then more ranks never
-    need less, since what tensor parallelism does not divide is held by each.
+    need less, since what is not divided is held by each.
     """
     ffn = dit_config(path).ffn_dim
-    for tp in (n for n in range(1, min(heads, max_ranks) + 1) if heads % n == 0 and ffn % n == 0):
-        partition = Partition(tp=tp)
+    divided = [Partition(tp=n) for n in range(1, min(heads, max_ranks) + 1) if heads % n == 0 and ffn % n == 0]
+    gathered = [Partition(zero=n) for n in range(2, max_ranks + 1)]
+    for partition in divided + gathered:
         if _needed(path, partition, dtype_bytes, shared) <= free_bytes:
             return partition
     return None
@@ -411,7 +424,7 @@ def check_memory(path: Path, partition: Partition, free_bytes: int, dtype_bytes:
     if needed <= free_bytes:
         return
     fitting = what_fits(path, dit_config(path).heads, free_bytes, dtype_bytes, shared=shared)
-    each, text = rank_bytes(path, partition, dtype_bytes) + vae_bytes(path), text_bytes(path, dtype_bytes)
+    each, text = _each(path, partition, dtype_bytes), text_bytes(path, dtype_bytes)
     raise NotEnoughMemory(
         f"model {path.name} on {partition} needs {_gib(each)} a rank and {_gib(text)} more for the text encoder of "
         f"the first, {_gib(needed)} {'for all of them' if shared else 'on that one'}; "
@@ -432,25 +445,31 @@ def free_bytes(device: str) -> int:
 
 def _needed(path: Path, partition: Partition, dtype_bytes: int, shared: bool) -> int:
     """Bytes in the fullest memory: that of all ranks together where it is shared, else the first rank's."""
-    each = rank_bytes(path, partition, dtype_bytes) + vae_bytes(path)
+    each = _each(path, partition, dtype_bytes)
     return (partition.world if shared else 1) * each + text_bytes(path, dtype_bytes)
+
+
+def _each(path: Path, partition: Partition, dtype_bytes: int) -> int:
+    """Bytes in the memory of every rank."""
+    weights = rank_bytes(path, partition, dtype_bytes) + gathered_bytes(path, partition, dtype_bytes)
+    return weights + vae_bytes(path)
 
 
 def _transformers(path: Path) -> list[str]:
     return [TRANSFORMER, SECOND] if (path / SECOND / CONFIG).is_file() else [TRANSFORMER]
 
 
-def _share(config: DiTConfig, tp: int) -> int:
-    """Parameters of one of `tp` ranks, by the plan that places DeepSpeed's layers."""
+def _shares(config: DiTConfig, tp: int) -> dict[str, int]:
+    """Numbers in every parameter of one of `tp` ranks, by the plan that places DeepSpeed's layers."""
     from model.partition import WAN_PLAN
 
-    count = 0
+    counts: dict[str, int] = {}
     for name, shape in _dit_shapes(config).items():
         layer, _, leaf = name.rpartition(".")
         kind = next((kind for pattern, kind in WAN_PLAN.items() if re.fullmatch(pattern, layer)), None)
         whole = kind is None or (kind == "row" and leaf == "bias")  # added once, after the sum over the ranks
-        count += math.prod(shape) // (1 if whole else tp)
-    return count
+        counts[name] = math.prod(shape) // (1 if whole else tp)
+    return counts
 
 
 def _available(meminfo: Path) -> int:

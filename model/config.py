@@ -31,39 +31,53 @@ def frames_at(frames: int, rate: float, fps: float) -> int:
 class Partition:
     """How one model is split over the ranks of an engine.
 
-    cfg: 2 runs the conditional and the unconditional half of classifier-free guidance on different ranks.
-    sp:  Ulysses sequence parallel degree: tokens are divided, heads are exchanged in self-attention.
-    tp:  tensor parallel degree: the linear layers of every block are divided.
+    cfg:  2 runs the conditional and the unconditional half of classifier-free guidance on different ranks.
+    sp:   Ulysses sequence parallel degree: tokens are divided, heads are exchanged in self-attention.
+    tp:   tensor parallel degree: the linear layers of every block are divided.
+    zero: ZeRO-3 degree: the weights are divided over the ranks of cfg and sp, which would hold copies, and over as many
+          more as that leaves; these share out the rows of a batch. A block's weights are gathered while it computes.
     """
 
     cfg: int = 1
     sp: int = 1
     tp: int = 1
+    zero: int = 1
 
     def __post_init__(self) -> None:
         if self.cfg not in (1, 2):
             raise ValueError(f"partition cfg={self.cfg} must be 1 or 2 (guidance has two halves)")
-        for name in ("sp", "tp"):
+        for name in ("sp", "tp", "zero"):
             if getattr(self, name) < 1:
                 raise ValueError(f"partition {name}={getattr(self, name)} must be at least 1")
+        if self.zero > 1 and self.zero % (self.cfg * self.sp):
+            raise ValueError(
+                f"partition zero={self.zero} must be 1 or a multiple of cfg {self.cfg} x sp {self.sp} = "
+                f"{self.cfg * self.sp}: the ranks of these axes divide the weights between them"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Ranks that share out the rows of a batch: what `zero` has beyond the ranks of cfg and sp."""
+        return max(1, self.zero // (self.cfg * self.sp))
 
     @property
     def world(self) -> int:
         """The number of ranks."""
-        return self.cfg * self.sp * self.tp
+        return self.batch * self.cfg * self.sp * self.tp
 
     def __str__(self) -> str:
-        return f"cfg{self.cfg}xsp{self.sp}xtp{self.tp}"
+        zero = f"xzero{self.zero}" if self.zero > 1 else ""  # history holds the form without it
+        return f"cfg{self.cfg}xsp{self.sp}xtp{self.tp}{zero}"
 
     @classmethod
     def parse(cls, text: str) -> Partition:
-        """Reads `tp=2` or `cfg=2,sp=1,tp=2`, or the form that `str` gives (`cfg2xsp1xtp2`)."""
+        """Reads `tp=2` or `cfg=2,sp=1,tp=2,zero=2`, or the form that `str` gives (`cfg2xsp1xtp2`)."""
         degrees: dict[str, int] = {}
         for part in text.replace("x", ",").replace("=", "").split(","):
             name, number = part.strip()[:-1].rstrip("0123456789"), ""
             number = part.strip()[len(name) :]
-            if name not in ("cfg", "sp", "tp") or not number.isdigit() or name in degrees:
-                raise ValueError(f"partition {text!r} must look like tp=2 or cfg=2,sp=1,tp=2")
+            if name not in ("cfg", "sp", "tp", "zero") or not number.isdigit() or name in degrees:
+                raise ValueError(f"partition {text!r} must look like tp=2 or cfg=2,sp=1,tp=2,zero=2")
             degrees[name] = int(number)
         return cls(**degrees)
 

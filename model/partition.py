@@ -1,4 +1,4 @@
-"""How one DiT is divided over the ranks of an engine. All of DeepSpeed's inference lives here.
+"""How one DiT is divided over the ranks of an engine. DeepSpeed's inference lives here and in `model.zero_inference`.
 
 The network never learns its rank. `load_partitioned` builds it without memory, puts DeepSpeed's layers where the plan
 says, reads this rank's slices of the weights and hangs the sequence exchange into the network's three hooks. Where an
@@ -28,6 +28,7 @@ from model.config import Partition
 from model.dit import DiT
 from model.layers import Attention, Block, HeadsRMSNorm, Heard, attention
 from model.weights import TRANSFORMER, dit_config, transformer_files
+from model.zero_inference import divide_weights, held
 
 Kind = Literal["column", "row", "norm"]
 Plan = Mapping[str, Kind]
@@ -62,6 +63,8 @@ class Groups:
     cfg: Axis = Axis()
     sp: Axis = Axis()
     tp: Axis = Axis()
+    batch: Axis = Axis()
+    zero: Axis = Axis()  # the ranks of all axes but tp, where these divide the weights
 
 
 ALONE = Groups()
@@ -96,19 +99,25 @@ def load_deepspeed(device: str) -> ModuleType:
 
 
 def groups_of(partition: Partition, device: str) -> Groups:
-    """The mesh of a partition, tensor parallel ranks next to each other. Raises ValueError when the world differs."""
+    """The meshes of a partition, tensor parallel ranks next to each other. Raises ValueError when the world differs."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if partition.world != world:
         raise ValueError(f"partition {partition} needs {partition.world} ranks, this engine has {world}")
     if world == 1:
         return ALONE
-    sizes = {"cfg": partition.cfg, "sp": partition.sp, "tp": partition.tp}
+    axes = axes_of({"batch": partition.batch, "cfg": partition.cfg, "sp": partition.sp, "tp": partition.tp}, device)
+    if partition.zero > 1:
+        axes["zero"] = axes_of({"zero": partition.zero, "tp": partition.tp}, device)["zero"]
+    return Groups(**axes)
+
+
+def axes_of(sizes: Mapping[str, int], device: str) -> dict[str, Axis]:
+    """The axes of one mesh over all ranks, the last one's ranks next to each other."""
     mesh = dist.init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-    def axis(name: str) -> Axis:
-        return Axis(mesh.get_group(name), mesh.get_local_rank(name), sizes[name]) if sizes[name] > 1 else Axis()
-
-    return Groups(cfg=axis("cfg"), sp=axis("sp"), tp=axis("tp"))
+    return {
+        name: Axis(mesh.get_group(name), mesh.get_local_rank(name), size) if size > 1 else Axis()
+        for name, size in sizes.items()
+    }
 
 
 def load_partitioned(
@@ -116,14 +125,23 @@ def load_partitioned(
 ) -> DiT:
     """This rank's share of a transformer of a model folder, in evaluation mode.
 
-    Only the slices that this rank keeps are read from the files.
+    Only the slices that this rank keeps are read from the files; under ZeRO-3 all of its tensor parallel slice, one
+    layer at a time.
     Raises ValueError when the partition does not divide the network or the files do not hold it.
     """
     dit = empty(path, part)
     place(dit, groups, plan)
-    dit = dit.to(dtype).to_empty(device=device)
+    dit = dit.to(dtype)
     with WeightFiles(path, part) as files:
-        read_parameters(dit, files, groups.tp)
+
+        def fill(module: nn.Module, prefix: str = "", recurse: bool = False) -> None:
+            module.to_empty(device=device, recurse=recurse)
+            read_parameters(module, files, groups.tp, prefix, recurse)
+
+        if groups.zero.group is None:
+            fill(dit, recurse=True)
+        else:
+            divide_weights(dit, groups.zero.group, fill)
     return dit
 
 
@@ -141,6 +159,10 @@ def place(dit: DiT, groups: Groups, plan: Plan = WAN_PLAN) -> None:
         for block in dit.blocks:
             assert isinstance(block, Block)
             block.attn1.attend = exchange.attend  # cross-attention stays with its tokens: every rank has all the text
+    if groups.batch.group is not None:
+        rows = SharedRows(groups.batch)
+        dit.register_forward_pre_hook(rows.own)
+        dit.register_forward_hook(rows.everyones)
 
 
 def divide_layers(dit: DiT, tp: Axis, plan: Plan) -> None:
@@ -230,6 +252,36 @@ class Ulysses:
 
     def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, padded N, H / sp, K] each
         return attention(q, k[:, : self.count], v[:, : self.count]).contiguous()
+
+
+class SharedRows:
+    """A batch whose rows (clips, and halves of guidance) are computed by different ranks.
+
+    All ranks are called with all rows and get all velocities. Every rank computes as many rows, so where they do not
+    divide some are computed twice: whoever waits for the others' weights must run along anyway.
+    """
+
+    def __init__(self, batch: Axis) -> None:
+        self.batch = batch
+        self.count = self.share = 0  # rows of the batch last seen, and of each rank
+
+    def own(self, _: nn.Module, given: tuple[Tensor, Tensor, Tensor | list[Heard]]) -> tuple[Any, ...]:
+        """Latents [R, C, T, H, W], times [R, ...] and text [R, L, Dt] (or what was heard of it) -> this rank's rows."""
+        latents, times, text = given
+        self.count = latents.shape[0]
+        self.share = -(-self.count // self.batch.size)
+        start = min(self.batch.rank * self.share, self.count - self.share)
+        mine = slice(start, start + self.share)
+        words = text[mine] if isinstance(text, Tensor) else [(k[mine], v[mine]) for k, v in text]
+        return latents[mine], times[mine], words
+
+    def everyones(self, _: nn.Module, __: tuple[Any, ...], velocity: Tensor) -> Tensor:
+        """This rank's rows [share, C, T, H, W] -> those of all [R, C, T, H, W]."""
+        parts: list[Tensor] = []
+        for rank, part in enumerate(gather(velocity, self.batch)):
+            seen = min(rank * self.share, self.count)  # what earlier ranks have computed
+            parts.append(part[seen - min(rank * self.share, self.count - self.share) :])
+        return torch.cat(parts)
 
 
 def gather(x: Tensor, axis: Axis) -> list[Tensor]:
@@ -346,8 +398,9 @@ def empty(path: Path, part: str = TRANSFORMER) -> DiT:
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of parameters that this rank holds."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    """Bytes of parameters that this rank holds: of those that ZeRO-3 divides its parts, and any that are whole now."""
+    tensors = {id(tensor): tensor for p in module.parameters() for tensor in (p, held(p))}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 class WeightFiles:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from fractions import Fraction
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.checkpoint import rank_bytes
 from model.config import Partition
 from model.partition import (
     Axis,
+    Groups,
     both_halves,
     connect,
     groups_of,
@@ -22,9 +27,18 @@ from model.partition import (
     parameter_bytes,
     self_test,
 )
+from model.traffic import Work, hearing_traffic, step_traffic
 from model.weights import load_dit
+from model.zero_inference import held
 
-PARTITIONS = {2: ["tp=2", "sp=2", "cfg=2"], 4: ["cfg=2,tp=2", "cfg=2,sp=2", "sp=2,tp=2", "tp=4", "sp=4"]}
+PARTITIONS = {
+    2: ["tp=2", "sp=2", "cfg=2", "zero=2", "sp=2,zero=2", "cfg=2,zero=2"],
+    3: ["zero=3"],  # four rows of a batch over three ranks; parameters that do not divide by three
+    4: [
+        *("cfg=2,tp=2", "cfg=2,sp=2", "sp=2,tp=2", "tp=4", "sp=4"),
+        *("zero=4", "cfg=2,zero=4", "sp=2,zero=4", "cfg=2,sp=2,zero=4", "tp=2,zero=2"),
+    ],
+}
 INPUTS = {  # latent frames, rows and columns (a token is 1 x 2 x 2 of them), and how many times a clip has
     "divides": (4, 4, 6, 1),
     "padded": (3, 6, 6, 1),
@@ -42,8 +56,63 @@ def inputs(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
     return latents, torch.rand(2, times, generator=random), text, negative
 
 
+class Sent(TorchDispatchMode):
+    """Adds up what this rank's collectives send, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = Fraction()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.bytes += self.sent(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def sent(self, func: Any, args: Any) -> Fraction:
+        name = func._schema.name
+        tensors = args[{"c10d::allreduce_": 0}.get(name, 1)]
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        ranks = next(dist.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject))
+        factors: dict[str, Fraction | int] = {
+            "c10d::allreduce_": Fraction(2 * (ranks - 1), ranks),
+            "c10d::allgather_": ranks - 1,
+            "c10d::_allgather_base_": ranks - 1,
+            "c10d::alltoall_base_": Fraction(ranks - 1, ranks),
+        }
+        return Fraction(factors[name] * size)
+
+
+def traffic(path: Path, groups: Groups, partition: str, dtype: torch.dtype) -> list[tuple[str, ...]]:
+    """What was done, what this rank sent, and what the formula says."""
+    divided, mine = Partition.parse(partition), load_partitioned(path, groups, dtype, "cpu")
+    lines: list[tuple[str, ...]] = []
+
+    def line(what: str, sent: Sent, expected: Fraction) -> None:
+        lines.append((f"{what}, {mine.config.layers} layers in {dtype}", str(sent.bytes), str(expected)))
+
+    for kind in ("padded", "one token"):
+        latents, times, text, negative = inputs(kind)
+        tokens = prod(latents.shape[2:]) // 4
+        for guided, heard in product((True, False), (True, False)):
+            read = own_text(text, negative, groups.cfg) if guided else text
+            work = Work(clips=2, tokens=tokens, words=7, guided=guided, heard=heard)
+            with Sent() as sent:
+                words = mine.hear(read) if heard else read
+            once = hearing_traffic(mine.config, divided, work.rows(divided), 7, dtype.itemsize)
+            line("hearing", sent, once.whole(mine.config.layers) if heard else Fraction())
+            with Sent() as sent:
+                if guided:
+                    both_halves(mine, latents, times, words, groups.cfg)
+                else:
+                    mine(latents, times, words)
+            step = step_traffic(mine.config, divided, work, dtype.itemsize)
+            line(f"a step of {kind}, {guided=}, {heard=}", sent, step.whole(mine.config.layers))
+    return lines
+
+
 @torch.no_grad()
-def check(path: Path, short: Path, partition: str) -> dict[str, Any]:
+def check(path: Path, short: Path, deep: Path, partition: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     groups = groups_of(Partition.parse(partition), "cpu")
     whole, mine = load_dit(path, torch.float32), load_partitioned(path, groups, torch.float32, "cpu")
@@ -56,6 +125,11 @@ def check(path: Path, short: Path, partition: str) -> dict[str, Any]:
             found[f"{what} {kind}"] = float((got - wanted).abs().max())
         found[f"size {kind}"] = float(wanted.abs().max())
     found["bytes"], found["whole bytes"] = parameter_bytes(mine.blocks), parameter_bytes(whole.blocks)
+    found["traffic"] = [
+        line
+        for model, dtype in ((path, torch.float32), (deep, torch.float32), (short, torch.bfloat16))
+        for line in traffic(model, groups, partition, dtype)
+    ]
     found["predicted"], found["loaded"] = rank_bytes(path, Partition.parse(partition), 4), parameter_bytes(mine)
     found["self test"] = self_test(mine, path, groups, torch.float32, "cpu").error
     in_bfloat = load_partitioned(short, groups, torch.bfloat16, "cpu")
@@ -63,7 +137,7 @@ def check(path: Path, short: Path, partition: str) -> dict[str, Any]:
     found["bfloat16 self test"] = [bfloat.error, bfloat.bound]
     with torch.no_grad():  # one wrong slice on one rank must not get past the self-test
         if dist.get_rank() == dist.get_world_size() - 1:
-            mine.blocks[1].get_parameter("attn1.to_v.weight").mul_(1.05)
+            held(mine.blocks[1].get_parameter("attn1.to_v.weight")).mul_(1.05)
     try:
         self_test(mine, path, groups, torch.float32, "cpu")
         found["spoilt"] = "served"
@@ -76,7 +150,8 @@ def main() -> None:
     rank, world, port, listen_fd = (int(a) for a in sys.argv[1:5])
     torch.set_num_threads(1)
     connect(rank, world, port, "cpu", listen_fd if rank == 0 else None, timeout=240)
-    results = {partition: check(Path(sys.argv[5]), Path(sys.argv[6]), partition) for partition in PARTITIONS[world]}
+    path, short, deep = map(Path, sys.argv[5:8])
+    results = {partition: check(path, short, deep, partition) for partition in PARTITIONS[world]}
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, results)
     if rank == 0:

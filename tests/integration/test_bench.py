@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 
 from model import bench
-from model.config import DiTConfig
+from model.config import DiTConfig, Partition
 
 
 def cells(lines: Iterable[str]) -> list[list[str]]:
@@ -22,10 +22,14 @@ def cells(lines: Iterable[str]) -> list[list[str]]:
 @pytest.mark.xdist_group("ranks")
 def test_a_rank_of_two_loads_half_of_what_is_divided() -> None:
     config = DiTConfig(layers=2, heads=8, head_dim=64, ffn_dim=8192, text_dim=64, freq_dim=64)
-    whole, half = cells(bench.loading(config))
-    sizes = [float(row[1].removesuffix(" GiB")) for row in (whole, half)]
-    assert "whole" in whole[0] and half[0] == "by each of 2 ranks"
-    assert sizes[1] == pytest.approx(sizes[0] / 2, abs=0.02)
+    rows = cells(bench.loading(config))
+    sizes = [float(row[1].removesuffix(" GiB")) for row in rows]
+    assert "whole" in rows[0][0]
+    assert [row[0] for row in rows[1:]] == [
+        f"by each rank of {Partition(tp=2)}",
+        f"by each rank of {Partition(zero=2)}",
+    ]
+    assert sizes[1:] == pytest.approx([sizes[0] / 2] * 2, abs=0.02)
 
 
 def test_a_step_computes_what_diffusers_computes() -> None:

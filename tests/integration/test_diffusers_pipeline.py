@@ -104,7 +104,7 @@ def test_a_release_of_wan_makes_the_frames_that_diffusers_makes(released: tuple[
     assert set(asked) == ({0, 1} if release == "2.2-a14b" else {0})  # both experts had their turn
 
 
-@pytest.mark.parametrize("partition", [Partition(), Partition(tp=2)], ids=str)
+@pytest.mark.parametrize("partition", [Partition(), Partition(tp=2), Partition(zero=2)], ids=str)
 def test_an_engine_makes_them_too(released: tuple[str, Path], partition: Partition) -> None:
     release, folder = released
     shape = SIZES[release]

@@ -371,20 +371,21 @@ def test_bytes_are_those_that_loading_takes(whole: Path, experts: Path) -> None:
     assert vae_bytes(whole) == sum(t.numel() * t.element_size() for t in vae.state_dict().values())
 
 
-def test_only_tensor_parallelism_divides_weights(whole: Path) -> None:
+def test_only_tensor_parallelism_and_zero_divide_weights(whole: Path) -> None:
     alone = rank_bytes(whole, Partition(), 4)
     assert rank_bytes(whole, Partition(cfg=2, sp=4), 4) == alone
     assert alone / 4 < rank_bytes(whole, Partition(tp=4), 4) < rank_bytes(whole, Partition(tp=2), 4) < alone
+    assert alone / 4 <= rank_bytes(whole, Partition(sp=2, zero=4), 4) < 1.01 * alone / 4
 
 
 @given(free=st.integers(0, 2_000_000), shared=st.booleans())
 def test_what_fits_is_the_smallest_that_fits(whole: Path, free: int, shared: bool) -> None:
-    found = what_fits(whole, 4, free, 4, shared=shared)
+    found = what_fits(whole, 4, free, 4, 8, shared=shared)
     device = "cpu" if shared else "cuda"
-    smaller = [tp for tp in (1, 2, 4) if found is None or tp < found.tp]
-    for tp in smaller:
-        with pytest.raises(NotEnoughMemory, match=str(found) if found else "no partition would fit"):
-            check_memory(whole, Partition(tp=tp), free, 4, device)
+    order = [*(Partition(tp=tp) for tp in (1, 2, 4)), *(Partition(zero=zero) for zero in range(2, 9))]
+    for smaller in order[: order.index(found)] if found else order:
+        with pytest.raises(NotEnoughMemory, match=f"{found} would fit" if found else "would fit"):
+            check_memory(whole, smaller, free, 4, device)
     if found:
         check_memory(whole, found, free, 4, device)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.config import DiTConfig, Partition
 from model.dit import DiT
@@ -77,12 +79,27 @@ def test_unpatchify_undoes_patchify(layout: str) -> None:
     assert torch.equal(unpatchify(patchify(video, patch, layout), grid(video, patch), patch, layout), video)
 
 
-@pytest.mark.parametrize(("text", "partition"), [("tp=2", Partition(tp=2)), ("cfg=2,sp=3", Partition(cfg=2, sp=3))])
-def test_a_partition_is_read_as_it_is_written(text: str, partition: Partition) -> None:
+@pytest.mark.parametrize(
+    ("text", "partition", "said"),
+    [
+        ("tp=2", Partition(tp=2), "cfg1xsp1xtp2"),  # as history holds it since before there was zero
+        ("cfg=2,sp=3", Partition(cfg=2, sp=3), "cfg2xsp3xtp1"),
+        ("sp=2,tp=3,zero=4", Partition(sp=2, tp=3, zero=4), "cfg1xsp2xtp3xzero4"),
+    ],
+)
+def test_a_partition_is_read_as_it_is_written(text: str, partition: Partition, said: str) -> None:
     assert Partition.parse(text) == partition == Partition.parse(str(partition))
+    assert str(partition) == said
 
 
-@pytest.mark.parametrize("text", ["", "tp", "tp=0", "tp=x", "pp=2", "tp=2,tp=2", "cfg=3", "tp=-1"])
+@given(cfg=st.sampled_from([1, 2]), sp=st.integers(1, 4), tp=st.integers(1, 4), times=st.integers(1, 4))
+def test_zero_takes_the_ranks_of_cfg_and_sp_and_adds_some(cfg: int, sp: int, tp: int, times: int) -> None:
+    divided = Partition(cfg=cfg, sp=sp, tp=tp, zero=times * cfg * sp)
+    assert (divided.batch, divided.world) == (times, times * cfg * sp * tp)
+    assert Partition(cfg=cfg, sp=sp, tp=tp).world == cfg * sp * tp
+
+
+@pytest.mark.parametrize("text", ["", "tp", "tp=0", "tp=x", "pp=2", "tp=2,tp=2", "cfg=3", "tp=-1", "sp=2,zero=3"])
 def test_a_wrong_partition_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="partition"):
         Partition.parse(text)
