@@ -415,15 +415,17 @@ class Rank:
         from model.diffusion import blend, noise
 
         began, spec, window = time.time(), job.spec, job.plan[job.window]
+        known = window.known(self.frame_step)
         assert job.canvas is not None
         x = noise(seed_of(spec.seed, job.window), self.vae.latent_shape(Shape(spec.width, spec.height, window.frames)))
         if spec.strength is not None:
             x = blend(self._latents_of(draft(spec, window)), x, torch.tensor(spec.strength))
-        if any(known := window.known(self.frame_step)):
+        if any(known):
             clean, places = self._latents_of(job.canvas.known(window)[0]), torch.tensor(known).nonzero().flatten()
             x[:, places] = clean[:, places]
         job.begin, job.kind = x, Kind(tuple(x.shape), spec.guidance != 1, any(known))
-        job.spent("decode", began)
+        if spec.strength is not None or any(known):
+            job.spent("decode", began)  # the autoencoder was at it
         self.inbox.messages.put({"type": "ready", "job": job.number})
 
     def _decode(self, job: Job, number: int, latents: Tensor) -> None:
