@@ -42,6 +42,7 @@ EXITS = {
     "model.checkpoint.NotEnoughMemory": FAILED,
     "model.engine.EngineError": FAILED,
     "flows.models.BadName": BAD_INPUT,
+    "flows.variants.BadVariant": BAD_INPUT,
     "flows.forecast.BadGpus": BAD_INPUT,
     "flows.layout.CannotFit": FAILED,
     "flows.models.BrokenModel": FAILED,
@@ -1071,19 +1072,37 @@ def models_(
 
 @models.command()
 def add(
-    path: Annotated[Path, typer.Argument(help="A folder in the diffusers layout, with safetensors.")],
+    base: Annotated[
+        str, typer.Argument(help="A folder in the diffusers layout, with safetensors; of a variant any model.")
+    ],
     name: Annotated[str | None, typer.Option(help="What it is to be called (default: its own name).")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="Merge this adapter into its weights; repeatable. transformer_2=FILE[:SCALE] for a second expert.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["int8"] | None, typer.Option(help="Keep the linear layers of its blocks in 8 bits.")
+    ] = None,
     format: Format = "table",
 ) -> None:
     """Check a model folder, put it into the store, and record it.
 
     Every engine can fetch it then: by the name that it was added under, or by
     its digest. Added again, nothing is sent that is there.
+
+    With --lora or --weights it is a variant of BASE that is added, a model of
+    its own whose files the store does not keep twice. BASE may then be a name
+    as well.
     """
     from flows.models import add as add_model
     from flows.show import show_one
+    from flows.variants import Lora
 
-    added = add_model(_settings(), path, name)
+    loras = [Lora.parse(each) for each in lora or ()]
+    added = add_model(_settings(), base, name, loras=loras, weights=weights)
     show_one(added.facts(), format)
     if added.already:
         sent = f"{_count(added.sent, 'lost file')} sent again" if added.sent else "nothing was sent"

@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterable
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
@@ -24,9 +25,11 @@ from db.ledger import FILES, add_artifacts
 from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name
 from flows.ledgers import ledger, reading
 from flows.settings import Settings
+from flows.variants import Lora, write_variant
 from infra.store import CHUNK, NoSuchKey, Store, Stored, blob_key
 from model.checkpoint import BadCheckpoint, check_folder
 from model.weights import (
+    ADAPTERS,
     CAPTIONER,
     REWRITER,
     SHIPPED,
@@ -83,6 +86,8 @@ class Added:
             "files": len(self.files),
             "bytes": sum(file.bytes for file in self.files),
             "heads": card.heads,
+            "weights": card.weights,
+            "adapters": sum(file.name.startswith(f"{ADAPTERS}/") for file in self.files) or None,
             "trained": ", ".join(card.trained) or None,
             "size": f"{card.width}x{card.height}",
             "frames": card.frames,
@@ -90,13 +95,33 @@ class Added:
         }
 
 
-def add(settings: Settings, path: Path, name: str | None = None) -> Added:
+def add(
+    settings: Settings,
+    base: str | Path,
+    name: str | None = None,
+    *,
+    loras: Sequence[Lora] = (),
+    weights: str | None = None,
+) -> Added:
     """Checks a model folder, puts its files into the store and records it under a name: its own if none is given.
 
+    With adapters or `weights` it is a variant of the base that is added, and the base may be any model that is known.
     Added again it keeps the name it has, and only what the store has lost is sent.
-    Raises BadCheckpoint, BadName and NameTaken, and NotRunning.
+    Raises BadCheckpoint, BadVariant, BadName and NameTaken, ModelNotFound and BrokenModel for a base, and NotRunning.
     """
+    if not loras and weights is None:
+        return _add(settings, Path(base), name)
+    card = resolve(settings, str(base))
+    with tempfile.TemporaryDirectory(prefix="variant-", dir=settings.home) as folder:
+        write_variant(card.path, (*covered_files(card.path), *_beside(card.path)), Path(folder), loras, weights)
+        return _add(settings, Path(folder), name or card.name, passing=True)
+
+
+def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = False) -> Added:
+    """A folder, which is not noted as the model's place where it is `passing`: its engines' cache is."""
     checked, card = check_folder(path), find_model(path.resolve())
+    if passing:
+        card = replace(card, name=str(name), path=settings.home / CACHE / card.digest)
     with ledger(settings) as ledgers:
         with ledgers() as session:
             before = added_model(session, card.digest)

@@ -23,7 +23,6 @@ from model.weights import (
     SECOND,
     TRANSFORMER,
     WEIGHTS,
-    Adapter,
     covered_files,
     dit_config,
     kept_weights,
@@ -390,11 +389,14 @@ def _check_variant(path: Path, parts: Mapping[str, Part]) -> None:
     for adapter in adapters:
         if adapter.into not in parts:
             raise BadCheckpoint(f"{path / ADAPTERS}.json: there is no {adapter.into} for {adapter.file} to change")
-        check_adapter(path / adapter.file, adapter, {name: part.tensors for name, part in parts.items()})
+        check_adapter(path / adapter.file, adapter.into, {name: part.tensors for name, part in parts.items()})
 
 
-def check_adapter(file: Path, adapter: Adapter, parts: Mapping[str, Mapping[str, Stored]]) -> None:
-    """Every layer that an adapter changes is there, and both its factors fit it. Raises BadCheckpoint."""
+def check_adapter(file: Path, into: str, parts: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Every layer that an adapter changes is there, and both its factors fit it. Raises BadCheckpoint.
+
+    Layers of no named transformer are those of `into`; `parts` are the tensors of the model, by folder.
+    """
     if file.suffix in PICKLES:
         raise BadCheckpoint(
             f"{file} is a pickle, which is never opened here, since it may run any program: convert it to safetensors "
@@ -404,7 +406,7 @@ def check_adapter(file: Path, adapter: Adapter, parts: Mapping[str, Mapping[str,
         raise BadCheckpoint(f"{file} is missing: name the safetensors file of an adapter")
     tensors = read_header(file)
     try:
-        layers = layers_of(tensors, adapter.into)
+        layers = layers_of(tensors, into)
     except ValueError as error:
         raise BadCheckpoint(
             f"{file}: {error} is not {A}, {B} or {ALPHA} of a layer in diffusers' naming: load the file with "
