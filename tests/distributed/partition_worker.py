@@ -63,7 +63,7 @@ def check(path: Path, short: Path, partition: str) -> dict[str, Any]:
     found["bfloat16 self test"] = [bfloat.error, bfloat.bound]
     with torch.no_grad():  # one wrong slice on one rank must not get past the self-test
         if dist.get_rank() == dist.get_world_size() - 1:
-            mine.blocks[1].get_parameter("attn1.to_v.weight").mul_(1.05)
+            mine.blocks[1].get_parameter("attn1.to_v.bias").add_(0.05)
     try:
         self_test(mine, path, groups, torch.float32, "cpu")
         found["spoilt"] = "served"

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
@@ -26,8 +29,10 @@ from flows.cli import app
 from flows.models import BrokenModel, card_of, resolve
 from flows.settings import Settings, load_settings
 from infra.store import FolderStore, blob_key
-from model.weights import CAPTIONER, REWRITER, SHIPPED, ModelNotFound, find_model
-from tests.tiny import tiny_model
+from model.config import Partition
+from model.engine import Engine
+from model.weights import CAPTIONER, REWRITER, SHIPPED, WEIGHTS, ModelNotFound, find_model, load_dit
+from tests.tiny import CLIP, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,6 +208,42 @@ def test_the_beginning_of_two_digests_is_not_enough(scene: Scene) -> None:
         ModelNotFound, match=r"beginning of several digests \((aaaaaaaaaabb, a{12}|a{12}, aaaaaaaaaabb)\)"
     ):
         resolve(scene.settings, "a" * 8)
+
+
+def test_a_variant_renders_what_its_weights_say(scene: Scene, tmp_path: Path) -> None:
+    """Added from a base by name, fetched elsewhere, rendered; beside a folder whose weights somebody else merged."""
+    rushes("models", "add", scene.model)
+    base = scene.blobs()
+    lora = tiny_lora(tmp_path / "lora.safetensors", scene.model)
+    shutil.rmtree(scene.model)
+
+    added = told("models", "add", "tiny", "--lora", f"{lora}:0.8", "--name", "restyled")
+    assert added["adapters"] == 1 and added["digest"] != resolve(scene.settings, "tiny").digest
+    assert len(scene.blobs()) == len(base) + 2  # the adapter, and the file that lists it
+    eighths = told("models", "add", "restyled", "--weights", "int8", "--name", "small")
+    assert (eighths["weights"], eighths["adapters"], len(scene.blobs())) == ("int8", 1, len(base) + 3)
+    again = rushes("models", "add", "tiny", "--lora", f"{lora}:0.8", "--weights", "int8")
+    assert "small is there already: nothing was sent" in again
+    taken = rushes("models", "add", "tiny", "--lora", f"{lora}:0.5", code=2)
+    assert "the name 'tiny' is taken by the model" in taken and "another with --name" in taken
+    assert not list(scene.settings.home.glob("variant-*"))
+    shutil.rmtree(scene.settings.home / "cache")
+
+    restyled, small = (resolve(scene.elsewhere, name) for name in ("restyled", "small"))
+    assert (small.name, small.weights, small.digest) == ("small", "int8", eighths["digest"])
+    by_hand = Path(shutil.copytree(resolve(scene.elsewhere, "tiny").path, tmp_path / "merged"))
+    save_file(load_dit(restyled.path, torch.float32).state_dict(), by_hand / "transformer" / WEIGHTS)
+    frames = {folder: rendered(folder) for folder in (by_hand, restyled.path, small.path)}
+    assert np.array_equal(frames[by_hand][0], frames[restyled.path][0])
+    assert np.abs(frames[small.path][0].astype(int) - frames[restyled.path][0]).mean() < 2
+    assert frames[small.path][1] < 0.6 * frames[restyled.path][1]  # the embedders of a tiny model stay as they are
+
+
+def rendered(folder: Path) -> tuple[Any, int]:
+    """Frames of a clip, and the bytes of parameters that the rank held."""
+    with Engine(folder, Partition()) as engine:
+        (clip,) = engine.render([CLIP])
+        return clip.frames, engine.ready[0].parameter_bytes
 
 
 def test_two_engines_fetch_at_once(scene: Scene) -> None:
