@@ -47,6 +47,7 @@ EXITS = {
     "flows.layout.CannotFit": FAILED,
     "flows.models.BrokenModel": FAILED,
     "db.models.NameTaken": BAD_INPUT,
+    "db.models.ModelNeeded": BAD_INPUT,
     "db.ledger.RequestNotFound": BAD_INPUT,
     "db.ledger.RequestNotReady": FAILED,
     "db.history.SqlFailed": BAD_INPUT,
@@ -1051,7 +1052,7 @@ def models_(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     format: Format = "table",
 ) -> None:
-    """List the models that the ledger knows, or add one.
+    """List the models that the ledger knows, add one, or remove one.
 
     Those with bytes were added: their files lie in the store, and wherever a
     model is asked for, their name or digest will do.
@@ -1107,6 +1108,20 @@ def add(
     if added.already:
         sent = f"{_count(added.sent, 'lost file')} sent again" if added.sent else "nothing was sent"
         typer.echo(f"rushes: {added.name} is there already: {sent}", err=True)
+
+
+@models.command()
+def remove(name: Annotated[str, typer.Argument(help="The name that it was added under, or its digest.")]) -> None:
+    """Take a model out of the store.
+
+    Its clips and its row stay. What no other model needs of its files is
+    deleted by tidy after a day. Refused while an open request needs it.
+    """
+    from flows.models import remove as remove_model
+
+    row, objects = remove_model(_settings(), name)
+    files = _count(objects, "file") if objects else "no file"
+    typer.echo(f"Removed  {row.name} {row.digest[:12]}: {files} will be deleted in a day")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 
 from db.leases import NewArtifact
 from db.ledger import FILES, add_artifacts
-from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name
+from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name, remove_model
 from flows.ledgers import ledger, reading
 from flows.settings import Settings
 from flows.variants import Lora, write_variant
@@ -134,8 +134,8 @@ def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = Fa
             raise BadCheckpoint(f"{path} changed while it was being added: nothing was recorded; add it again")
         known = {FILES: [asdict(file) for file in files], "parameters": checked.parameters}
         with ledgers.begin() as session:
-            add_artifacts(session, (NewArtifact(**asdict(each)) for each in stored.values()))
             add_model(session, card.digest, called, str(card.path), card.to_json() | known)
+            add_artifacts(session, (NewArtifact(**asdict(each)) for each in stored.values()))
     return Added(
         name=called,
         card=card,
@@ -144,6 +144,16 @@ def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = Fa
         sent=len(stored),
         already=before is not None,
     )
+
+
+def remove(settings: Settings, name: str) -> tuple[ModelRow, int]:
+    """Takes a model that was added out of the store: its row, and how many objects nothing else needs.
+
+    Clips that it rendered stay, and so does what is in the caches of engines. Raises ModelNotFound and ModelNeeded.
+    """
+    with ledger(settings) as ledgers, ledgers.begin() as session:
+        row = _only(name, added_models(session, name), f"no model was added under {name!r}")
+        return row, remove_model(session, row.digest)
 
 
 def resolve(settings: Settings, name: str) -> ModelCard:
@@ -199,10 +209,15 @@ def _find(settings: Settings, name: str) -> ModelCard | ModelRow:
             rows = added_models(session, name)
     except OperationalError:
         raise ModelNotFound(f"{not_here}; whether one was added under this name the ledger does not answer") from None
+    return _only(name, rows, f"{not_here}, nor was one added under this name or digest")
+
+
+def _only(name: str, rows: Sequence[ModelRow], otherwise: str) -> ModelRow:
+    """The one of the rows that is called so, or whose digest begins so. Raises ModelNotFound."""
     exact = [row for row in rows if row.name == name]
     rows = exact or [row for row in rows if len(name) >= PREFIX]
     if not rows:
-        raise ModelNotFound(f"{not_here}, nor was one added under this name or digest: `rushes models` lists them")
+        raise ModelNotFound(f"{otherwise}: `rushes models` lists them")
     if len(rows) > 1:
         digests = ", ".join(row.digest[: len(name) + 4] for row in rows)
         raise ModelNotFound(f"model {name!r} is the beginning of several digests ({digests}): give more of it")

@@ -22,7 +22,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
-from db.ledger import known_keys, register_model
+from db.ledger import cancel_request, known_keys, open_request, register_model
 from flows.audit import Audited, audit
 from flows.checks import weights
 from flows.cli import app
@@ -32,6 +32,7 @@ from infra.store import FolderStore, blob_key
 from model.config import Partition
 from model.engine import Engine
 from model.weights import CAPTIONER, REWRITER, SHIPPED, WEIGHTS, ModelNotFound, find_model, load_dit
+from tests.ledger import new_request
 from tests.tiny import CLIP, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +238,33 @@ def test_a_variant_renders_what_its_weights_say(scene: Scene, tmp_path: Path) ->
     assert np.array_equal(frames[by_hand][0], frames[restyled.path][0])
     assert np.abs(frames[small.path][0].astype(int) - frames[restyled.path][0]).mean() < 2
     assert frames[small.path][1] < 0.6 * frames[restyled.path][1]  # the embedders of a tiny model stay as they are
+
+
+def test_a_removed_model_leaves_its_row_and_what_others_need(scene: Scene, tmp_path: Path) -> None:
+    rushes("models", "add", scene.model)
+    lora = tiny_lora(tmp_path / "lora.safetensors", scene.model)
+    variant = told("models", "add", "tiny", "--lora", f"{lora}:0.8", "--name", "restyled")
+    with scene.ledger.begin() as session:
+        opened = open_request(session, new_request(model_digest=variant["digest"])).id
+    refusal = rushes("models", "remove", "restyled", code=2)
+    assert f"model restyled is needed by 1 open request ({opened}): wait until they are finished" in refusal
+    with scene.ledger.begin() as session:
+        cancel_request(session, opened)
+
+    assert "restyled" in rushes("models", "remove", "restyled")
+    with scene.ledger() as session:
+        orphans = set(scene.blobs()) - known_keys(session, list(scene.blobs()))
+    assert len(orphans) == 2  # the adapter and the list of it
+    assert resolve(scene.elsewhere, "tiny").digest == scene.digest()
+    with pytest.raises(ModelNotFound, match="nor was one added under this name"):
+        resolve(scene.elsewhere, "restyled")
+    assert "no model was added under 'restyled'" in rushes("models", "remove", "restyled", code=2)
+    assert {row["name"]: row["bytes"] is None for row in told("models")} == {"tiny": False, "restyled": True}
+
+    again = told("models", "add", "tiny", "--lora", f"{lora}:0.8", "--name", "restyled")
+    assert again["digest"] == variant["digest"] and resolve(scene.elsewhere, "restyled").digest == variant["digest"]
+    with scene.ledger() as session:
+        assert known_keys(session, list(scene.blobs())) == set(scene.blobs())
 
 
 def rendered(folder: Path) -> tuple[Any, int]:
