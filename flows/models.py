@@ -7,13 +7,11 @@ loads neither Prefect nor torch, and shipped models and folders are found withou
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +22,7 @@ from db.leases import NewArtifact
 from db.ledger import FILES, add_artifacts
 from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name, remove_model
 from flows.ledgers import ledger, reading
+from flows.model_cache import alone, in_use, make_room
 from flows.settings import Settings
 from flows.variants import Lora, write_variant
 from infra.store import CHUNK, NoSuchKey, Store, Stored, blob_key
@@ -277,10 +276,12 @@ def _fetched(settings: Settings, row: ModelRow) -> ModelCard:
     Whoever comes second waits for the first. What a killed process has fetched is not fetched again.
     """
     folder = _cached(settings, row)
-    if not folder.is_dir():
-        with _alone(folder.with_name(f"{row.digest}.lock")):
+    while not in_use(folder):
+        with alone(folder.with_name(f"{row.digest}.lock")):
             if not folder.is_dir():
                 part, store = folder.with_name(f"{row.digest}.part"), settings.open_store()
+                if settings.model_cache is not None:
+                    make_room(folder, sum(file.bytes for file in _files(row)), settings.model_cache)
                 for file in _files(row):
                     _fetch(store, row, file, part / file.name)
                 part.rename(folder)
@@ -314,15 +315,6 @@ def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
         raise BrokenModel(f"{file.name} of model {row.name} is not in the store ({key}): {mend}") from None
     finally:
         half.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(lock: Path) -> Generator[None]:
-    """Waits until no other process holds the lock, which goes with the process, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def _files(row: ModelRow) -> tuple[File, ...]:

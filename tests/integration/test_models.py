@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tests.ledger import new_request
 from tests.tiny import CLIP, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[2]
+LOCKS = (".lock", ".use")
 
 
 @dataclass
@@ -103,7 +105,7 @@ def test_a_model_is_added_listed_and_fetched(scene: Scene) -> None:
     card = resolve(scene.elsewhere, "first-try")
     assert card.path == scene.elsewhere.home / "cache" / "models" / card.digest
     assert (card.name, card.digest, card.width) == ("first-try", added["digest"], 48)
-    assert [path.name for path in card.path.parent.iterdir() if not path.name.endswith(".lock")] == [card.digest]
+    assert [path.name for path in card.path.parent.iterdir() if path.suffix not in LOCKS] == [card.digest]
     assert resolve(scene.elsewhere, card.digest[:8]) == resolve(scene.elsewhere, card.digest) == card
     assert load_settings(home=scene.elsewhere.home, model="first-try").model == "first-try"
 
@@ -197,7 +199,7 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(name: str, scene: Scene)
     for models in (card_of, resolve):
         with pytest.raises(BrokenModel, match="somebody has changed the row"):
             models(scene.elsewhere, "tiny")
-    assert not [path for path in scene.elsewhere.home.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not [path for path in scene.elsewhere.home.rglob("*") if path.is_file() and path.suffix not in LOCKS]
 
 
 def test_the_beginning_of_two_digests_is_not_enough(scene: Scene) -> None:
@@ -301,6 +303,50 @@ def test_two_engines_fetch_at_once(scene: Scene) -> None:
             each.kill()
             each.communicate()
     assert resolve(scene.elsewhere, "tiny").digest == scene.digest()
+
+
+@contextmanager
+def user_of(name: str, settings: Settings) -> Generator[None]:
+    """Another process that resolves a model, and lives as long as this block. Raises where it cannot."""
+    program = "import sys\nfrom flows.models import resolve\nfrom flows.settings import load_settings\n"
+    program += f"print(resolve(load_settings(), {name!r}).digest, flush=True)\nsys.stdin.read()\n"
+    own = {"RUSHES_HOME": str(settings.home), "RUSHES_MODEL_CACHE": str(settings.model_cache), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None and len(process.stdout.readline().strip()) == 64
+        yield
+    finally:
+        process.communicate(timeout=60)
+
+
+def test_models_make_room_for_another_unless_they_are_in_use(scene: Scene) -> None:
+    digests: dict[str, str] = {}
+    for name in ("steps-4", "steps-5", "steps-6"):
+        folder = Path(shutil.copytree(scene.model, scene.model.with_name(name)))
+        own = (folder / "rushes.json").read_text()
+        (folder / "rushes.json").write_text(own.replace('"steps": 4', f'"steps": {name[-1]}'))
+        digests[told("models", "add", folder, "--name", name)["digest"]] = name
+    size = sum(file["bytes"] for file in told("models")[:1])
+    two = load_settings(home=scene.elsewhere.home, model_cache=2 * size + size // 2)
+
+    def kept() -> set[str]:
+        return {digests[path.name] for path in (two.home / "cache" / "models").iterdir() if path.is_dir()}
+
+    with user_of("steps-4", two):
+        with user_of("steps-5", two):
+            pass
+        assert kept() == {"steps-4", "steps-5"}
+        with user_of("steps-6", two):  # steps-4 was used the longest ago, but still is
+            assert kept() == {"steps-4", "steps-6"}
+            with user_of("steps-5", two):  # all are in use: a bound is no reason not to render
+                assert kept() == {"steps-4", "steps-5", "steps-6"}
+    with user_of("steps-6", two):
+        pass
+    shutil.rmtree(two.home / "cache" / "models" / next(d for d, name in digests.items() if name == "steps-5"))
+    with user_of("steps-5", two):
+        assert kept() == {"steps-5", "steps-6"}
 
 
 def test_a_fetch_that_was_killed_is_gone_on_with(scene: Scene) -> None:
