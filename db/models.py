@@ -10,17 +10,21 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from db.ledger import FILES, register_model
-from db.tables import Model
+from db.tables import Artifact, Clip, Model, Request, RequestStatus, Take
 
 _NAMING = 0x4E616D65  # advisory lock: "Name"
 
 
 class NameTaken(ValueError):
     """Another model was added under this name. Choose another one."""
+
+
+class ModelNeeded(ValueError):
+    """A request that is open renders with this model. Wait until it is finished, or cancel it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +63,36 @@ def check_name(session: Session, name: str, digest: str) -> None:
 
 def add_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
     """Note a model whose files, listed in `card`, lie in the store. Raises NameTaken. One at a time, so that a name
-    is given once."""
+    is given once; note the files as artifacts after this, since until then another model may take them with it."""
     session.execute(select(func.pg_advisory_xact_lock(_NAMING)))
     check_name(session, name, digest)
     register_model(session, digest, name, path, card)
+
+
+def remove_model(session: Session, digest: str) -> int:
+    """Forget that a model's files lie in the store, and those of them that nothing else needs; their number.
+
+    The row stays, since clips were rendered with it, its list of files as `removed`. The objects are orphans then, and
+    go with a later `tidy`. Raises ModelNeeded.
+    """
+    session.execute(select(func.pg_advisory_xact_lock(_NAMING)))
+    # A request that is being opened refers to the row: this waits until it is, or makes it wait.
+    row = session.scalars(select(Model).where(Model.digest == digest).with_for_update()).one()
+    session.refresh(row)
+    waiting = select(Request.id).where(Request.model_digest == digest, Request.status == RequestStatus.OPEN)
+    if needed := session.scalars(waiting.order_by(Request.created_at)).all():
+        raise ModelNeeded(
+            f"model {row.name} is needed by {len(needed)} open request{'s' * (len(needed) > 1)} ({needed[0]}): wait "
+            "until they are finished, or cancel them"
+        )
+    files = row.card[FILES]
+    row.card = {name: value for name, value in row.card.items() if name != FILES} | {"removed": files}
+    session.flush()
+    others = {file["sha256"] for other in _added(session, Model.digest != digest) for file in other.card[FILES]}
+    alone = Artifact.sha256.in_({file["sha256"] for file in files} - others)
+    of_clips = or_(*(column == Artifact.sha256 for column in (Clip.source, Clip.end_source, Clip.artifact)))
+    used = select(Clip.id).where(of_clips).exists() | select(Take.recipe).where(Take.sha256 == Artifact.sha256).exists()
+    return len(session.scalars(delete(Artifact).where(alone, ~used).returning(Artifact.sha256)).all())
 
 
 def _added(session: Session, which: ColumnElement[bool]) -> list[ModelRow]:

@@ -42,10 +42,12 @@ EXITS = {
     "model.checkpoint.NotEnoughMemory": FAILED,
     "model.engine.EngineError": FAILED,
     "flows.models.BadName": BAD_INPUT,
+    "flows.variants.BadVariant": BAD_INPUT,
     "flows.forecast.BadGpus": BAD_INPUT,
     "flows.layout.CannotFit": FAILED,
     "flows.models.BrokenModel": FAILED,
     "db.models.NameTaken": BAD_INPUT,
+    "db.models.ModelNeeded": BAD_INPUT,
     "db.ledger.RequestNotFound": BAD_INPUT,
     "db.ledger.RequestNotReady": FAILED,
     "db.history.SqlFailed": BAD_INPUT,
@@ -1050,7 +1052,7 @@ def models_(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     format: Format = "table",
 ) -> None:
-    """List the models that the ledger knows, or add one.
+    """List the models that the ledger knows, add one, or remove one.
 
     Those with bytes were added: their files lie in the store, and wherever a
     model is asked for, their name or digest will do.
@@ -1071,23 +1073,55 @@ def models_(
 
 @models.command()
 def add(
-    path: Annotated[Path, typer.Argument(help="A folder in the diffusers layout, with safetensors.")],
+    base: Annotated[
+        str, typer.Argument(help="A folder in the diffusers layout, with safetensors; of a variant any model.")
+    ],
     name: Annotated[str | None, typer.Option(help="What it is to be called (default: its own name).")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="Merge this adapter into its weights; repeatable. transformer_2=FILE[:SCALE] for a second expert.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["int8"] | None, typer.Option(help="Keep the linear layers of its blocks in 8 bits.")
+    ] = None,
     format: Format = "table",
 ) -> None:
     """Check a model folder, put it into the store, and record it.
 
     Every engine can fetch it then: by the name that it was added under, or by
     its digest. Added again, nothing is sent that is there.
+
+    With --lora or --weights it is a variant of BASE that is added, a model of
+    its own whose files the store does not keep twice. BASE may then be a name
+    as well.
     """
     from flows.models import add as add_model
     from flows.show import show_one
+    from flows.variants import Lora
 
-    added = add_model(_settings(), path, name)
+    loras = [Lora.parse(each) for each in lora or ()]
+    added = add_model(_settings(), base, name, loras=loras, weights=weights)
     show_one(added.facts(), format)
     if added.already:
         sent = f"{_count(added.sent, 'lost file')} sent again" if added.sent else "nothing was sent"
         typer.echo(f"rushes: {added.name} is there already: {sent}", err=True)
+
+
+@models.command()
+def remove(name: Annotated[str, typer.Argument(help="The name that it was added under, or its digest.")]) -> None:
+    """Take a model out of the store.
+
+    Its clips and its row stay. What no other model needs of its files is
+    deleted by tidy after a day. Refused while an open request needs it.
+    """
+    from flows.models import remove as remove_model
+
+    row, objects = remove_model(_settings(), name)
+    files = _count(objects, "file") if objects else "no file"
+    typer.echo(f"Removed  {row.name} {row.digest[:12]}: {files} will be deleted in a day")
 
 
 def main() -> None:

@@ -7,12 +7,11 @@ loads neither Prefect nor torch, and shipped models and folders are found withou
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,12 +20,15 @@ from sqlalchemy.exc import OperationalError
 
 from db.leases import NewArtifact
 from db.ledger import FILES, add_artifacts
-from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name
+from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name, remove_model
 from flows.ledgers import ledger, reading
+from flows.model_cache import alone, in_use, make_room
 from flows.settings import Settings
+from flows.variants import Lora, write_variant
 from infra.store import CHUNK, NoSuchKey, Store, Stored, blob_key
 from model.checkpoint import BadCheckpoint, check_folder
 from model.weights import (
+    ADAPTERS,
     CAPTIONER,
     REWRITER,
     SHIPPED,
@@ -83,6 +85,8 @@ class Added:
             "files": len(self.files),
             "bytes": sum(file.bytes for file in self.files),
             "heads": card.heads,
+            "weights": card.weights,
+            "adapters": sum(file.name.startswith(f"{ADAPTERS}/") for file in self.files) or None,
             "trained": ", ".join(card.trained) or None,
             "size": f"{card.width}x{card.height}",
             "frames": card.frames,
@@ -90,13 +94,33 @@ class Added:
         }
 
 
-def add(settings: Settings, path: Path, name: str | None = None) -> Added:
+def add(
+    settings: Settings,
+    base: str | Path,
+    name: str | None = None,
+    *,
+    loras: Sequence[Lora] = (),
+    weights: str | None = None,
+) -> Added:
     """Checks a model folder, puts its files into the store and records it under a name: its own if none is given.
 
+    With adapters or `weights` it is a variant of the base that is added, and the base may be any model that is known.
     Added again it keeps the name it has, and only what the store has lost is sent.
-    Raises BadCheckpoint, BadName and NameTaken, and NotRunning.
+    Raises BadCheckpoint, BadVariant, BadName and NameTaken, ModelNotFound and BrokenModel for a base, and NotRunning.
     """
+    if not loras and weights is None:
+        return _add(settings, Path(base), name)
+    card = resolve(settings, str(base))
+    with tempfile.TemporaryDirectory(prefix="variant-", dir=settings.home) as folder:
+        write_variant(card.path, (*covered_files(card.path), *_beside(card.path)), Path(folder), loras, weights)
+        return _add(settings, Path(folder), name or card.name, passing=True)
+
+
+def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = False) -> Added:
+    """A folder, which is not noted as the model's place where it is `passing`: its engines' cache is."""
     checked, card = check_folder(path), find_model(path.resolve())
+    if passing:
+        card = replace(card, name=str(name), path=settings.home / CACHE / card.digest)
     with ledger(settings) as ledgers:
         with ledgers() as session:
             before = added_model(session, card.digest)
@@ -109,8 +133,8 @@ def add(settings: Settings, path: Path, name: str | None = None) -> Added:
             raise BadCheckpoint(f"{path} changed while it was being added: nothing was recorded; add it again")
         known = {FILES: [asdict(file) for file in files], "parameters": checked.parameters}
         with ledgers.begin() as session:
-            add_artifacts(session, (NewArtifact(**asdict(each)) for each in stored.values()))
             add_model(session, card.digest, called, str(card.path), card.to_json() | known)
+            add_artifacts(session, (NewArtifact(**asdict(each)) for each in stored.values()))
     return Added(
         name=called,
         card=card,
@@ -119,6 +143,16 @@ def add(settings: Settings, path: Path, name: str | None = None) -> Added:
         sent=len(stored),
         already=before is not None,
     )
+
+
+def remove(settings: Settings, name: str) -> tuple[ModelRow, int]:
+    """Takes a model that was added out of the store: its row, and how many objects nothing else needs.
+
+    Clips that it rendered stay, and so does what is in the caches of engines. Raises ModelNotFound and ModelNeeded.
+    """
+    with ledger(settings) as ledgers, ledgers.begin() as session:
+        row = _only(name, added_models(session, name), f"no model was added under {name!r}")
+        return row, remove_model(session, row.digest)
 
 
 def resolve(settings: Settings, name: str) -> ModelCard:
@@ -174,10 +208,15 @@ def _find(settings: Settings, name: str) -> ModelCard | ModelRow:
             rows = added_models(session, name)
     except OperationalError:
         raise ModelNotFound(f"{not_here}; whether one was added under this name the ledger does not answer") from None
+    return _only(name, rows, f"{not_here}, nor was one added under this name or digest")
+
+
+def _only(name: str, rows: Sequence[ModelRow], otherwise: str) -> ModelRow:
+    """The one of the rows that is called so, or whose digest begins so. Raises ModelNotFound."""
     exact = [row for row in rows if row.name == name]
     rows = exact or [row for row in rows if len(name) >= PREFIX]
     if not rows:
-        raise ModelNotFound(f"{not_here}, nor was one added under this name or digest: `rushes models` lists them")
+        raise ModelNotFound(f"{otherwise}: `rushes models` lists them")
     if len(rows) > 1:
         digests = ", ".join(row.digest[: len(name) + 4] for row in rows)
         raise ModelNotFound(f"model {name!r} is the beginning of several digests ({digests}): give more of it")
@@ -237,10 +276,12 @@ def _fetched(settings: Settings, row: ModelRow) -> ModelCard:
     Whoever comes second waits for the first. What a killed process has fetched is not fetched again.
     """
     folder = _cached(settings, row)
-    if not folder.is_dir():
-        with _alone(folder.with_name(f"{row.digest}.lock")):
+    while not in_use(folder):
+        with alone(folder.with_name(f"{row.digest}.lock")):
             if not folder.is_dir():
                 part, store = folder.with_name(f"{row.digest}.part"), settings.open_store()
+                if settings.model_cache is not None:
+                    make_room(folder, sum(file.bytes for file in _files(row)), settings.model_cache)
                 for file in _files(row):
                     _fetch(store, row, file, part / file.name)
                 part.rename(folder)
@@ -274,15 +315,6 @@ def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
         raise BrokenModel(f"{file.name} of model {row.name} is not in the store ({key}): {mend}") from None
     finally:
         half.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(lock: Path) -> Generator[None]:
-    """Waits until no other process holds the lock, which goes with the process, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def _files(row: ModelRow) -> tuple[File, ...]:

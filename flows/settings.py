@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class Settings(BaseSettings):
         default=None, description="prompts_uri may name files below it; default: home/prompts"
     )
     model: str = Field(default="mini", min_length=1, description="Model that engines load: a name or a folder")
+    model_cache: ByteSize | None = Field(
+        default=None,
+        description="Most that fetched models may take of the home folder, such as 200GB; default: without bound",
+    )
     partition: str = Field(
         default="tp=2", description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…,zero=…"
     )

@@ -17,7 +17,17 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from model.config import DiTConfig, Partition, VAEConfig
-from model.weights import SECOND, TRANSFORMER, WEIGHTS, covered_files, dit_config
+from model.lora import ALPHA, A, B, layers_of
+from model.weights import (
+    ADAPTERS,
+    SECOND,
+    TRANSFORMER,
+    WEIGHTS,
+    covered_files,
+    dit_config,
+    kept_weights,
+    read_adapters,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +41,7 @@ KNOWN = {  # the classes that are computed here, by the folder they lie in
     TEXT: ("UMT5EncoderModel",),
 }
 OURS = ("WanTransformer3DModel", "CausalVideoVAE")  # classes that are loaded strictly: no tensor may be left over
+KEPT = (None, "int8")  # what `weights` in rushes.json may say
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_HEADER = 100_000_000  # bytes; the bound of safetensors itself
 BITS = {  # of an element of each type that safetensors knows
@@ -109,6 +120,7 @@ def check_folder(path: Path) -> Checked:
     _fit_together(path, parts)
     for part in parts.values():
         _compare(part)
+    _check_variant(path, parts)
     for file in covered_files(path):
         if not file.stat().st_size:
             raise BadCheckpoint(f"{file} is empty: fetch it again")
@@ -360,6 +372,68 @@ def _umt5_shapes(part: Part) -> dict[str, tuple[int, ...]]:
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table under two names: either will do
 
 
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def _check_variant(path: Path, parts: Mapping[str, Part]) -> None:
+    """What makes the folder a variant of another model: adapters that fit its layers, weights in a known form."""
+    if (kept := kept_weights(path)) not in KEPT:
+        raise BadCheckpoint(f"{path / 'rushes.json'}: weights={kept!r} must be int8, or not be there")
+    try:
+        adapters = read_adapters(path)
+        faulty = [each for each in adapters if not isinstance(each.scale, int | float) or not math.isfinite(each.scale)]
+    except (ValueError, TypeError) as error:
+        raise BadCheckpoint(f"{path / ADAPTERS}.json cannot be read ({error}): add the adapters again") from None
+    if faulty:
+        raise BadCheckpoint(f"{path / ADAPTERS}.json: the scale {faulty[0].scale!r} must be a number")
+    for adapter in adapters:
+        if adapter.into not in parts:
+            raise BadCheckpoint(f"{path / ADAPTERS}.json: there is no {adapter.into} for {adapter.file} to change")
+        check_adapter(path / adapter.file, adapter.into, {name: part.tensors for name, part in parts.items()})
+
+
+def check_adapter(file: Path, into: str, parts: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Every layer that an adapter changes is there, and both its factors fit it. Raises BadCheckpoint.
+
+    Layers of no named transformer are those of `into`; `parts` are the tensors of the model, by folder.
+    """
+    if file.suffix in PICKLES:
+        raise BadCheckpoint(
+            f"{file} is a pickle, which is never opened here, since it may run any program: convert it to safetensors "
+            "(diffusers' save_lora_weights, or peft's save_pretrained, with safe_serialization=True)"
+        )
+    if not file.is_file():
+        raise BadCheckpoint(f"{file} is missing: name the safetensors file of an adapter")
+    tensors = read_header(file)
+    try:
+        layers = layers_of(tensors, into)
+    except ValueError as error:
+        raise BadCheckpoint(
+            f"{file}: {error} is not {A}, {B} or {ALPHA} of a layer in diffusers' naming: load the file with "
+            "WanPipeline.load_lora_weights, which knows other ones too, and write it with save_lora_weights"
+        ) from None
+    if not layers:
+        raise BadCheckpoint(f"{file} holds no tensors: there is nothing to add")
+    for (part, layer), names in layers.items():
+        place = f"{file}: {part}.{layer}"
+        weight = parts.get(part, {}).get(f"{layer}.weight")
+        if weight is None or len(weight.shape) != 2:
+            raise BadCheckpoint(f"{place} is no linear layer of this model: take an adapter that was trained for it")
+        if lacking := [name for name in (A, B) if name not in names]:
+            raise BadCheckpoint(f"{place} has no {lacking[0]}, so that nothing can be added: fetch the file again")
+        a, b = tensors[names[A]].shape, tensors[names[B]].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0] or (b[0], a[1]) != weight.shape:
+            raise BadCheckpoint(
+                f"{place} is {weight.shape}, which {A} {a} and {B} {b} do not fit: they must be (r, {weight.shape[1]}) "
+                f"and ({weight.shape[0]}, r). Take an adapter that was trained for this model"
+            )
+        if ALPHA in names and tensors[names[ALPHA]].parameters != 1:
+            raise BadCheckpoint(f"{place}: {ALPHA} is {tensors[names[ALPHA]].shape}, it must be one number")
+        for name in names.values():
+            if tensors[name].dtype not in FLOATS and not name.endswith(ALPHA):
+                raise BadCheckpoint(f"{file}: {name} is {tensors[name].dtype}, not one of {', '.join(FLOATS)}")
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -368,18 +442,19 @@ def rank_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
 
     Tensor parallelism and ZeRO-3 divide weights; ranks of the other axes hold copies.
     """
-    shares = [_shares(dit_config(path, name), partition.tp) for name in _transformers(path)]
-    return dtype_bytes * sum(-(-count // partition.zero) for share in shares for count in share.values())
+    kept = kept_weights(path)
+    shares = [_shares(dit_config(path, name), partition.tp, dtype_bytes, kept) for name in _transformers(path)]
+    return sum(-(-count // partition.zero) for share in shares for count in share.values())
 
 
 def gathered_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
     """Bytes of parameters that ZeRO-3 gathers beside those that a rank holds: a block's, and those of the next."""
     if partition.zero == 1:
         return 0
-    share = _shares(dit_config(path), partition.tp)  # experts are alike, and take turns
+    share = _shares(dit_config(path), partition.tp, dtype_bytes, None)  # experts are alike, and take turns
     block = sum(count for name, count in share.items() if name.startswith("blocks.0."))
     beside = sum(count for name, count in share.items() if not name.startswith("blocks."))
-    return dtype_bytes * 2 * max(block, beside)
+    return 2 * max(block, beside)
 
 
 def vae_bytes(path: Path) -> int:
@@ -459,17 +534,25 @@ def _transformers(path: Path) -> list[str]:
     return [TRANSFORMER, SECOND] if (path / SECOND / CONFIG).is_file() else [TRANSFORMER]
 
 
-def _shares(config: DiTConfig, tp: int) -> dict[str, int]:
-    """Numbers in every parameter of one of `tp` ranks, by the plan that places DeepSpeed's layers."""
-    from model.partition import WAN_PLAN
+def _shares(config: DiTConfig, tp: int, dtype_bytes: int, kept: str | None) -> dict[str, int]:
+    """Bytes of every parameter of one of `tp` ranks, by the plan that places DeepSpeed's layers.
 
-    counts: dict[str, int] = {}
+    A layer in 8 bits takes a byte a weight, and four for the step of each of its rows.
+    """
+    from model.partition import WAN_PLAN
+    from model.quantised import INT8, is_kept_in_int8
+
+    sizes: dict[str, int] = {}
     for name, shape in _dit_shapes(config).items():
         layer, _, leaf = name.rpartition(".")
         kind = next((kind for pattern, kind in WAN_PLAN.items() if re.fullmatch(pattern, layer)), None)
         whole = kind is None or (kind == "row" and leaf == "bias")  # added once, after the sum over the ranks
-        counts[name] = math.prod(shape) // (1 if whole else tp)
-    return counts
+        count = math.prod(shape) // (1 if whole else tp)
+        if kept == INT8 and is_kept_in_int8(name, len(shape)):
+            sizes[name] = count + 4 * (shape[0] // (1 if kind == "row" else tp))
+        else:
+            sizes[name] = dtype_bytes * count
+    return sizes
 
 
 def _available(meminfo: Path) -> int:

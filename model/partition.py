@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +27,9 @@ from torch.distributed import ProcessGroup
 from model.config import Partition
 from model.dit import DiT
 from model.layers import Attention, Block, HeadsRMSNorm, Heard, attention
-from model.weights import TRANSFORMER, dit_config, transformer_files
+from model.lora import Adapters
+from model.quantised import CODES, INT8, STEPS, codes_of, is_kept_in_int8, keep_in_int8, steps_of
+from model.weights import TRANSFORMER, dit_config, kept_weights, transformer_files
 from model.zero_inference import divide_weights, held
 
 Kind = Literal["column", "row", "norm"]
@@ -132,6 +134,10 @@ def load_partitioned(
     dit = empty(path, part)
     place(dit, groups, plan)
     dit = dit.to(dtype)
+    if kept_weights(path) == INT8:
+        if groups.zero.group is not None:
+            raise ValueError(f"{path.name} keeps its weights in 8 bits, which zero cannot divide: choose another axis")
+        keep_in_int8(dit)
     with WeightFiles(path, part) as files:
 
         def fill(module: nn.Module, prefix: str = "", recurse: bool = False) -> None:
@@ -404,7 +410,7 @@ def parameter_bytes(module: nn.Module) -> int:
 
 
 class WeightFiles:
-    """The tensors of a model's transformer, read slice by slice (safetensors only).
+    """The tensors of a model's transformer, read slice by slice (safetensors only), as its variant makes them.
 
     One file is open at a time: what has been read of a file stays resident for as long as it is mapped.
     """
@@ -412,7 +418,10 @@ class WeightFiles:
     def __init__(self, path: Path, part: str = TRANSFORMER) -> None:
         self.path = path / part
         self.files = transformer_files(path, part)
+        self.adapters = Adapters(path, part)
+        self.int8 = kept_weights(path) == INT8
         self.opened: tuple[Path, Any] | None = None
+        self.rows: tuple[str, slice, Tensor] | None = None  # the last ones read for a layer in 8 bits
         self.stack = ExitStack()
 
     def __enter__(self) -> WeightFiles:
@@ -431,19 +440,43 @@ class WeightFiles:
             self.opened = file, self.stack.enter_context(safe_open(file, "pt"))
         return self.opened[1].get_slice(name)
 
+    def read(self, name: str, mine: Sequence[int], tp: Axis) -> Tensor:
+        """A parameter of shape `mine`: where the file's tensor is tp times as long, ours is a part of it.
+
+        Adapters are merged. Of a layer in 8 bits it is the codes or the steps, or, in a network that keeps it in
+        floats, what these come to. Raises ValueError where the files do not hold it.
+        """
+        weight = re.sub(f"({re.escape(CODES)}|{re.escape(STEPS)})$", ".weight", name)
+        if weight not in self.files:
+            raise ValueError(f"{self.path}: its weights have no {weight}")
+        shape, where = tuple(self.slice(weight).get_shape()), list[slice]()
+        for whole, own in zip(shape, mine, strict=False):
+            divided = whole == own * tp.size and tp.size > 1
+            where.append(slice(tp.rank * own, (tp.rank + 1) * own) if divided else slice(None))
+        if self.int8 and is_kept_in_int8(weight, len(shape)):
+            part = self._in_int8(name, weight, where[0], where[1])
+        else:
+            part = self._merged(weight, tuple(where))
+        if part.shape != tuple(mine):
+            raise ValueError(f"{self.path}: {weight} is {shape}, which does not give {tuple(mine)}")
+        return part
+
+    def _merged(self, weight: str, where: tuple[slice, ...]) -> Tensor:
+        return self.adapters.merged(weight, self.slice(weight)[where], where)
+
+    def _in_int8(self, name: str, weight: str, rows: slice, columns: slice) -> Tensor:
+        """Whole rows are read, whose largest weight decides the step, though this rank may keep some columns only."""
+        if self.rows is None or self.rows[:2] != (weight, rows):
+            self.rows = weight, rows, self._merged(weight, (rows, slice(None))).float()
+        steps = steps_of(self.rows[2])
+        if name.endswith(STEPS):
+            return steps
+        codes = codes_of(self.rows[2][:, columns], steps)
+        return codes if name.endswith(CODES) else codes * steps
+
 
 @torch.no_grad()
 def read_parameters(module: nn.Module, files: WeightFiles, tp: Axis, prefix: str = "", recurse: bool = True) -> None:
-    """Fills the parameters from the files: where a file's tensor is tp times as long as ours, ours is a part of it."""
+    """Fills the parameters from the files, rounding each once to the type that it has here."""
     for name, parameter in module.named_parameters(recurse=recurse):
-        if prefix + name not in files.files:
-            raise ValueError(f"{files.path}: its weights have no {prefix + name}")
-        view = files.slice(prefix + name)
-        shape, where = tuple(view.get_shape()), list[slice]()
-        for whole, mine in zip(shape, parameter.shape, strict=False):
-            divided = whole == mine * tp.size and tp.size > 1
-            where.append(slice(tp.rank * mine, (tp.rank + 1) * mine) if divided else slice(None))
-        part = view[tuple(where)]
-        if part.shape != parameter.shape:
-            raise ValueError(f"{files.path}: {prefix + name} is {shape}, which does not give {tuple(parameter.shape)}")
-        parameter.copy_(part)
+        parameter.copy_(files.read(prefix + name, parameter.shape, tp))

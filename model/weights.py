@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER, SECOND = "transformer", "transformer_2"  # the folders of a transformer, and of a second expert's
 REWRITER = "rewriter"  # the folder of a model's rewriter
 CAPTIONER = "captioner"  # the folder of a model's captioner
+ADAPTERS = "adapters"  # the folder of a variant's adapters; adapters.json lists them
 
 
 class ModelNotFound(ValueError):
@@ -57,6 +58,7 @@ class ModelCard:
     shift: float
     boundary: float | None = None  # the time below which a second expert takes over (Wan 2.2 A14B)
     trained: tuple[str, ...] = ()  # shapes such as 64x64x17 that it has seen; () where the folder does not say
+    weights: str | None = None  # "int8" where the blocks are kept in 8 bits; None: in the engine's type
 
     @property
     def window(self) -> int:
@@ -141,12 +143,15 @@ def folder_digest(path: Path) -> str:
 def covered_files(path: Path) -> list[Path]:
     """Every file that a model renders from, in name order.
 
-    Those are `rushes.json`, `model_index.json` and the JSON, safetensors and tokenizer files of the folders it names.
-    What else lies there (a model card, a rewriter, a captioner, an evaluation) changes no pixel, and so no recipe.
+    Those are `rushes.json`, `model_index.json` and the JSON, safetensors and tokenizer files of the folders it names,
+    and of a variant `adapters.json` with its folder. What else lies there (a model card, a rewriter, a captioner, an
+    evaluation) changes no pixel, and so no recipe.
     """
     index = path / "model_index.json"
     named = [part for part in read_json(index) if not part.startswith("_")] if index.is_file() else ["."]
-    files = {file for part in named for file in (path / part).rglob("*")} | {index, path / "rushes.json"}
+    adapters = path / f"{ADAPTERS}.json"
+    named += [ADAPTERS] if adapters.is_file() else []
+    files = {file for part in named for file in (path / part).rglob("*")} | {index, path / "rushes.json", adapters}
     return sorted(f for f in files if f.suffix in (".json", ".safetensors", ".txt", ".model") and f.is_file())
 
 
@@ -171,6 +176,27 @@ def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A low-rank adapter of a variant (`model.lora`)."""
+
+    file: str  # below the model's folder
+    scale: float
+    into: str = TRANSFORMER  # the transformer that it changes, where its tensors' names do not say which
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what peft's adapter_config.json says of alpha
+
+
+def read_adapters(path: Path) -> tuple[Adapter, ...]:
+    """The adapters of a model folder, in the order in which they are merged; () of one that is no variant."""
+    file = path / f"{ADAPTERS}.json"
+    return tuple(Adapter(**said) for said in json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ()
+
+
+def kept_weights(path: Path) -> str | None:
+    """How an engine keeps the weights of the transformers' blocks: "int8", or None for its own type."""
+    return _read_if_there(path / "rushes.json").get("weights")
+
+
 def dit_config(path: Path, part: str = TRANSFORMER) -> DiTConfig:
     return DiTConfig.from_diffusers(read_json(path / part / "config.json"))
 
@@ -188,19 +214,14 @@ def transformer_files(path: Path, part: str = TRANSFORMER) -> dict[str, Path]:
 
 
 def load_dit(path: Path, dtype: torch.dtype, device: str = "cpu", part: str = TRANSFORMER) -> DiT:
-    """The whole transformer on one device, in evaluation mode. Partitioned loading is `model.partition`'s."""
-    import torch
-    from safetensors.torch import load_file
+    """The whole transformer on one device, in evaluation mode, all its weights in `dtype`: adapters merged, and what an
+    engine keeps in 8 bits rounded as there. Partitioned loading is `model.partition`'s."""
+    from model.partition import Axis, WeightFiles, empty, read_parameters
 
-    from model.dit import DiT
-
-    with torch.device("meta"):
-        dit = DiT(dit_config(path, part))
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(transformer_files(path, part).values())):
-        tensors |= load_file(file, device=device)
-    dit.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    return dit.eval().requires_grad_(False)
+    dit = empty(path, part).to(dtype).to_empty(device=device)
+    with WeightFiles(path, part) as files:
+        read_parameters(dit, files, Axis())
+    return dit
 
 
 def load_vae(path: Path, dtype: torch.dtype, device: str = "cpu") -> VAE | WanVAE:

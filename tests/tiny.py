@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from flows.variants import Lora, write_variant
 from model import checker
 from model.captioner import Captioner, CaptionerConfig, save_captioner
 from model.config import DiTConfig, VAEConfig
@@ -13,7 +18,7 @@ from model.dit import DiT
 from model.engine import ClipSpec
 from model.text import TextEncoder, small_encoder, word_tokenizer
 from model.vae import VAE
-from model.weights import CAPTIONER, save_model
+from model.weights import CAPTIONER, covered_files, load_dit, save_model
 
 DEFAULTS = {
     "name": "tiny",
@@ -34,6 +39,14 @@ CLIP = ClipSpec(
     seed=7,
     **{name: value for name, value in DEFAULTS.items() if name not in ("name", "max_prompt_tokens")},
 )
+LORA_LAYERS = [  # that tensor parallelism divides by rows, by columns, and one that it does not divide
+    "blocks.0.attn1.to_q",
+    "blocks.0.attn1.to_out.0",
+    "blocks.1.attn2.to_v",
+    "blocks.1.ffn.net.0.proj",
+    "blocks.1.ffn.net.2",
+    "condition_embedder.time_proj",
+]
 WORDS = ["a", "red", "green", "blue", "ball", "cube", "moves", "left", "right", "slowly"]
 
 
@@ -112,3 +125,35 @@ def tiny_judge(path: Path) -> Path:
     torch.manual_seed(1)
     checker.save(checker.Checker(), VAE(VAEConfig(channels=(8, 8, 8))), path)
     return path
+
+
+def tiny_lora(
+    path: Path,
+    model: Path,
+    layers: Sequence[str] = LORA_LAYERS,
+    *,
+    rank: int = 3,
+    prefix: str = "transformer.",
+    alpha: float | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    seed: int = 2,
+) -> Path:
+    """Writes a random adapter for layers of the model's transformer, strong enough to be seen."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_dit(model, torch.float32).state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        rows, columns = shapes[f"{layer}.weight"]
+        tensors[f"{prefix}{layer}.lora_A.weight"] = 0.3 * torch.randn(rank, columns, generator=random)
+        tensors[f"{prefix}{layer}.lora_B.weight"] = 0.3 * torch.randn(rows, rank, generator=random)
+        if alpha is not None:
+            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(alpha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
+    return path
+
+
+def variant(base: Path, folder: Path, *loras: str, weights: str | None = None) -> Path:
+    """Writes the folder of a variant; adapters are given as on the command line."""
+    write_variant(base, covered_files(base), folder, [Lora.parse(each) for each in loras], weights)
+    return folder

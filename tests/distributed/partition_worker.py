@@ -28,7 +28,7 @@ from model.partition import (
     self_test,
 )
 from model.traffic import Work, hearing_traffic, step_traffic
-from model.weights import load_dit
+from model.weights import kept_weights, load_dit
 from model.zero_inference import held
 
 PARTITIONS = {
@@ -137,7 +137,7 @@ def check(path: Path, short: Path, deep: Path, partition: str) -> dict[str, Any]
     found["bfloat16 self test"] = [bfloat.error, bfloat.bound]
     with torch.no_grad():  # one wrong slice on one rank must not get past the self-test
         if dist.get_rank() == dist.get_world_size() - 1:
-            held(mine.blocks[1].get_parameter("attn1.to_v.weight")).mul_(1.05)
+            held(mine.blocks[1].get_parameter("attn1.to_v.bias")).add_(0.05)
     try:
         self_test(mine, path, groups, torch.float32, "cpu")
         found["spoilt"] = "served"
@@ -151,7 +151,8 @@ def main() -> None:
     torch.set_num_threads(1)
     connect(rank, world, port, "cpu", listen_fd if rank == 0 else None, timeout=240)
     path, short, deep = map(Path, sys.argv[5:8])
-    results = {partition: check(path, short, deep, partition) for partition in PARTITIONS[world]}
+    some = [each for each in PARTITIONS[world] if kept_weights(path) is None or Partition.parse(each).zero == 1]
+    results = {partition: check(path, short, deep, partition) for partition in some}
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, results)
     if rank == 0:

@@ -18,7 +18,7 @@ from model.config import Partition
 from model.partition import ALONE, WAN_PLAN, Axis, Groups, Plan, groups_of, load_partitioned, parameter_bytes, place
 from model.weights import load_dit
 from tests.distributed.partition_worker import INPUTS, PARTITIONS, inputs
-from tests.tiny import tiny_model
+from tests.tiny import tiny_lora, tiny_model, variant
 
 WORKER = Path(__file__).with_name("partition_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -94,6 +94,24 @@ def test_every_rank_sends_what_the_formula_says(everyone: list[dict[str, dict[st
         for partition, values in found.items():
             for what, sent, expected in values["traffic"]:
                 assert sent == expected, (partition, what)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_divided_variant_equals_the_whole_one(models: tuple[Path, ...], tmp_path: Path) -> None:
+    """Adapters change layers of every kind, and all linear layers are kept in 8 bits, under every partition of two."""
+    lora = tiny_lora(tmp_path / "lora.safetensors", models[0], alpha=5.0)
+    floats = parameter_bytes(load_dit(models[0], torch.float32).blocks)
+    variants = [variant(each, tmp_path / each.name, f"{lora}:0.8", weights="int8") for each in models]
+    for found in run_ranks(2, *variants):
+        for partition, values in found.items():
+            assert max(values[f"error {kind}"] for kind in INPUTS) <= 1e-5, partition
+            assert values["self test"] <= 1e-5
+            error, bound = values["bfloat16 self test"]
+            assert 0 < bound < 0.2 and error <= bound
+            assert values["spoilt"].startswith("SelfTestFailed")
+            assert values["predicted"] == values["loaded"]
+            share = values["bytes"] / (floats / Partition.parse(partition).tp)
+            assert 0.25 < share < 0.36  # steps, biases and tables weigh more in a tiny network than in a large one
 
 
 def test_one_rank_is_the_same_path(models: tuple[Path, ...]) -> None:

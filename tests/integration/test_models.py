@@ -9,27 +9,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
-from db.ledger import known_keys, register_model
+from db.ledger import cancel_request, known_keys, open_request, register_model
 from flows.audit import Audited, audit
 from flows.checks import weights
 from flows.cli import app
 from flows.models import BrokenModel, card_of, resolve
 from flows.settings import Settings, load_settings
 from infra.store import FolderStore, blob_key
-from model.weights import CAPTIONER, REWRITER, SHIPPED, ModelNotFound, find_model
-from tests.tiny import tiny_model
+from model.config import Partition
+from model.engine import Engine
+from model.weights import CAPTIONER, REWRITER, SHIPPED, WEIGHTS, ModelNotFound, find_model, load_dit
+from tests.ledger import new_request
+from tests.tiny import CLIP, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[2]
+LOCKS = (".lock", ".use")
 
 
 @dataclass
@@ -97,7 +105,7 @@ def test_a_model_is_added_listed_and_fetched(scene: Scene) -> None:
     card = resolve(scene.elsewhere, "first-try")
     assert card.path == scene.elsewhere.home / "cache" / "models" / card.digest
     assert (card.name, card.digest, card.width) == ("first-try", added["digest"], 48)
-    assert [path.name for path in card.path.parent.iterdir() if not path.name.endswith(".lock")] == [card.digest]
+    assert [path.name for path in card.path.parent.iterdir() if path.suffix not in LOCKS] == [card.digest]
     assert resolve(scene.elsewhere, card.digest[:8]) == resolve(scene.elsewhere, card.digest) == card
     assert load_settings(home=scene.elsewhere.home, model="first-try").model == "first-try"
 
@@ -191,7 +199,7 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(name: str, scene: Scene)
     for models in (card_of, resolve):
         with pytest.raises(BrokenModel, match="somebody has changed the row"):
             models(scene.elsewhere, "tiny")
-    assert not [path for path in scene.elsewhere.home.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not [path for path in scene.elsewhere.home.rglob("*") if path.is_file() and path.suffix not in LOCKS]
 
 
 def test_the_beginning_of_two_digests_is_not_enough(scene: Scene) -> None:
@@ -203,6 +211,69 @@ def test_the_beginning_of_two_digests_is_not_enough(scene: Scene) -> None:
         ModelNotFound, match=r"beginning of several digests \((aaaaaaaaaabb, a{12}|a{12}, aaaaaaaaaabb)\)"
     ):
         resolve(scene.settings, "a" * 8)
+
+
+def test_a_variant_renders_what_its_weights_say(scene: Scene, tmp_path: Path) -> None:
+    """Added from a base by name, fetched elsewhere, rendered; beside a folder whose weights somebody else merged."""
+    rushes("models", "add", scene.model)
+    base = scene.blobs()
+    lora = tiny_lora(tmp_path / "lora.safetensors", scene.model)
+    shutil.rmtree(scene.model)
+
+    added = told("models", "add", "tiny", "--lora", f"{lora}:0.8", "--name", "restyled")
+    assert added["adapters"] == 1 and added["digest"] != resolve(scene.settings, "tiny").digest
+    assert len(scene.blobs()) == len(base) + 2  # the adapter, and the file that lists it
+    eighths = told("models", "add", "restyled", "--weights", "int8", "--name", "small")
+    assert (eighths["weights"], eighths["adapters"], len(scene.blobs())) == ("int8", 1, len(base) + 3)
+    again = rushes("models", "add", "tiny", "--lora", f"{lora}:0.8", "--weights", "int8")
+    assert "small is there already: nothing was sent" in again
+    taken = rushes("models", "add", "tiny", "--lora", f"{lora}:0.5", code=2)
+    assert "the name 'tiny' is taken by the model" in taken and "another with --name" in taken
+    assert not list(scene.settings.home.glob("variant-*"))
+    shutil.rmtree(scene.settings.home / "cache")
+
+    restyled, small = (resolve(scene.elsewhere, name) for name in ("restyled", "small"))
+    assert (small.name, small.weights, small.digest) == ("small", "int8", eighths["digest"])
+    by_hand = Path(shutil.copytree(resolve(scene.elsewhere, "tiny").path, tmp_path / "merged"))
+    save_file(load_dit(restyled.path, torch.float32).state_dict(), by_hand / "transformer" / WEIGHTS)
+    frames = {folder: rendered(folder) for folder in (by_hand, restyled.path, small.path)}
+    assert np.array_equal(frames[by_hand][0], frames[restyled.path][0])
+    assert np.abs(frames[small.path][0].astype(int) - frames[restyled.path][0]).mean() < 2
+    assert frames[small.path][1] < 0.6 * frames[restyled.path][1]  # the embedders of a tiny model stay as they are
+
+
+def test_a_removed_model_leaves_its_row_and_what_others_need(scene: Scene, tmp_path: Path) -> None:
+    rushes("models", "add", scene.model)
+    lora = tiny_lora(tmp_path / "lora.safetensors", scene.model)
+    variant = told("models", "add", "tiny", "--lora", f"{lora}:0.8", "--name", "restyled")
+    with scene.ledger.begin() as session:
+        opened = open_request(session, new_request(model_digest=variant["digest"])).id
+    refusal = rushes("models", "remove", "restyled", code=2)
+    assert f"model restyled is needed by 1 open request ({opened}): wait until they are finished" in refusal
+    with scene.ledger.begin() as session:
+        cancel_request(session, opened)
+
+    assert "restyled" in rushes("models", "remove", "restyled")
+    with scene.ledger() as session:
+        orphans = set(scene.blobs()) - known_keys(session, list(scene.blobs()))
+    assert len(orphans) == 2  # the adapter and the list of it
+    assert resolve(scene.elsewhere, "tiny").digest == scene.digest()
+    with pytest.raises(ModelNotFound, match="nor was one added under this name"):
+        resolve(scene.elsewhere, "restyled")
+    assert "no model was added under 'restyled'" in rushes("models", "remove", "restyled", code=2)
+    assert {row["name"]: row["bytes"] is None for row in told("models")} == {"tiny": False, "restyled": True}
+
+    again = told("models", "add", "tiny", "--lora", f"{lora}:0.8", "--name", "restyled")
+    assert again["digest"] == variant["digest"] and resolve(scene.elsewhere, "restyled").digest == variant["digest"]
+    with scene.ledger() as session:
+        assert known_keys(session, list(scene.blobs())) == set(scene.blobs())
+
+
+def rendered(folder: Path) -> tuple[Any, int]:
+    """Frames of a clip, and the bytes of parameters that the rank held."""
+    with Engine(folder, Partition()) as engine:
+        (clip,) = engine.render([CLIP])
+        return clip.frames, engine.ready[0].parameter_bytes
 
 
 def test_two_engines_fetch_at_once(scene: Scene) -> None:
@@ -232,6 +303,50 @@ def test_two_engines_fetch_at_once(scene: Scene) -> None:
             each.kill()
             each.communicate()
     assert resolve(scene.elsewhere, "tiny").digest == scene.digest()
+
+
+@contextmanager
+def user_of(name: str, settings: Settings) -> Generator[None]:
+    """Another process that resolves a model, and lives as long as this block. Raises where it cannot."""
+    program = "import sys\nfrom flows.models import resolve\nfrom flows.settings import load_settings\n"
+    program += f"print(resolve(load_settings(), {name!r}).digest, flush=True)\nsys.stdin.read()\n"
+    own = {"RUSHES_HOME": str(settings.home), "RUSHES_MODEL_CACHE": str(settings.model_cache), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None and len(process.stdout.readline().strip()) == 64
+        yield
+    finally:
+        process.communicate(timeout=60)
+
+
+def test_models_make_room_for_another_unless_they_are_in_use(scene: Scene) -> None:
+    digests: dict[str, str] = {}
+    for name in ("steps-4", "steps-5", "steps-6"):
+        folder = Path(shutil.copytree(scene.model, scene.model.with_name(name)))
+        own = (folder / "rushes.json").read_text()
+        (folder / "rushes.json").write_text(own.replace('"steps": 4', f'"steps": {name[-1]}'))
+        digests[told("models", "add", folder, "--name", name)["digest"]] = name
+    size = sum(file["bytes"] for file in told("models")[:1])
+    two = load_settings(home=scene.elsewhere.home, model_cache=2 * size + size // 2)
+
+    def kept() -> set[str]:
+        return {digests[path.name] for path in (two.home / "cache" / "models").iterdir() if path.is_dir()}
+
+    with user_of("steps-4", two):
+        with user_of("steps-5", two):
+            pass
+        assert kept() == {"steps-4", "steps-5"}
+        with user_of("steps-6", two):  # steps-4 was used the longest ago, but still is
+            assert kept() == {"steps-4", "steps-6"}
+            with user_of("steps-5", two):  # all are in use: a bound is no reason not to render
+                assert kept() == {"steps-4", "steps-5", "steps-6"}
+    with user_of("steps-6", two):
+        pass
+    shutil.rmtree(two.home / "cache" / "models" / next(d for d, name in digests.items() if name == "steps-5"))
+    with user_of("steps-5", two):
+        assert kept() == {"steps-5", "steps-6"}
 
 
 def test_a_fetch_that_was_killed_is_gone_on_with(scene: Scene) -> None:
