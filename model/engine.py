@@ -91,6 +91,7 @@ class ClipSpec:
     strength: float | None = None  # in (0, 1]: `start` is not kept but edited, the more the higher
     window: int = 0  # most frames to make at once; 0: all of them
     overlap: int = 5  # frames that a window takes over from the one before
+    step_cache: float | None = None  # in (0, 1]: steps that change less are not computed (`model.stepcache`)
 
     def __post_init__(self) -> None:
         for name, frames in (("start", self.start), ("end", self.end)):
@@ -98,6 +99,8 @@ class ClipSpec:
                 raise ValueError(f"{name} of clip {self.clip_id} is {frames.shape}, not frames of its size")
         if self.strength is not None and (self.start is None or not 0 < self.strength <= 1):
             raise ValueError(f"strength={self.strength} of clip {self.clip_id} must be in (0, 1], with a start")
+        if self.step_cache is not None and not 0 < self.step_cache <= 1:
+            raise ValueError(f"step_cache={self.step_cache} of clip {self.clip_id} must be in (0, 1], or None")
 
     @property
     def given(self) -> Given:
@@ -113,9 +116,10 @@ class ClipSpec:
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Clips that agree in this can be denoised as one batch."""
+        """Clips that agree in this can be denoised as one batch. With a step cache a clip agrees with no other."""
         size = self.width, self.height, self.given, self.strength
-        return *size, self.steps, self.guidance, self.solver, self.shift
+        alone = None if self.step_cache is None else (self.step_cache, self.clip_id)
+        return *size, self.steps, self.guidance, self.solver, self.shift, alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,7 @@ class RenderedClip:
     steps: tuple[float, ...]  # when each denoising step ended
     started: float
     finished: float
+    skipped_steps: int | None = None  # that its step cache answered, over all windows; None: it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +390,7 @@ class Engine:
                     steps=tuple(job.steps),
                     started=message["started"],
                     finished=finished,
+                    skipped_steps=message["skipped"],
                 )
             )
         return clips

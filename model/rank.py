@@ -2,8 +2,8 @@
 
 All ranks get the same jobs in the same order and run the denoising loop in lockstep. Beside the transformer's own there
 are three collectives: rank 0 sends the encoded prompts once a job, the latents that a window begins with, and one small
-"go on or stop" a step. Rank 0 alone encodes; all decode, each some rows of the picture (`model.rows`). Whatever goes
-wrong is reported and ends the process; the parent then ends the others.
+"go on or stop" a step; a step cache adds a sum of two numbers a step. Rank 0 alone encodes; all decode, each some rows
+of the picture (`model.rows`). Whatever goes wrong is reported and ends the process; the parent then ends the others.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from model.dit import DiT
     from model.layers import Heard
+    from model.stepcache import StepCache
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
 
@@ -162,11 +163,12 @@ class Rank:
         texts = [self._heard(dit, text, negative, first.guidance) for dit in self.experts]
         canvas = Canvas(first.given, *given_frames(specs), self.frame_step) if self.rank == 0 else None
         clock.lap("text")
-        steps = 0
+        steps, skipped = 0, 0
         for number, window in enumerate(plan):
             x = self._begin(specs, number, window, canvas)  # [B, C, T, H, W]
             clock.lap("decode")
-            velocity = self._velocity(first.guidance, texts, window.known(self.frame_step))
+            cache = self._step_cache(first, len(times) - 1)
+            velocity = self._velocity(first.guidance, texts, window.known(self.frame_step), cache)
             walk = denoise(whole_times(velocity, first.solver), x, times, first.solver)
             while len(stopped) < len(specs) and (after := next(walk, None)) is not None:
                 x, steps = after, steps + 1
@@ -174,6 +176,7 @@ class Rank:
                     said = {"type": "step", "job": job, "step": steps, "steps": len(plan) * (len(times) - 1)}
                     self.wire.send({**said, "time": time.time()})
                 stopped = self._agree(job, specs)
+            skipped += cache.skipped if cache else 0
             clock.lap("denoise")
             if len(stopped) == len(specs):
                 break
@@ -189,7 +192,7 @@ class Rank:
             clock.lap("decode")
             seconds = {name: value / len(specs) for name, value in clock.laps.items()}
             done = {"type": "done", "job": job, "cancelled": sorted(stopped), "seconds": seconds, "started": started}
-            self.wire.send({**done, "time": time.time()})
+            self.wire.send({**done, "skipped": skipped if first.step_cache else None, "time": time.time()})
 
     def _heard(self, dit: DiT, text: Tensor, negative: Tensor, guidance: float) -> Tensor | list[Heard]:
         """What a transformer is given of the prompts at every step.
@@ -203,17 +206,29 @@ class Rank:
         return dit.hear(mine) if size * dit.proj_out.weight.element_size() <= HEARD_BYTES else mine
 
     def _velocity(
-        self, guidance: float, texts: Sequence[Tensor | list[Heard]], known: Sequence[bool]
+        self,
+        guidance: float,
+        texts: Sequence[Tensor | list[Heard]],
+        known: Sequence[bool],
+        cache: StepCache | None,
     ) -> Callable[[Tensor, float], Tensor]:
         """The guided velocity of latents [B, C, T, H, W] at a time, `known` latent frames held.
 
         Where there are two experts, the first one works above the boundary and the second one below.
         """
-        experts = [
-            hold(self._predictor(dit, guidance, text), known) for dit, text in zip(self.experts, texts, strict=True)
-        ]
+        experts: list[Callable[[Tensor, float], Tensor]] = []
+        for dit, text in zip(self.experts, texts, strict=True):
+            predict = self._predictor(dit, guidance, text)
+            experts.append(hold(cache.over(dit, predict) if cache else predict, known))
         boundary = self.boundary or 0.0
         return lambda x, now: experts[now < boundary](x, now)
+
+    def _step_cache(self, spec: ClipSpec, steps: int) -> StepCache | None:
+        """What a clip remembers in a window of so many steps."""
+        from model.partition import total
+        from model.stepcache import StepCache
+
+        return StepCache(spec.step_cache, steps, lambda x: total(x, self.groups)) if spec.step_cache else None
 
     def _predictor(self, dit: DiT, guidance: float, text: Tensor | list[Heard]) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity of latents [B, C, T, H, W] at times [B] or [B, T]."""
