@@ -77,6 +77,9 @@ def test_divided_equals_whole(world: int, models: tuple[Path, Path]) -> None:
             error, bound = values["bfloat16 self test"]
             assert 0 < bound < 0.2 and error <= bound
             assert values["spoilt"].startswith("SelfTestFailed")
+            cached = values["step cache"]
+            assert 2 <= cached["skipped"] == cached["skipped here"] <= cached["changes"] - 2 == 12, partition
+            assert cached["off"] <= 1e-5 and cached["error"] <= 1e-5, (partition, cached)
     assert len({json.dumps(found["tp=2" if world == 2 else "tp=4"]["bytes"]) for found in everyone}) == 1
 
 
