@@ -695,6 +695,8 @@ REFUSED = {
     "ck_edges_loop": "insert into edges values ('clip-0', 'clip-0', 'extend')",
     "ck_clips_mode": "update clips set mode = 'extend', direction = 'forward' where id = 'clip-0'",
     "ck_clips_windows": "update clips set \"window\" = 5, overlap = 5 where id = 'clip-0'",
+    "ck_clips_step_cache": "update clips set step_cache = 0 where id = 'clip-0'",
+    "ck_attempts_measured": "update attempts set skipped_steps = -1",
     "fk_clips_source": f"update clips set mode = 'loop', source = '{digest('b')}' where id = 'clip-0'",
     "fk_clips_end_source": f"update clips set mode = 'connect', source = '{digest('a')}',"
     f" end_source = '{digest('b')}' where id = 'clip-0'",
