@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from torch import Tensor
 from model.dit import DiT, Layer, in_order
 from model.patch import grid
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # latents [1, C, T, H, W], times [1] or [1, S] -> velocity
+V = TypeVar("V")  # a velocity, or those of both halves of guidance
 
 
 class StepCache:
@@ -49,13 +50,14 @@ class StepCache:
         self._dit: DiT | None = None  # whose step was computed last
         self._added: tuple[Tensor, Tensor] | None = None  # [B, n, D] there: by its first block, by all others together
 
-    def over(self, dit: DiT, predict: Predict) -> Predict:
+    def over(self, dit: DiT, predict: Callable[[Tensor, Tensor], V]) -> Callable[[Tensor, Tensor], V]:
         """`predict`, which runs `dit` once a call, with this cache in between. A call is a step.
 
-        With several experts each gets its own `predict` from the one cache.
+        It is given latents [1, C, T, H, W] and times [1] or [1, S]. With several experts each gets its own `predict`
+        from the one cache.
         """
 
-        def cached(x: Tensor, times: Tensor) -> Tensor:
+        def cached(x: Tensor, times: Tensor) -> V:
             assert len(x) == 1, "a step cache serves one clip"
             self.left -= 1
             if dit is not self._dit:

@@ -15,8 +15,9 @@ from model.config import DiTConfig
 from model.diffusion import SOLVERS, denoise, schedule, whole_times
 from model.dit import DiT
 from model.partition import Axis, both_halves, own_text
-from model.stepcache import Predict, StepCache
+from model.stepcache import StepCache
 
+Predict = Callable[[Tensor, Tensor], Tensor]
 CONFIG = DiTConfig(layers=3, heads=2, head_dim=12, ffn_dim=48, text_dim=8, freq_dim=16)
 STEPS = 12
 NOISE = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(2))
