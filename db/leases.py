@@ -42,7 +42,7 @@ STAGES = ("text", "denoise", "decode", "encode", "put")
 _AS_STORED = (
     *("negative_prompt", "seed", "width", "height", "frames", "fps"),
     *("steps", "guidance", "solver", "shift", "recipe"),
-    *("mode", "direction", "strength", "window", "overlap"),
+    *("mode", "direction", "strength", "window", "overlap", "step_cache"),
 )
 
 _ERROR_CHARACTERS = 10_000  # a traceback's end is of use, a log is not
@@ -96,6 +96,7 @@ class LeasedClip:
     strength: float | None
     window: int | None
     overlap: int | None
+    step_cache: float | None
     source: NewArtifact | None  # what it is made from
     end_source: NewArtifact | None
 

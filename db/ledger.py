@@ -133,6 +133,7 @@ class NewClip:
     window: int | None = None
     overlap: int | None = None
     made_frames: int | None = None
+    step_cache: float | None = None
     parents: tuple[tuple[str, EdgeKind], ...] = ()  # clips it is made from, and how
     rejected: str | None = None
 
@@ -300,7 +301,7 @@ _CLIP_COLUMNS = (
     *(column(name, Text) for name in ("source", "end_source")),
     *(column(name, Integer) for name in ("index", "sample", "line", "width", "height", "frames", "fps", "steps")),
     *(column(name, Integer) for name in ("window", "overlap", "made_frames")),
-    *(column(name, Double) for name in ("guidance", "shift", "strength")),
+    *(column(name, Double) for name in ("guidance", "shift", "strength", "step_cache")),
     column("seed", BigInteger),
     column("mode", Clip.mode.type),
     column("direction", Clip.direction.type),

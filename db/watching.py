@@ -52,11 +52,12 @@ class Cost:
 
 
 def measured_costs(session: Session, model_digest: str, *, newest: int = 2000) -> list[Cost]:
-    """The median engine time for each shape, over the newest clips that this model rendered."""
+    """The median engine time for each shape, over the newest clips that this model rendered without a step cache."""
     rendered = (
         select(Clip)
         .join(Request, Request.id == Clip.request_id)
         .where(Request.model_digest == model_digest, Clip.status == ClipStatus.DONE, ~Clip.found, Clip.seconds > 0)
+        .where(Clip.step_cache.is_(None))  # what it saves depends on the clip
         .order_by(Clip.finished_at.desc())
         .limit(newest)
         .subquery()

@@ -89,7 +89,8 @@ EPILOG = """
 [bold]Prompt files[/bold]
   .jsonl  an object a line: {"prompt": "a red ball spins"}, and if wanted
           custom_id negative_prompt width height size frames fps steps
-          guidance solver shift samples seed; and what to make it from:
+          guidance solver shift step_cache samples seed; and what to make
+          it from:
           mode image video clip end_image end_video end_clip direction
           strength overlap
   .csv    the same names in a header row
@@ -341,6 +342,10 @@ def submit(
         typer.Option(help="How the equation is stepped.", rich_help_panel=SETTING),
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Time shift.", rich_help_panel=SETTING)] = None,
+    step_cache: Annotated[
+        float | None,
+        typer.Option(help="Skip steps that change by less than this share, 0 to 1.", rich_help_panel=SETTING),
+    ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What should not be seen.", rich_help_panel=SETTING)
     ] = None,
@@ -403,6 +408,7 @@ def submit(
         "guidance": guidance,
         "solver": solver,
         "shift": shift,
+        "step_cache": step_cache,
         "negative_prompt": negative_prompt,
         "samples": samples,
         "seed": seed,

@@ -303,6 +303,7 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
             guidance=line.guidance,
             solver=line.solver,
             shift=line.shift,
+            step_cache=line.step_cache,
             seed=line.seed_of(sample),
             recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
             mode=ClipMode(made.mode),

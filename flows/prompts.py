@@ -127,6 +127,7 @@ class Prompt:
     shift: float
     samples: int
     seed: int
+    step_cache: float | None = None
     conditions: Conditions = PLAIN
     shapes: tuple[str, ...] = ()  # WIDTHxHEIGHTxFRAMES of what the model makes at once
 
@@ -156,6 +157,7 @@ def recipe(prompt: Prompt, sample: int, *, model_digest: str, rewritten: str | N
             "solver": prompt.solver,
             "shift": float(prompt.shift),
             "seed": prompt.seed_of(sample),
+            **({"step_cache": float(prompt.step_cache)} if prompt.step_cache else {}),
             **prompt.conditions.recipe(),
         }
     )
@@ -572,7 +574,7 @@ _WHOLE = {
     "seed": _Bound(0, MAX_SEED),
 }
 _NUMBERS = {"guidance": _Bound(1, MAX_GUIDANCE), "shift": _Bound(0.1, MAX_SHIFT)}
-_SETTINGS = (*_WHOLE, *_NUMBERS, "solver", "negative_prompt")
+_SETTINGS = (*_WHOLE, *_NUMBERS, "step_cache", "solver", "negative_prompt")
 _KNOWN = frozenset((*_SETTINGS, *CONDITIONS, "prompt", "custom_id", "size"))
 _SOLVERS = tuple(solver.value for solver in Solver)
 
@@ -626,6 +628,7 @@ def _settle(index: int, record: _Record, defaults: Defaults, ids: _FirstSeen, fi
         shift=settings.get("shift", defaults.shift),
         samples=settings.get("samples", defaults.samples),
         seed=derived_seed(defaults.seed, prompt, custom_id) if seed is None else seed,
+        step_cache=settings.get("step_cache", defaults.step_cache),
         conditions=conditions,
         shapes=shapes,
     )
@@ -645,13 +648,8 @@ def _conditions(values: dict[str, Any], defaults: Defaults, given: _Given) -> tu
     for key in SOURCES:
         if key in values and (name := _text(values, key, MAX_NAME, faults)):
             good[key] = name
-    if "strength" in values:
-        strength = given.number(values["strength"])
-        if strength is None or not 0 < strength <= 1:
-            shown = given.show(values["strength"])
-            faults.append(Fault("strength", f"strength={shown} must be a number above 0, at most 1"))
-        else:
-            good["strength"] = strength
+    if (strength := _share("strength", values, given, faults)) is not None:
+        good["strength"] = strength
     if "overlap" in values:
         overlap = given.whole(values["overlap"])
         if overlap is None:
@@ -660,6 +658,17 @@ def _conditions(values: dict[str, Any], defaults: Defaults, given: _Given) -> tu
             good["overlap"] = overlap
     good = with_request(good, defaults.conditions)
     return good, faults or check_sources(good)
+
+
+def _share(key: str, values: dict[str, Any], given: _Given, faults: list[Fault]) -> float | None:
+    """The number under `key`, above 0 and at most 1; None if it is not given or wrong."""
+    if (value := values.get(key)) is None:
+        return None
+    share = given.number(value)
+    if share is not None and 0 < share <= 1:
+        return share
+    faults.append(Fault(key, f"{key}={given.show(value)} must be a number above 0, at most 1"))
+    return None
 
 
 def _too_large(width: int, height: int, frames: int) -> Fault | None:
@@ -695,6 +704,8 @@ def _settings(
                 faults.append(Fault(key, f"{key}={given.show(value)} must be a number {bound}"))
             else:
                 good[key] = number
+    if (step_cache := _share("step_cache", values, given, faults)) is not None:
+        good["step_cache"] = step_cache
     if "solver" in values:
         solver = values["solver"].strip() if isinstance(values["solver"], str) else None
         if solver in _SOLVERS:

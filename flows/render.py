@@ -389,6 +389,7 @@ class Shard:
                 seconds={**rendered.seconds, "encode": encoded - began, "put": ended - encoded},
                 trace_id=self.trace_id,
                 peak_bytes=rendered.peak_bytes,
+                skipped_steps=rendered.skipped_steps,
             )
         self.settled.add(clip.clip_id)
         self.finished += kept
@@ -467,5 +468,6 @@ def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec
         loop=clip.mode is ClipMode.LOOP,
         strength=clip.strength,
         window=clip.window or 0,
+        step_cache=clip.step_cache,
         **({"overlap": clip.overlap} if clip.overlap else {}),
     )

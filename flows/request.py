@@ -96,6 +96,7 @@ Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 Strength = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+StepCache = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Overlap = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 
 
@@ -161,6 +162,7 @@ class PromptLine(Conditioned):
     guidance: Guidance | None = None
     solver: Solver | None = None
     shift: Shift | None = None
+    step_cache: StepCache | None = None
     samples: Samples | None = None
     seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
 
@@ -203,6 +205,12 @@ class GenerationRequest(Conditioned):
     solver: Solver | None = Field(default=None, title="Solver")
     shift: Shift | None = Field(
         default=None, title="Time shift", description="Higher spends more steps on layout and motion"
+    )
+    step_cache: StepCache | None = Field(
+        default=None,
+        title="Step cache",
+        description="Skip most of a step at which the first block changes by less than this share: faster, "
+        "and not quite the same picture; empty: every step is computed",
     )
     negative_prompt: str | None = Field(
         default=None, max_length=MAX_PROMPT, title="Negative prompt", description="What should not be seen"
@@ -260,6 +268,7 @@ class GenerationRequest(Conditioned):
             guidance=card.guidance if self.guidance is None else self.guidance,
             solver=card.solver if self.solver is None else self.solver.value,
             shift=card.shift if self.shift is None else self.shift,
+            step_cache=self.step_cache,
             negative_prompt=self.negative_prompt,
             samples=1 if self.samples is None else self.samples,
             seed=self.seed,
@@ -306,6 +315,7 @@ class Defaults:
     window: int = 0  # the most frames that the model makes at once; 0: not known
     asked_size: bool = False  # the request itself says width or height
     asked_frames: int | None = None  # the length that the request itself asks for
+    step_cache: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict[str, Any])  # of prompts that name neither mode nor source
 
 
@@ -330,8 +340,9 @@ def request_key(
     settings = asdict(defaults)
     for name in ("window", "asked_size", "asked_frames"):  # the model's, or said by another setting
         del settings[name]
-    if not settings["conditions"]:
-        del settings["conditions"]
+    for name in ("conditions", "step_cache"):  # absent where not given, as before they were there
+        if not settings[name]:
+            del settings[name]
     whole: dict[str, Any] = {
         "source": source_sha256,
         "format": request.format.value,

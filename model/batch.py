@@ -23,6 +23,7 @@ from model.diffusion import Walk, guide
 from model.dit import DiT
 from model.layers import Heard
 from model.partition import ALONE, Groups, both_halves, own_text
+from model.stepcache import StepCache
 
 HEARD_BYTES = 64 << 20  # of keys and values that are worth keeping from step to step
 
@@ -36,6 +37,7 @@ class Kind:
     shape: tuple[int, ...]  # of their latents, C T H W
     guided: bool
     held: bool  # some latent frames are known: a time for each
+    alone: int | None = None  # the number of a clip beside which none may sit: it has a step cache
 
 
 @dataclass(slots=True)
@@ -48,10 +50,12 @@ class Seat:
     now: float  # at this time
     guidance: float
     known: tuple[bool, ...]  # latent frames that ride along at time 0 and stand still
+    cache: StepCache | None = None
 
     @property
     def kind(self) -> Kind:
-        return Kind(tuple(self.x.shape), self.guidance != 1, any(self.known))
+        alone = None if self.cache is None else self.number
+        return Kind(tuple(self.x.shape), self.guidance != 1, any(self.known), alone)
 
     @property
     def times(self) -> list[float]:
@@ -96,10 +100,19 @@ class Batch:
         """Whether a clip of this kind may join now."""
         return len(self) < self.seats and (not self.taken or self.taken[0].kind == kind)
 
-    def join(self, number: int, walk: Walk, text: Tensor, negative: Tensor, guidance: float, known: Sequence[bool]):
+    def join(
+        self,
+        number: int,
+        walk: Walk,
+        text: Tensor,
+        negative: Tensor,
+        guidance: float,
+        known: Sequence[bool],
+        cache: StepCache | None = None,
+    ) -> None:
         """A clip begins its walk; text and negative are [L, Dt]. Raises ValueError where `takes` would say no."""
         x, now = next(walk)
-        seat = Seat(number, walk, x, now, guidance, tuple(known))
+        seat = Seat(number, walk, x, now, guidance, tuple(known), cache)
         if not self.takes(seat.kind):
             raise ValueError(f"clip {number} cannot join {len(self)} of {self.seats} clips: it is {seat.kind}")
         mine = own_text(text[None], negative[None], self.groups.cfg) if seat.kind.guided else text[None]
@@ -155,7 +168,7 @@ class Batch:
     def _rows(self, expert: int, seat: Seat, count: int) -> int:
         """How many rows give so many clips the bits that a full batch would give them: measured once."""
         key = seat.kind, expert, count
-        if self.seats == 1 or count == self.seats:
+        if count == self.seats or seat.cache is not None:  # which is alone, whatever the others do
             return count
         if key not in self.enough:
             random = torch.Generator().manual_seed(0)

@@ -444,7 +444,8 @@ def rank_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
     """
     kept = kept_weights(path)
     shares = [_shares(dit_config(path, name), partition.tp, dtype_bytes, kept) for name in _transformers(path)]
-    return sum(-(-count // partition.zero) for share in shares for count in share.values())
+    unit = dtype_bytes * partition.zero  # a part is whole numbers
+    return sum(-(-size // unit) * dtype_bytes if partition.zero > 1 else size for s in shares for size in s.values())
 
 
 def gathered_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:

@@ -1,7 +1,8 @@
 """The diffusion transformer: Wan 2.1's architecture, small enough to read, at any size.
 
 It predicts the velocity of the flow (noise minus clean) for every latent token. It knows neither text nor pixels nor
-ranks: `split`, `merge` and each self-attention's `attend` are plain functions that `model.partition` replaces.
+ranks: `split`, `merge` and each self-attention's `attend` are plain functions that `model.partition` replaces; `run` is
+one that `model.stepcache` does.
 
 Letters: B batch, C latent channels, T/H/W latent frames/rows/columns, N tokens, L text tokens, D width, S times.
 Source: "Wan: Open and Advanced Large-Scale Video Generative Models" (2025), and diffusers' WanTransformer3DModel, whose
@@ -10,7 +11,7 @@ parameter names and config this class shares; per-token times as in Wan 2.2 TI2V
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from model.layers import Block, Heard, LayerNorm32, sinusoid, turns_of
 from model.patch import grid, patchify, unpatchify
 
 ENOUGH = 16  # rows from which on products of this size gave the same bits whatever their number
+Layer = Callable[[Tensor], Tensor]  # a block with all that it is given beside the tokens: [B, n, D] -> [B, n, D]
 
 
 class TimeMLP(nn.Module):
@@ -84,6 +86,7 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.split: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # the tokens that this process computes
         self.merge: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # and all of them again
+        self.run: Callable[[Sequence[Layer], Tensor], Tensor] = in_order
 
     def hear(self, text: Tensor) -> list[Heard]:
         """text [B, L, Dt] -> what every block keeps of it, to be given to `forward` in its place at every step."""
@@ -114,8 +117,11 @@ class DiT(nn.Module):
         embedding, modulation = self.condition_embedder(times)  # [B, S, D], [B, S, 6, D]
         heard = [self.condition_embedder.embed(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         x, modulation = self.split(x, 1), self._split_times(modulation, count)  # [B, n, D]
-        for block, words in zip(self.blocks, heard, strict=True):
-            x = block(x, words, modulation, turns)
+        layers = [
+            lambda x, block=block, words=words: block(x, words, modulation, turns)
+            for block, words in zip(self.blocks, heard, strict=True)
+        ]
+        x = self.run(layers, x)
 
         shift, scale = (self.scale_shift_table + embedding.float()[:, :, None]).unbind(2)  # [B, S, D]
         x = self.merge(x, 1)  # [B, N, D]
@@ -157,3 +163,10 @@ class DiT(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.get_parameter("attn2.to_out.0.weight"))
         nn.init.zeros_(self.proj_out.weight)
+
+
+def in_order(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """x [B, n, D] through one layer after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x

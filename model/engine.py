@@ -97,6 +97,7 @@ class ClipSpec:
     strength: float | None = None  # in (0, 1]: `start` is not kept but edited, the more the higher
     window: int = 0  # most frames to make at once; 0: all of them
     overlap: int = 5  # frames that a window takes over from the one before
+    step_cache: float | None = None  # in (0, 1]: steps that change less are not computed (`model.stepcache`)
 
     def __post_init__(self) -> None:
         for name, frames in (("start", self.start), ("end", self.end)):
@@ -104,6 +105,8 @@ class ClipSpec:
                 raise ValueError(f"{name} of clip {self.clip_id} is {frames.shape}, not frames of its size")
         if self.strength is not None and (self.start is None or not 0 < self.strength <= 1):
             raise ValueError(f"strength={self.strength} of clip {self.clip_id} must be in (0, 1], with a start")
+        if self.step_cache is not None and not 0 < self.step_cache <= 1:
+            raise ValueError(f"step_cache={self.step_cache} of clip {self.clip_id} must be in (0, 1], or None")
 
     @property
     def given(self) -> Given:
@@ -128,6 +131,7 @@ class RenderedClip:
     spans: tuple[tuple[str, float, float], ...]  # stage, from when, to when
     steps: tuple[float, ...]  # when each denoising step ended
     peak_bytes: int  # of memory, on the fullest rank, since its start
+    skipped_steps: int | None = None  # that its step cache answered, over all windows; None: it has none
 
     @property
     def started(self) -> float:
@@ -418,6 +422,7 @@ class Engine:
             spans=tuple((stage, began, ended) for stage, began, ended in message["spans"]),
             steps=tuple(job.steps),
             peak_bytes=message["peak_bytes"],
+            skipped_steps=message["skipped"],
         )
 
     def _spawn(self) -> None:

@@ -299,6 +299,13 @@ def gather(x: Tensor, axis: Axis) -> list[Tensor]:
     return parts
 
 
+def total(x: Tensor, groups: Groups) -> Tensor:
+    """The sum of x over all ranks of the engine, the same to the bit on each of them; x itself is overwritten."""
+    if groups != ALONE:
+        dist.all_reduce(x)
+    return x
+
+
 def own_text(text: Tensor, negative: Tensor, cfg: Axis) -> Tensor:
     """What this rank reads of prompts and negative prompts [B, L, Dt]: both [2B, L, Dt] where it is alone, else one."""
     if cfg.group is None:

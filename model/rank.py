@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from model.batch import Kind
+    from model.stepcache import StepCache
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
 
@@ -80,6 +81,8 @@ class Job:
     plan: list[Window] = field(default_factory=list[Window])
     window: int = 0  # the one under way
     step: int = 0  # over all windows
+    cache: StepCache | None = None  # of the window under way
+    skipped: int = 0  # steps, over all windows
     # Of rank 0, until the clip joins:
     canvas: Canvas | None = None
     text: Tensor | None = None  # [2, L, Dt] prompt and negative prompt
@@ -324,6 +327,8 @@ class Rank:
         import torch.distributed as dist
 
         from model.diffusion import told_times, walk
+        from model.partition import total
+        from model.stepcache import StepCache
 
         if self.rank == 0:
             job = self.jobs[number]
@@ -345,7 +350,9 @@ class Rank:
         spec, job.window = job.spec, window
         known = job.plan[window].known(self.frame_step)
         way = told_times(walk(x.to(self.device), job.times, spec.solver), spec.solver)
-        self.batch.join(number, way, text[0], text[1], spec.guidance, known)
+        if spec.step_cache is not None:
+            job.cache = StepCache(spec.step_cache, len(job.times) - 1, lambda x: total(x, self.batch.groups))
+        self.batch.join(number, way, text[0], text[1], spec.guidance, known, job.cache)
 
     def _job(self, number: int) -> Job:
         """A clip whose turn has come, on a rank that rank 0 told so.
@@ -378,6 +385,7 @@ class Rank:
         for job in going:
             if (latents := arrived.get(job.number)) is None:
                 continue
+            job.skipped += job.cache.skipped if job.cache else 0
             if bool(latents.isfinite().all()):
                 self.side.do(partial(self._decode, job, job.window, latents), job.spec.clip_id)
             elif self.rank == 0:
@@ -423,7 +431,8 @@ class Rank:
         if any(known):
             clean, places = self._latents_of(job.canvas.known(window)[0]), torch.tensor(known).nonzero().flatten()
             x[:, places] = clean[:, places]
-        job.begin, job.kind = x, Kind(tuple(x.shape), spec.guidance != 1, any(known))
+        alone = None if spec.step_cache is None else job.number
+        job.begin, job.kind = x, Kind(tuple(x.shape), spec.guidance != 1, any(known), alone)
         if spec.strength is not None or any(known):
             job.spent("decode", began)  # the autoencoder was at it
         self.inbox.messages.put({"type": "ready", "job": job.number})
@@ -449,7 +458,8 @@ class Rank:
             began = time.time()
             self._write(job.slot, job.canvas.frames[0])
             job.spent("decode", began)
-            self._over(job, "done", seconds=job.seconds, spans=job.spans, peak_bytes=peak)
+            skipped = None if job.cache is None else job.skipped
+            self._over(job, "done", seconds=job.seconds, spans=job.spans, peak_bytes=peak, skipped=skipped)
 
     def _over(self, job: Job, how: str, **said: Any) -> None:
         """The side thread's last word on a clip."""

@@ -83,6 +83,9 @@ def test_divided_equals_whole(everyone: list[dict[str, dict[str, Any]]]) -> None
             error, bound = values["bfloat16 self test"]
             assert 0 < bound < 0.2 and error <= bound
             assert values["spoilt"].startswith("SelfTestFailed")
+            cached = values["step cache"]
+            assert 2 <= cached["skipped"] == cached["skipped here"] <= cached["changes"] - 2 == 12, partition
+            assert cached["off"] <= 1e-5 and cached["error"] <= 1e-5, (partition, cached)
     for partition in everyone[0]:
         assert len({found[partition]["bytes"] for found in everyone}) == 1
 

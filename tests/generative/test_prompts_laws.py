@@ -46,6 +46,7 @@ good_lines = st.fixed_dictionaries(
         "guidance": st.floats(1, 30),
         "solver": st.sampled_from(["euler", "ab2", "unipc"]),
         "shift": st.floats(0.1, 20),
+        "step_cache": st.floats(0, 1, exclude_min=True),
         "samples": st.integers(1, 64),
         "seed": st.integers(0, MAX_SEED),
     },

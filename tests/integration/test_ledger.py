@@ -53,6 +53,7 @@ from db.ledger import (
 )
 from db.session import connect
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
+from db.watching import measured_costs
 from tests.ledger import (
     ENGINE,
     MODEL,
@@ -190,7 +191,7 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
         3, sample=1, custom_id="shot 7", prompt="ein roter Ball 🔴 \\ \"quoted\" '; drop table clips",
         rewritten_prompt="a glossy red ball", negative_prompt="blurry", guidance=0.1 + 0.2, shift=1e-7, seed=2**63 - 1,
         mode=ClipMode.CONNECT, source=artifact_of("a").sha256, end_source=artifact_of("b").sha256,
-        window=17, overlap=5, made_frames=34,
+        window=17, overlap=5, made_frames=34, step_cache=0.1,
     )  # fmt: skip
     with ledger.begin() as session:
         add_artifacts(session, [artifact_of("a"), artifact_of("b"), artifact_of("a", key="elsewhere")])
@@ -202,8 +203,24 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
     assert {name: getattr(row, name) for name in same} == {name: getattr(clip, name) for name in same}
     assert (row.source_sha256, row.end_source_sha256) == (clip.source, clip.end_source)
     assert (leased.source, leased.end_source) == (artifact_of("a"), artifact_of("b"))
-    assert (leased.mode, leased.window, leased.overlap) == (ClipMode.CONNECT, 17, 5)
+    assert (leased.mode, leased.window, leased.overlap, leased.step_cache) == (ClipMode.CONNECT, 17, 5, 0.1)
     assert row.status == ClipStatus.QUEUED
+
+
+def test_what_a_step_cache_skipped_is_kept_and_its_clip_foretells_no_other(ledger: Ledger) -> None:
+    clips = [new_clip(index, step_cache=cache) for index, cache in enumerate((0.2, 1.0, None))]
+    with ledger.begin() as session:
+        request = opened(session, clips)
+        planned(session, request)
+        lease, todo = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
+        for spent, (clip, skipped) in enumerate(zip(todo, (0, 2, None), strict=True), 1):
+            start_clip(session, lease, clip.clip_id, **ENGINE)
+            took = {"seconds": {"denoise": float(spent)}, "skipped_steps": skipped}
+            assert record_clip(session, lease, clip.clip_id, artifact=artifact_of(clip.clip_id), **took)
+        rows = sorted(clips_of(session, request), key=lambda row: row.index)
+        (cost,) = measured_costs(session, MODEL)
+    assert [(row.step_cache, row.skipped_steps) for row in rows] == [(0.2, 0), (1.0, 2), (None, None)]
+    assert cost.seconds == 3.0
 
 
 def test_a_rejected_line_is_kept_and_never_planned(ledger: Ledger) -> None:
@@ -678,6 +695,8 @@ REFUSED = {
     "ck_edges_loop": "insert into edges values ('clip-0', 'clip-0', 'extend')",
     "ck_clips_mode": "update clips set mode = 'extend', direction = 'forward' where id = 'clip-0'",
     "ck_clips_windows": "update clips set \"window\" = 5, overlap = 5 where id = 'clip-0'",
+    "ck_clips_step_cache": "update clips set step_cache = 0 where id = 'clip-0'",
+    "ck_attempts_measured": "update attempts set skipped_steps = -1",
     "fk_clips_source": f"update clips set mode = 'loop', source = '{digest('b')}' where id = 'clip-0'",
     "fk_clips_end_source": f"update clips set mode = 'connect', source = '{digest('a')}',"
     f" end_source = '{digest('b')}' where id = 'clip-0'",

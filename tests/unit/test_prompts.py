@@ -96,6 +96,9 @@ def wrong(**values: Any) -> list[str]:
         ({"guidance": 0.5}, "guidance=0.5 must be a number between 1 and 30"),
         ({"guidance": 10**400}, "guidance=100000000000000000000000000000000000000… must be a number between 1 and 30"),
         ({"shift": 0}, "shift=0 must be a number between 0.1 and 20"),
+        ({"step_cache": 0}, "step_cache=0 must be a number above 0, at most 1"),
+        ({"step_cache": 1.5}, "step_cache=1.5 must be a number above 0, at most 1"),
+        ({"step_cache": "0.1"}, 'step_cache="0.1" must be a number above 0, at most 1'),
         ({"steps": True}, "steps=true must be a whole number between 1 and 200"),
         ({"steps": "25"}, 'steps="25" must be a whole number between 1 and 200'),
         ({"steps": 2.5}, "steps=2.5 must be a whole number between 1 and 200"),
@@ -392,6 +395,7 @@ def test_a_recipe_is_all_that_determines_the_pixels_and_nothing_else() -> None:
         "guidance": 4.5,
         "solver": "ab2",
         "shift": 3.0,
+        "step_cache": 0.2,
         "seed": 2,
     }
     others = [recipe(replace(prompt, **{key: value}), 0, model_digest="m") for key, value in changes.items()]

@@ -64,6 +64,8 @@ def key_of(source: str = "s", **fields: Any) -> str:
         {"prompts": ["a"], "tenant": ""},
         {"prompts": ["a"], "guidance": float("nan")},
         {"prompts": ["a"], "guidance": 0.5},
+        {"prompts": ["a"], "step_cache": 0},
+        {"prompts": ["a"], "step_cache": 1.5},
         {"prompts": ["a"], "seed": -1},
         {"prompts": ["a"], "seed": 2**63},
         {"prompts": ["a"], "samples": 0},
@@ -151,6 +153,17 @@ def test_defaults_are_the_models_unless_the_request_says_otherwise() -> None:
     )
 
 
+def test_a_step_cache_is_the_lines_own_else_the_requests_else_none() -> None:
+    def caches(**fields: Any) -> list[float | None]:
+        request = GenerationRequest(prompts=["a", PromptLine(prompt="b", step_cache=0.3)], **fields)
+        stream, defaults = io.BytesIO(request.inline_bytes()), request.resolve(CARD)
+        lines = read_prompts(stream, source="prompts", format=request.format, defaults=defaults)
+        return [line.step_cache for line in lines if isinstance(line, Prompt)]
+
+    assert caches() == [None, 0.3]
+    assert caches(step_cache=0.1) == [0.1, 0.3]
+
+
 def test_inline_prompts_are_read_like_a_file() -> None:
     request = GenerationRequest(
         prompts=[
@@ -196,8 +209,10 @@ def test_the_same_file_and_settings_are_the_same_request() -> None:
         key_of(negative_prompt="x"),
         key_of(tenant="t"),
         key_of(prompts_format="csv"),
+        key_of(step_cache=0.1),
+        key_of(step_cache=0.2),
     }
-    assert len(different | {key}) == 8
+    assert len(different | {key}) == 10
     request = GenerationRequest(prompts_uri="x.jsonl")
     assert request_key(request, request.resolve(CARD), source_sha256="s", model_digest="e") != key
 

@@ -42,6 +42,7 @@ def leased(mode: ClipMode, source: str | None = None, end: str | None = None, **
         "strength": None,
         "window": None,
         "overlap": None,
+        "step_cache": None,
         "source": artifact(source),
         "end_source": artifact(end),
         **changes,
@@ -80,6 +81,11 @@ def test_an_edit_keeps_nothing_but_starts_from_its_source() -> None:
     spec = spec_of(leased(ClipMode.EDIT, "video", strength=0.5, frames=5, window=9, overlap=5), fetch)
     assert spec.start is not None and len(spec.start) == 5
     assert (spec.given.start, spec.strength, spec.window, spec.overlap) == (0, 0.5, 9, 5)
+
+
+def test_a_step_cache_is_the_clips_own() -> None:
+    caches = [spec_of(leased(ClipMode.TEXT_TO_VIDEO, step_cache=each), fetch).step_cache for each in (None, 0.2)]
+    assert caches == [None, 0.2]
 
 
 def test_a_source_that_cannot_be_read_is_said_so() -> None:
