@@ -299,9 +299,14 @@ def gather(x: Tensor, axis: Axis) -> list[Tensor]:
     return parts
 
 
-def total(x: Tensor, groups: Groups) -> Tensor:
-    """The sum of x over all ranks of the engine, the same to the bit on each of them; x itself is overwritten."""
+def total(x: Tensor, groups: Groups, guided: bool) -> Tensor:
+    """The sum of x, which is of one clip, over all ranks of the engine, the same to the bit on each of them.
+
+    x itself is overwritten. Ranks of the batch axis for which there is no row repeat others' and do not count.
+    """
     if groups != ALONE:
+        if groups.batch.rank > (guided and groups.cfg.group is None):
+            x.zero_()
         dist.all_reduce(x)
     return x
 

@@ -351,7 +351,8 @@ class Rank:
         known = job.plan[window].known(self.frame_step)
         way = told_times(walk(x.to(self.device), job.times, spec.solver), spec.solver)
         if spec.step_cache is not None:
-            job.cache = StepCache(spec.step_cache, len(job.times) - 1, lambda x: total(x, self.batch.groups))
+            guided = spec.guidance != 1
+            job.cache = StepCache(spec.step_cache, len(job.times) - 1, lambda x: total(x, self.batch.groups, guided))
         self.batch.join(number, way, text[0], text[1], spec.guidance, known, job.cache)
 
     def _job(self, number: int) -> Job:

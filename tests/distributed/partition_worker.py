@@ -175,7 +175,7 @@ def cached(dit: DiT, groups: Groups, threshold: float) -> tuple[list[float], int
     changes = list[float]()
 
     def watched(sums: torch.Tensor) -> torch.Tensor:
-        sums = total(sums, groups)
+        sums = total(sums, groups, guided=True)
         changes.append(float(sums[0] / sums[1]))
         return sums
 
