@@ -183,6 +183,9 @@ class Engine:
         it: sums over a batch of another size may round differently. (On one CPU batches of 2 and 3 gave the bytes that
         single clips did; of 6, one pixel value in 80,000 was one level off.)
     dtype: of the transformer; by default float32 on a CPU and bfloat16 on CUDA.
+    compile: the transformer's blocks are compiled by torch (`model.compiled`): quicker steps, a slower start, other last
+        bits. The first step of a shape may then take minutes, so `step_timeout` is at least ten of them.
+    cache: folder in which compiled code is kept for the next start; by default torch's own.
     log: where the ranks' standard output and error go; by default this process's standard error.
     """
 
@@ -197,6 +200,8 @@ class Engine:
         step_timeout: float = 180.0,
         start_timeout: float = 600.0,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        compile: bool = False,
+        cache: Path | None = None,
         log: Path | None = None,
     ) -> None:
         """Raises ModelNotFound for a path that holds no model, ValueError for a partition that does not divide it."""
@@ -207,7 +212,9 @@ class Engine:
         self.partition, self.device, self.threads_per_rank = partition, device, threads_per_rank
         self.micro_batch, self.step_timeout, self.start_timeout = micro_batch, step_timeout, start_timeout
         self.dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-        self.log = log
+        self.compile, self.cache, self.log = compile, cache, log
+        if compile:
+            self.step_timeout = max(step_timeout, 600.0)
         self.ready: tuple[RankInfo, ...] = ()
         self._ranks: list[_Rank] = []
         self._slots: list[int] = []
@@ -401,6 +408,7 @@ class Engine:
             "GLOO_SOCKET_IFNAME": "lo",  # else gloo listens wherever the host's name points
             "HF_HUB_OFFLINE": "1",  # a rank reads its model folder and nothing else
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **({"TORCHINDUCTOR_CACHE_DIR": str(self.cache)} if self.cache else {}),
         }
         self._slots = [os.memfd_create(f"rushes-frames-{k}") for k in range(IN_FLIGHT)]
         output = self.log.open("ab") if self.log is not None else None
@@ -417,6 +425,7 @@ class Engine:
                         "device": self.device,
                         "dtype": self.dtype,
                         "threads": self.threads_per_rank,
+                        "compile": self.compile,
                         "frame_step": self.card.frame_step,
                         "boundary": self.card.boundary,
                         "parent": os.getpid(),

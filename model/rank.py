@@ -126,13 +126,19 @@ class Rank:
         lap("connect")
         parts = [TRANSFORMER] if self.boundary is None else [TRANSFORMER, SECOND]
         self.experts = [partition.load_partitioned(path, self.groups, dtype, self.device, part=p) for p in parts]
+        if settings["compile"]:
+            from model.compiled import check_compiler, compile_blocks
+
+            check_compiler(self.device)
+            for dit in self.experts:
+                compile_blocks(dit)
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
         self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
         self.decoder = DividedDecoder(self.vae, self.rank, self.world)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
-            partition.self_test(dit, path, self.groups, dtype, self.device, part).error
+            partition.self_test(dit, path, self.groups, dtype, self.device, part, settings["compile"]).error
             for dit, part in zip(self.experts, parts, strict=True)
         ]
         lap("self_test")
