@@ -10,12 +10,12 @@ import os
 import shutil
 from typing import cast
 
-import torch.compiler.config
+import torch
 from torch import nn
 
 from model.dit import DiT
 
-VARIANTS = 64  # of a block's code: text or what was heard of it, one time or many, and a few sizes before one serves all
+VARIANTS = 64  # of a block's code: text or what was heard of it, one time or many, some sizes before one serves all
 COMPILERS = ("g++", "clang++")
 
 
@@ -38,6 +38,6 @@ def compile_blocks(dit: DiT) -> None:
 
     Beyond `VARIANTS` torch would quietly run the block uncompiled. Collectives inside a block break its graph in two.
     """
-    torch.compiler.config.recompile_limit = VARIANTS
+    torch._dynamo.config.recompile_limit = VARIANTS
     for block in dit.blocks:
         cast(nn.Module, block).compile()

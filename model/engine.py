@@ -183,8 +183,8 @@ class Engine:
         it: sums over a batch of another size may round differently. (On one CPU batches of 2 and 3 gave the bytes that
         single clips did; of 6, one pixel value in 80,000 was one level off.)
     dtype: of the transformer; by default float32 on a CPU and bfloat16 on CUDA.
-    compile: the transformer's blocks are compiled by torch (`model.compiled`): quicker steps, a slower start, other last
-        bits. The first step of a shape may then take minutes, so `step_timeout` is at least ten of them.
+    compile: torch compiles the transformer's blocks (`model.compiled`): quicker steps, a slower start, other last bits.
+        The first step of a shape may then take minutes, so `step_timeout` is at least ten of them.
     cache: folder in which compiled code is kept for the next start; by default torch's own.
     log: where the ranks' standard output and error go; by default this process's standard error.
     """

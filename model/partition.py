@@ -286,7 +286,8 @@ def self_test(
 ) -> SelfTest:
     """Compares this rank's results with the whole network's on a small clip. Raises SelfTestFailed on every rank alike.
 
-    One rank has nothing to compare unless its network is compiled: the whole one never is. The whole network is computed by rank 0, with one block's weights in memory at a time. In float32 the two may differ
+    One rank has nothing to compare unless its network is compiled: the whole one never is.
+    The whole network is computed by rank 0, with one block's weights in memory at a time. In float32 the two may differ
     by 1e-5: only the order of sums differs. In a shorter type rounding alone moves the whole network some way off what
     it computes in float32 with the same weights; the partitioned one may be three times as far off.
     """
