@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import cast
 
-import torch
-from torch import nn
+import torch.compiler.config
 
 from model.dit import DiT
 
@@ -38,6 +36,6 @@ def compile_blocks(dit: DiT) -> None:
 
     Beyond `VARIANTS` torch would quietly run the block uncompiled. Collectives inside a block break its graph in two.
     """
-    torch._dynamo.config.recompile_limit = VARIANTS
+    torch.compiler.config.recompile_limit = VARIANTS
     for block in dit.blocks:
-        cast(nn.Module, block).compile()
+        block.compile()
