@@ -118,6 +118,8 @@ def run_engine(
             device=settings.device,
             threads_per_rank=settings.threads,
             micro_batch=settings.micro_batch,
+            compile=settings.compile,
+            cache=settings.compiled,
         )
         crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say)
         try:
@@ -149,11 +151,16 @@ def register(
             host=socket.gethostname(),
             pid=os.getpid(),
             device=f"{settings.device} {platform.machine()}",
-            partition=str(partition),
+            partition=divided(settings, partition),
             model_digest=card.digest,
             code_version=code_version(),
             flow_run_id=flow_run_id,
         )
+
+
+def divided(settings: Settings, partition: Partition) -> str:
+    """How the model is run, as the ledger records it: what the last bits of a clip depend on beside its recipe."""
+    return f"{partition} compiled" if settings.compile else str(partition)
 
 
 class Heart:
@@ -349,7 +356,7 @@ class Shard:
                 self.lease,
                 clip_id,
                 engine=self.crew.owner,
-                partition=str(self.crew.partition),
+                partition=divided(self.crew.settings, self.crew.partition),
                 code_version=code_version(),
             )
 

@@ -76,6 +76,10 @@ class Settings(BaseSettings):
     micro_batch: int = Field(
         default=1, ge=1, le=256, description="Clips denoised together; another number may change a clip's last bits"
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the model's blocks: quicker steps, a slower first start; on a CPU it needs a C++ compiler",
+    )
     engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
     linger: float = Field(
         default=60, ge=0, le=7 * 86400, description="Seconds that an engine waits for work before it leaves"
@@ -153,6 +157,11 @@ class Settings(BaseSettings):
         if self.rewriter_url and not self.rewriter_model:
             raise ValueError(f"{PREFIX}REWRITER_URL is set: {PREFIX}REWRITER_MODEL must name the model it is to use")
         return self
+
+    @property
+    def compiled(self) -> Path:
+        """Where engines keep the code that they compiled."""
+        return self.home / "compiled"
 
     @property
     def prompts(self) -> Path:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
+from model.bench_gpu import gpu
 from model.config import DiTConfig, Partition, Shape
 from model.diffusion import noise
 from model.dit import DiT
@@ -198,7 +199,7 @@ def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
         yield f"| {batch} | {a / count:.2f} | {b / count:.2f} | {b / a:.2f} | {decode:.0%} |"
 
 
-BENCHES = {"loading": loading, "step": step, "clips": clips}
+BENCHES = {"loading": loading, "step": step, "clips": clips, "gpu": gpu}
 
 
 def main() -> None:

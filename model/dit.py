@@ -112,8 +112,7 @@ class DiT(nn.Module):
         x = F.linear(
             patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias
         )
-        cos, sin = turns_of(cells, self.config.rope_axes, latents.device)
-        turns = self.split(cos, 0)[:, None], self.split(sin, 0)[:, None]
+        turns = self.split(turns_of(cells, self.config.rope_axes, latents.device), 0)[:, None]
         embedding, modulation = self.condition_embedder(times)  # [B, S, D], [B, S, 6, D]
         heard = [self.condition_embedder.embed(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         x, modulation = self.split(x, 1), self._split_times(modulation, count)  # [B, n, D]

@@ -198,6 +198,9 @@ class Engine:
     micro_batch: clips of one shape that are denoised together; they join and leave between any two steps. A clip's
         bytes do not depend on its neighbours (`model.batch`), but may on this number. Halved when memory runs out.
     dtype: of the transformer; by default float32 on a CPU and bfloat16 on CUDA.
+    compile: torch compiles the transformer's blocks (`model.compiled`): quicker steps, a slower start, other last bits.
+        The first step of a shape may then take minutes, so `step_timeout` is at least ten of them.
+    cache: folder in which compiled code is kept for the next start; by default torch's own.
     log: where the ranks' standard output and error go; by default this process's standard error.
     """
 
@@ -212,6 +215,8 @@ class Engine:
         step_timeout: float = 180.0,
         start_timeout: float = 600.0,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        compile: bool = False,
+        cache: Path | None = None,
         log: Path | None = None,
     ) -> None:
         """Raises ModelNotFound for a path that holds no model, ValueError for a partition that does not divide it."""
@@ -222,7 +227,9 @@ class Engine:
         self.partition, self.device, self.threads_per_rank = partition, device, threads_per_rank
         self.micro_batch, self.step_timeout, self.start_timeout = micro_batch, step_timeout, start_timeout
         self.dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-        self.log = log
+        self.compile, self.cache, self.log = compile, cache, log
+        if compile:
+            self.step_timeout = max(step_timeout, 600.0)
         self.ready: tuple[RankInfo, ...] = ()
         self._ranks: list[_Rank] = []
         self._slots: list[int] = []  # memory files for frames
@@ -437,6 +444,7 @@ class Engine:
             "GLOO_SOCKET_IFNAME": "lo",  # else gloo listens wherever the host's name points
             "HF_HUB_OFFLINE": "1",  # a rank reads its model folder and nothing else
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **({"TORCHINDUCTOR_CACHE_DIR": str(self.cache)} if self.cache else {}),
         }
         self._slots = [os.memfd_create(f"rushes-frames-{k}") for k in range(self.micro_batch + AHEAD)]
         self._free = list(range(len(self._slots)))
@@ -455,6 +463,7 @@ class Engine:
                         "dtype": self.dtype,
                         "threads": self.threads_per_rank,
                         "micro_batch": self.micro_batch,
+                        "compile": self.compile,
                         "frame_step": self.card.frame_step,
                         "boundary": self.card.boundary,
                         "parent": os.getpid(),

@@ -44,16 +44,25 @@ def rotary(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torc
 
 
 @lru_cache(maxsize=16)
-def turns_of(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `rotary`, [N, K/2] each: the same at every step of a clip."""
+def turns_of(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> Tensor:
+    """The angles of `rotary` as complex numbers of length 1, [N, K/2]: the same at every step of a clip."""
     with torch.inference_mode(False):  # kept, they may serve a training next
         angles = rotary(cells, axes, device)
-        return angles.cos(), angles.sin()
+        return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, N, H, K], cos and sin [N, 1, K/2]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x [B, N, H, K], of which two neighbouring channels are one complex number; turns [N, 1, K/2].
+
+    On a CPU one complex product takes a ninth of the time of four real ones over every other channel.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor writes no code for complex numbers, and fuses real ones
+        (even, odd), (cos, sin) = pairs.unbind(-1), torch.view_as_real(turns).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def sinusoid(times: Tensor, channels: int) -> Tensor:
@@ -102,15 +111,14 @@ class Attention(nn.Module):
         k = self.norm_k(self.to_k(context)).unflatten(-1, (self.heads, -1))
         return k, self.to_v(context).unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, context: Tensor | Heard, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [B, N, D], context [B, M, D] or what `hear` made of it; turns (cos, sin) rotate queries and keys.
-
-        turns are None in cross-attention.
+    def forward(self, x: Tensor, context: Tensor | Heard, turns: Tensor | None) -> Tensor:
+        """x [B, N, D], context [B, M, D] or what `hear` made of it; turns [N, 1, K/2] rotate queries and
+        keys, and are None in cross-attention.
         """
         q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))  # [B, N, H, K]
         k, v = self.hear(context) if isinstance(context, Tensor) else context
         if turns is not None:
-            q, k = rotate(q, *turns), rotate(k, *turns)
+            q, k = rotate(q, turns), rotate(k, turns)
         return self.to_out[0](self.attend(q, k, v).flatten(-2))  # [B, N, D]
 
 
@@ -149,7 +157,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x: Tensor, text: Tensor | Heard, modulation: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | Heard, modulation: Tensor, turns: Tensor) -> Tensor:
         """x [B, N, D], text [B, L, D] or what attn2 heard of it, modulation [B, S, 6, D].
 
         The S times divide N: 1, frames, or N.
@@ -167,10 +175,11 @@ class Block(nn.Module):
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x [B, N, D] * (1 + scale) + shift, both [B, S, D], each serving N/S neighbouring tokens."""
     x = x.unflatten(1, (scale.shape[1], -1))
-    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate in float32, as Wan adds it; gate [B, S, D]."""
-    y = (y.float().unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
-    return (x.float() + y).to(x.dtype)
+    times = gate.shape[1], -1
+    moved = torch.addcmul(x.float().unflatten(1, times), y.float().unflatten(1, times), gate[:, :, None])
+    return moved.flatten(1, 2).to(x.dtype)

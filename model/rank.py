@@ -219,13 +219,21 @@ class Rank:
         boundary: float | None = settings["boundary"]
         parts = [TRANSFORMER] if boundary is None else [TRANSFORMER, SECOND]
         experts = [partition.load_partitioned(path, groups, dtype, self.device, part=p) for p in parts]
+        if settings["compile"]:
+            from model.compiled import check_compiler, compile_blocks
+
+            check_compiler(self.device)
+            if divided.zero > 1:
+                raise ValueError(f"partition {divided} cannot be compiled: zero gathers weights while a block computes")
+            for dit in experts:
+                compile_blocks(dit)
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
         self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
         self.decoder = DividedDecoder(self.vae, self.rank, self.world, beside)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
-            partition.self_test(dit, path, groups, dtype, self.device, part).error
+            partition.self_test(dit, path, groups, dtype, self.device, part, settings["compile"]).error
             for dit, part in zip(experts, parts, strict=True)
         ]
         lap("self_test")

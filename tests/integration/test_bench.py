@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
-from model import bench
+from model import bench, bench_gpu
 from model.config import DiTConfig, Partition
 
 
@@ -45,3 +46,29 @@ def test_whole_clips_are_timed_side_by_side() -> None:
     rows = cells(bench.clips(2, threads=1))
     assert [row[0] for row in rows] == ["1", "16"]
     assert all(re.fullmatch(r"\d+%", row[4]) and float(row[1]) > 0 for row in rows)
+
+
+@pytest.mark.skipif(bench_gpu.torch.cuda.is_available(), reason="this is the path without a GPU")
+def test_the_gpu_bench_runs_small_on_a_cpu_and_says_so() -> None:
+    said, *tables = list(bench_gpu.gpu(compiled=False))
+    assert "no GPU here" in said
+    middle = tables.index("", 1)
+    steps, trace = cells(tables[1:middle]), cells(tables[middle + 1 :])
+    assert [row[1] for row in steps] == ["ours", "diffusers"]
+    assert all(float(row[5]) < 1e-4 and float(row[2]) > 0 for row in steps)
+    assert {row[0] for row in trace} == {group for group, _ in bench_gpu.GROUPS}
+    groups = {row[0]: float(row[3]) for row in trace if row[1] == "all"}
+    assert groups["matmul"] > 0 and groups["attention"] > 0
+    assert all(float(row[3]) <= groups[row[0]] for row in trace)
+
+
+def test_what_torch_counts_of_a_block_is_what_the_formula_says() -> None:
+    """One block more costs what the formula says, to the operation: the rest of the network is the same."""
+    setting, found = bench_gpu.CPU, list[int]()
+    for layers in (1, 2):
+        deep = replace(setting, config=replace(setting.config, layers=layers))
+        dit, given = bench_gpu.network_of(deep), bench_gpu.inputs_of(setting.shapes[0], setting)
+        found.append(bench_gpu.counted(lambda dit=dit, given=given: dit(*given)))
+    tokens = 3 * 4 * 4  # latent frames, rows and columns of patches of 64x64x9
+    one = replace(setting.config, layers=1)
+    assert found[1] - found[0] == 2 * bench_gpu.operations(one, tokens, setting.text_tokens)
