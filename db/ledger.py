@@ -153,6 +153,7 @@ class Unplanned:
     recipe: str
     mode: ClipMode
     strength: float | None
+    window: int | None
     made_frames: int | None
 
 
@@ -376,12 +377,17 @@ def create_shard(
     *,
     carrier: Mapping[str, str] | None = None,
     priority: int | None = None,
+    partition: str | None = None,
+    predicted_seconds: float | None = None,
+    predicted_bytes: int | None = None,
 ) -> int | None:
     """Put these clips (of one width, height, frames) into a new shard and return its id.
 
     A clip that meanwhile was taken, cancelled, or whose recipe somebody else renders or has rendered, stays out; None
-    when none is left. `priority` is the request's when not given. Planners of all requests take turns from here to the
-    end of the transaction, so commit soon.
+    when none is left. `priority` is the request's when not given. `partition`: the only one whose engines may claim it.
+    `predicted_seconds` are an engine's for all of `clip_ids`; of clips that stay out the shard does not keep them.
+    `predicted_bytes` are those of its fullest rank. Planners of all requests take turns from here to the end of the
+    transaction, so commit soon.
     """
     request = _lock_request(session, request_id)
     if request.status != RequestStatus.OPEN or request.total is None:
@@ -405,6 +411,9 @@ def create_shard(
             height=height,
             frames=frames,
             size=len(rows),
+            partition=partition,
+            predicted_seconds=predicted_seconds and predicted_seconds * len(rows) / len(clip_ids),
+            predicted_bytes=predicted_bytes,
             carrier=dict(carrier or {}),
         )
         .returning(Shard.id)

@@ -42,7 +42,7 @@ EXITS = {
     "model.checkpoint.NotEnoughMemory": FAILED,
     "model.engine.EngineError": FAILED,
     "flows.models.BadName": BAD_INPUT,
-    "flows.forecast.BadGpus": BAD_INPUT,
+    "flows.layout.BadGpus": BAD_INPUT,
     "flows.layout.CannotFit": FAILED,
     "flows.models.BrokenModel": FAILED,
     "db.models.NameTaken": BAD_INPUT,

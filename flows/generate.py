@@ -44,8 +44,9 @@ from db import leases, ledger, watching
 from db.ledger import NewClip, NewRequest, Progress
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus
 from flows import engines, plan
+from flows.layout import GPUS, Rates
 from flows.ledgers import ledger as ledger_of
-from flows.models import BrokenModel, card_of
+from flows.models import BrokenModel, card_of, network_like
 from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
@@ -68,6 +69,7 @@ from flows.settings import Settings, load_settings
 from flows.sources import Sources, of_run
 from infra.store import NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
+from model.config import Partition
 from model.weights import ModelCard, ModelNotFound
 
 POLL = 1.0  # seconds between two looks at the ledger
@@ -365,16 +367,35 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
 
 
 def plan_shards(session: Session, settings: Settings, request_id: str, source: Source) -> None:
-    """Cuts clips that are in no shard yet into shards."""
+    """Cuts clips that are in no shard yet into shards, and notes what each is expected to take."""
     waiting = ledger.unplanned(session, request_id, limit=50_000)
     if not waiting:
         return
-    cost = plan.CostModel.from_history(watching.measured_costs(session, source.card.digest))
+    cost = cost_model(session, settings, source.card)
+    partition = Partition.parse(settings.partition)
     remaining = ledger.progress(session, request_id).counts[ClipStatus.QUEUED]
     for shard in plan.shards(
-        waiting, cost, seconds=settings.shard_seconds, engines=settings.engines, remaining=remaining
+        waiting,
+        lambda shape: cost.seconds(shape, partition),
+        seconds=settings.shard_seconds,
+        engines=settings.engines,
+        remaining=remaining,
     ):
-        ledger.create_shard(session, request_id, shard.clip_ids, carrier=carrier())
+        ledger.create_shard(
+            session,
+            request_id,
+            shard.clip_ids,
+            carrier=carrier(),
+            predicted_seconds=shard.seconds,
+            predicted_bytes=cost.memory(shard.shape, partition, settings.micro_batch),
+        )
+
+
+def cost_model(session: Session, settings: Settings, card: ModelCard) -> plan.CostModel:
+    """What clips of this model take, by what they took so far on devices of this kind."""
+    network = network_like(card, 4 if settings.device == "cpu" else 2)
+    assumed = Rates.of(GPUS["cpu" if settings.device == "cpu" else "h100"])
+    return plan.CostModel.from_history(watching.measured_costs(session, card.digest, settings.device), network, assumed)
 
 
 class Report:

@@ -22,18 +22,21 @@ from sqlalchemy.exc import OperationalError
 from db.leases import NewArtifact
 from db.ledger import FILES, add_artifacts
 from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name
+from flows.layout import RELEASES, Network
 from flows.ledgers import ledger, reading
 from flows.settings import Settings
 from infra.store import CHUNK, NoSuchKey, Store, Stored, blob_key
-from model.checkpoint import BadCheckpoint, check_folder
+from model.checkpoint import BadCheckpoint, check_folder, text_bytes, vae_bytes
 from model.weights import (
     CAPTIONER,
     REWRITER,
     SHIPPED,
+    TRANSFORMER,
     ModelCard,
     ModelNotFound,
     covered_files,
     digest_of,
+    dit_config,
     file_digest,
     find_model,
 )
@@ -145,6 +148,36 @@ def card_of(settings: Settings, name: str) -> ModelCard:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
     values |= {"name": found.name, "path": _cached(settings, found)}
     return ModelCard(**values)
+
+
+def network_of(card: ModelCard, bytes_each: int = 2) -> Network:
+    """What planning must know of a model's network, whose weights take so many bytes each. Reads headers, no weights.
+
+    Raises ModelNotFound for a model whose folder is not on this machine.
+    """
+    if not (card.path / TRANSFORMER).is_dir():
+        raise ModelNotFound(f"model {card.name!r} was added, but never fetched to this machine: plan where it was")
+    dit = dit_config(card.path)
+    return Network(
+        dit=dit,
+        text_tokens=card.max_prompt_tokens,
+        stride=(card.frame_step, card.multiple // dit.patch[1], card.multiple // dit.patch[2]),
+        experts=1 if card.boundary is None else 2,
+        beside=vae_bytes(card.path) + text_bytes(card.path, bytes_each),
+        bytes_each=bytes_each,
+    )
+
+
+def network_like(card: ModelCard, bytes_each: int = 2) -> Network:
+    """A stand-in for the network of a model whose folder is on another machine: of Wan's proportions, with its heads.
+
+    What was measured of the model corrects its speed; its memory is not known.
+    """
+    try:
+        return network_of(card, bytes_each)
+    except ModelNotFound:
+        dit = replace(RELEASES["wan-14b"].dit, heads=card.heads)
+        return Network(dit=dit, stride=(card.frame_step, card.multiple // 2, card.multiple // 2), guessed=True)
 
 
 def as_row(row: ModelRow) -> dict[str, Any]:

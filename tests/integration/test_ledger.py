@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from db.ledger import (
 )
 from db.session import connect
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
+from db.watching import measured_costs
 from tests.ledger import (
     ENGINE,
     MODEL,
@@ -334,6 +335,54 @@ def test_a_shard_has_one_shape_and_only_clips_that_are_free(ledger: Ledger) -> N
         assert [(row.id, row.size) for row in shard_table(session, request)] == [(shard, 1), (second, 1)]
         cancel_request(session, request)
         assert create_shard(session, request, [ids[1]]) is None
+
+
+def test_a_shard_keeps_what_was_predicted_and_history_has_it_beside_what_came(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        request = opened(session, [new_clip(0), new_clip(1), new_clip(2, recipe=(0, 0))])
+        twin = session.scalar(text("select id from clips where index = 2"))
+        ids = [clip.clip_id for clip in unplanned(session, request, 10)]
+        create_shard(session, request, [*ids, twin], predicted_seconds=6.0, predicted_bytes=5 << 30)
+        lease, clips = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
+        for clip in clips:
+            start_clip(session, lease, clip.clip_id, **ENGINE)
+            done = {"artifact": artifact_of(clip.clip_id), "seconds": {"denoise": 3.0}, "peak_bytes": 4 << 30}
+            assert record_clip(session, lease, clip.clip_id, **done)
+        complete_shard(session, lease)
+        adopt_takes(session, request)
+        rows = {row.index: row for row in clips_of(session, request)}
+    assert [(rows[k].predicted_seconds, rows[k].seconds) for k in (0, 1)] == [(2.0, 3.0)] * 2  # the twin stayed out
+    assert [(rows[k].predicted_bytes, rows[k].peak_bytes) for k in (0, 1)] == [(5 << 30, 4 << 30)] * 2
+    assert rows[2].found and rows[2].predicted_seconds is None
+
+
+def test_costs_are_medians_of_a_shape_on_a_partition_of_a_device(ledger: Ledger) -> None:
+    def rendered(owner: str, partition: str, seconds: Sequence[float], **more: Any) -> None:
+        with ledger.begin() as session:
+            clips = [new_clip(k, recipe=(owner, partition, k, str(more))) for k in range(len(seconds))]
+            planned(session, opened(session, clips, key=f"{owner} {partition} {more}"))
+            lease, leased = claim_shard(session, owner, seconds=60, model_digest=MODEL) or pytest.fail("no work")
+            for clip, each in zip(leased, seconds, strict=True):
+                start_clip(session, lease, clip.clip_id, **ENGINE | {"engine": owner, "partition": partition})
+                stages = {"text": 0.5, "denoise": each, "decode": 1.0}
+                record_clip(session, lease, clip.clip_id, artifact=artifact_of(clip.recipe), seconds=stages, **more)
+            complete_shard(session, lease)
+
+    with ledger.begin() as session:
+        for owner, device in (("a", "cpu x86_64"), ("b", "cuda x86_64")):
+            told = {"host": "here", "pid": 1, "model_digest": MODEL, "code_version": "1.0", "partition": "tp=2"}
+            register_engine(session, owner, device=device, **told)
+    rendered("a", "cfg1xsp1xtp2", [2.0, 3.0, 70.0])
+    rendered("a", "cfg2xsp1xtp1", [5.0])
+    rendered("a", "cfg2xsp1xtp1", [0.1, 0.1, 0.1], skipped_steps=3)
+    rendered("b", "cfg1xsp1xtp2", [0.2])
+    with ledger.begin() as session:
+        found = {cost.partition: cost for cost in measured_costs(session, MODEL, "cpu")}
+        assert [cost.seconds for cost in measured_costs(session, MODEL, "cuda")] == [1.7]
+        assert measured_costs(session, digest("another"), "cpu") == []
+    assert {name: cost.seconds for name, cost in found.items()} == {"cfg1xsp1xtp2": 4.5, "cfg2xsp1xtp1": 6.5}
+    stages = {"text": 0.5, "denoise": 3.0, "decode": 1.0, "encode": 0.0, "put": 0.0}
+    assert found["cfg1xsp1xtp2"].stages == stages
 
 
 def test_a_clip_planned_before_its_take_was_there_is_not_rendered(ledger: Ledger) -> None:
