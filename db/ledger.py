@@ -422,6 +422,14 @@ def create_shard(
     return shard_id
 
 
+def unbind_shards(session: Session, request_id: str, partitions: Sequence[str] | None = None) -> int:
+    """Queued shards of these partitions, by default of all, may now be claimed by every engine. How many there were."""
+    bound = (Shard.request_id == request_id) & (Shard.status == ShardStatus.QUEUED) & Shard.partition.is_not(None)
+    if partitions is not None:
+        bound &= Shard.partition.in_(partitions)
+    return change(session, update(Shard).where(bound).values(partition=None))
+
+
 def _unplanned(clip: Any) -> Any:
     return (clip.status == ClipStatus.QUEUED) & clip.shard_id.is_(None)
 

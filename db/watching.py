@@ -36,10 +36,30 @@ def open_requests(session: Session, *, flow_run_id: str | None = None) -> list[O
     return [OpenRequest(row.id, row.flow_run_id) for row in session.execute(wanted.order_by(Request.created_at))]
 
 
-def open_shards(session: Session, request_id: str) -> int:
-    """Shards of the request that are queued or leased."""
-    open_ones = Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED))
-    return session.scalar(select(func.count()).where(Shard.request_id == request_id, open_ones)) or 0
+@dataclass(frozen=True, slots=True)
+class OpenShards:
+    """Shards of a request that are queued or leased, by the partition that they were planned for."""
+
+    partition: str | None  # any
+    count: int
+    queued: int
+    seconds: float  # predicted, of those for which somebody did
+
+
+def open_shards(session: Session, request_id: str) -> list[OpenShards]:
+    """Those planned first come first."""
+    rows = session.execute(
+        select(
+            Shard.partition,
+            func.count(),
+            func.count().filter(Shard.status == ShardStatus.QUEUED),
+            func.coalesce(func.sum(Shard.predicted_seconds), 0.0),
+        )
+        .where(Shard.request_id == request_id, Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED)))
+        .group_by(Shard.partition)
+        .order_by(func.min(Shard.id))
+    )
+    return [OpenShards(*row) for row in rows]
 
 
 def lease_owners(session: Session) -> list[str]:

@@ -131,8 +131,8 @@ def paper(kind: str = "h200", steps: int = 50) -> Iterator[str]:
     yield (
         f"Assumed of one {kind}: half of the stated {gpu.flops / 1e12:.0f} teraflops in bfloat16, {steps} guided "
         f"steps, for every megapixel of a clip {rates.megapixel:.2f} s that divide and {rates.undivided:.2f} s that do "
-        f"not; messages between GPUs cost nothing; at most the {NODE} GPUs of one machine share a clip. The batch has 100 "
-        "clips for every GPU and is rendered in the best layout.\n"
+        f"not; messages between GPUs cost nothing; at most the {NODE} GPUs of one machine share a clip. The batch has "
+        "100 clips for every GPU and is rendered in the best layout.\n"
     )
     yield (
         "| model | shape | GPUs | partition for one clip | its seconds | clips a GPU-hour so | "

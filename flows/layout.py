@@ -15,6 +15,7 @@ import heapq
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import median
@@ -322,6 +323,21 @@ def partition_of(network: Network, size: Size, gpus: int, gpu: Gpu, guided: bool
     return None
 
 
+def shared_partition(network: Network, work: Sequence[Work], gpus: int, gpu: Gpu) -> Partition | None:
+    """One way for so many GPUs to divide clips of several shapes, so that one engine may render all of them.
+
+    The way of the shape that needs most tensor parallelism, which asks guidance's halves apart only where all shapes
+    have two. None where it does not fit or divide all of them.
+    """
+    guided = all(each.guided for each in work)
+    ways = [partition_of(network, each.at_once, gpus, gpu, guided) for each in work]
+    narrow = max((way for way in ways if way is not None), key=lambda way: way.tp, default=None)
+    room = (1 - SPARE) * gpu.memory
+    if narrow is None or any(network.memory(each.at_once, narrow, each.guided) > room for each in work):
+        return None
+    return narrow
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
@@ -341,23 +357,53 @@ class Layout:
 
     phases: tuple[Phase, ...]
     gpus: int  # all of them
+    pause: float = 0.0  # seconds between two phases, in which replicas of another size start
 
     @property
     def seconds(self) -> float:
         """From the first clip's beginning to the last one's end."""
-        return sum(phase.seconds for phase in self.phases)
+        return sum(phase.seconds for phase in self.phases) + self.pause * (len(self.phases) - 1)
 
     @property
     def gpu_hours(self) -> float:
         return self.gpus * self.seconds / 3600
 
 
+def cheapest_layout(
+    work: Sequence[Work],
+    network: Network,
+    rates: Predictor,
+    gpu: Gpu,
+    gpus: int,
+    deadline: float,
+    *,
+    pause: float = 0.0,
+) -> Layout:
+    """The layout of least GPU-hours, on as many of the GPUs as it takes, that has all clips done after `deadline`
+    seconds; where none has, the one that is done soonest. Raises CannotFit when no replica holds one of the shapes."""
+    layouts = [best_layout(work, network, rates, gpu, gpus, pause=pause)]
+    for fewer in (1 << k for k in range(gpus.bit_length()) if 1 << k < gpus):
+        with suppress(CannotFit):
+            layouts.append(best_layout(work, network, rates, gpu, fewer, pause=pause))
+    in_time = [layout for layout in layouts if layout.seconds <= deadline]
+    soonest = min(layouts, key=lambda layout: layout.seconds)
+    return min(in_time, key=lambda layout: (layout.gpu_hours, layout.seconds), default=soonest)
+
+
 def best_layout(
-    work: Sequence[Work], network: Network, rates: Predictor, gpu: Gpu, gpus: int, degrees: Iterable[int] | None = None
+    work: Sequence[Work],
+    network: Network,
+    rates: Predictor,
+    gpu: Gpu,
+    gpus: int,
+    degrees: Iterable[int] | None = None,
+    *,
+    pause: float = 0.0,
 ) -> Layout:
     """The layout that has all clips done soonest: replicas of one size throughout, or of two, small ones first.
 
     degrees: the replicas' sizes to choose from; by default the powers of two, and all GPUs together.
+    pause: seconds that it takes to go from replicas of one size to those of another.
     Raises CannotFit when no replica holds one of the shapes.
     """
     clips = [each for each in work if each.clips > 0]
@@ -367,7 +413,7 @@ def best_layout(
         raise CannotFit(_why(clips, network, gpu, gpus))
     layouts = [Layout(phases=(_phase(clips, n, gpus, network, rates),), gpus=gpus) for n in fitting]
     for small, large in combinations(fitting, 2):
-        layouts += _in_two(clips, small, large, gpus, network, rates)
+        layouts += [replace(both, pause=pause) for both in _in_two(clips, small, large, gpus, network, rates)]
     return min(layouts, key=lambda layout: layout.seconds)
 
 

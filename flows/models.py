@@ -22,11 +22,12 @@ from sqlalchemy.exc import OperationalError
 from db.leases import NewArtifact
 from db.ledger import FILES, add_artifacts
 from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name
-from flows.layout import RELEASES, Network
+from flows.layout import GPUS, RELEASES, CannotFit, Gpu, Network, Work, parse_gpus, shared_partition
 from flows.ledgers import ledger, reading
-from flows.settings import Settings
+from flows.settings import AUTO, Settings
 from infra.store import CHUNK, NoSuchKey, Store, Stored, blob_key
 from model.checkpoint import BadCheckpoint, check_folder, text_bytes, vae_bytes
+from model.config import Partition, Shape
 from model.weights import (
     CAPTIONER,
     REWRITER,
@@ -178,6 +179,31 @@ def network_like(card: ModelCard, bytes_each: int = 2) -> Network:
     except ModelNotFound:
         dit = replace(RELEASES["wan-14b"].dit, heads=card.heads)
         return Network(dit=dit, stride=(card.frame_step, card.multiple // 2, card.multiple // 2), guessed=True)
+
+
+def partition_for(settings: Settings, card: ModelCard) -> Partition:
+    """How an engine that nobody told divides a model: as the setting says, or, if that is auto, over as many of the
+    GPUs as a clip of the model's own size can use.
+
+    Raises CannotFit, and ModelNotFound for a model whose folder is not on this machine.
+    """
+    if settings.partition != AUTO:
+        return Partition.parse(settings.partition)
+    gpu, count = gpus_of(settings)
+    network = network_of(card, settings.bytes_each)
+    own = Work(size=Shape(card.width, card.height, card.frames), steps=card.steps, guided=card.guidance != 1)
+    ways = (shared_partition(network, [own], n, gpu) for n in range(count, 0, -1))
+    found = next((way for way in ways if way is not None), None)
+    if found is None:
+        raise CannotFit(f"{own.size} of {card.name} fits on no replica of {settings.gpus}: use more or larger GPUs")
+    return found
+
+
+def gpus_of(settings: Settings) -> tuple[Gpu, int]:
+    """What engines with partition auto share."""
+    assert settings.gpus is not None  # the settings were checked
+    count, kind = parse_gpus(settings.gpus)
+    return GPUS[kind], count
 
 
 def as_row(row: ModelRow) -> dict[str, Any]:

@@ -14,11 +14,21 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from flows.layout import Network, Rates, Staged, Work
+from flows.layout import (
+    Gpu,
+    Network,
+    Rates,
+    Staged,
+    Work,
+    best_layout,
+    cheapest_layout,
+    partition_of,
+    shared_partition,
+)
 from model.config import Partition
 from model.config import Shape as Size
 
@@ -155,6 +165,67 @@ class CostModel:
             for each in partitions
         }
         return cls(network=network, rates=rates, of_partition=of_partition, measured=known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Squad:
+    """Clips for engines of one partition, of which so many should run at once."""
+
+    partition: Partition
+    replicas: int
+    waiting: Sequence[Waiting]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """Who renders what, those first whose turn is first."""
+
+    squads: tuple[Squad, ...]
+    gpus: int  # that it takes
+    seconds: float  # from the first clip's beginning to the last one's end
+
+
+@dataclass(frozen=True, slots=True)
+class ByReplica:
+    """The cost model, asked about replicas of so many GPUs (flows.layout.Predictor)."""
+
+    cost: CostModel
+    gpu: Gpu
+
+    def seconds(self, work: Work, network: Network, gpus: int = 1) -> float:
+        partition = partition_of(network, work.at_once, gpus, self.gpu, work.guided) or Partition(sp=gpus)
+        return max(LEAST_SECONDS, self.cost.formula(work, partition))
+
+
+def arrange(
+    waiting: Sequence[Waiting], cost: CostModel, gpu: Gpu, gpus: int, deadline: float | None = None
+) -> Arrangement:
+    """Which partition renders which clips: all done soonest, or by a deadline (in seconds) with the fewest GPU-hours.
+
+    Of a shape, the clips asked for first come first. Where no layout meets the deadline it is the soonest one, and its
+    `seconds` say so. Raises CannotFit when no replica holds one of the shapes.
+    """
+    clips: dict[Work, list[Waiting]] = {}
+    for clip in waiting:
+        clips.setdefault(Shape.of(clip).work, []).append(clip)
+    work = [replace(each, clips=len(alike)) for each, alike in clips.items()]
+    rates = ByReplica(cost, gpu)
+    if deadline is None:
+        layout = best_layout(work, cost.network, rates, gpu, gpus, pause=START_SECONDS)
+    else:
+        layout = cheapest_layout(work, cost.network, rates, gpu, gpus, deadline, pause=START_SECONDS)
+    squads: list[Squad] = []
+    for phase in layout.phases:
+        shared = shared_partition(cost.network, phase.work, phase.gpus, gpu)
+        parts: dict[Partition, list[Waiting]] = {}
+        for each in phase.work:
+            own = shared or partition_of(cost.network, each.at_once, phase.gpus, gpu, each.guided)
+            assert own is not None  # or there would be no such layout
+            alike = clips[replace(each, clips=1)]
+            parts.setdefault(own, []).extend(alike[: each.clips])
+            del alike[: each.clips]
+        squads += [Squad(partition=own, replicas=phase.replicas, waiting=part) for own, part in parts.items()]
+    return Arrangement(squads=tuple(squads), gpus=layout.gpus, seconds=layout.seconds)
 
 
 def shards(

@@ -34,8 +34,8 @@ from db.leases import Lease, LeasedClip, LeaseLost, NewArtifact
 from db.tables import ClipDirection, ClipMode
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
-from flows.models import resolve
-from flows.settings import Settings, load_settings
+from flows.models import partition_for, resolve
+from flows.settings import AUTO, Settings, load_settings
 from infra.store import NoSuchKey, Store, StoreUnavailable
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
 from model.conditioning import Frames
@@ -59,15 +59,17 @@ def code_version() -> str:
 
 
 @flow(name="render", description="An engine: keeps a model loaded and renders shards until no work is left.")
-def render(model: str | None = None, linger: float | None = None) -> State[Any]:
-    """Load the model, lease shards, render them; leave after `linger` seconds without work."""
-    settings = load_settings(
-        **({"linger": linger} if linger is not None else {}), **({"model": model} if model else {})
-    )
+def render(model: str | None = None, linger: float | None = None, partition: str | None = None) -> State[Any]:
+    """Load the model, lease shards, render them; leave after `linger` seconds without work.
+
+    partition: how to divide the model, where a plan says it and not the settings.
+    """
+    given = {"model": model, "linger": linger}
+    settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     setup_tracing("rushes-engine")
     run_logger = get_run_logger()
     try:
-        done = run_engine(settings, flow_run_id=str(this_run.id), work=as_task, say=run_logger.info)
+        done = run_engine(settings, planned=partition, flow_run_id=str(this_run.id), work=as_task, say=run_logger.info)
     finally:
         flush()
     return Completed(message=f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
@@ -101,12 +103,17 @@ class Done:
 def run_engine(
     settings: Settings,
     *,
+    planned: str | None = None,
     flow_run_id: str | None = None,
     work: Callable[[Shard], int] | None = None,
     say: Callable[[str], None] = log.info,
 ) -> Done:
-    """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens."""
-    card, partition = resolve(settings, settings.model), Partition.parse(settings.partition)
+    """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens.
+
+    planned: the partition for which a plan wants it, in place of the settings'.
+    """
+    card = resolve(settings, settings.model)
+    partition = Partition.parse(planned) if planned else partition_for(settings, card)
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
     work = work or (lambda shard: shard.run())
@@ -119,7 +126,7 @@ def run_engine(
             threads_per_rank=settings.threads,
             micro_batch=settings.micro_batch,
         )
-        crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say)
+        crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)
         try:
             with Heart(ledgers, owner):
                 engine.start()
@@ -193,15 +200,16 @@ class Crew:
     partition: Partition
     owner: str
     say: Callable[[str], None]
+    by_hand: bool = True  # nobody would start another in its place
     restarts: int = 0  # in a row without a finished clip
 
     def serve(self, done: Done, work: Callable[[Shard], int]) -> None:
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < self.settings.linger:
-            with self.ledgers.begin() as session:
-                claimed = leases.claim_shard(
-                    session, self.owner, seconds=self.settings.lease_seconds, model_digest=self.card.digest
-                )
+            claimed = self.claim()
+            if claimed is None and self.in_the_way():
+                self.say(f"engine {self.owner}: makes room for engines of other partitions")
+                return
             if claimed is None:
                 time.sleep(IDLE)
                 continue
@@ -211,6 +219,28 @@ class Crew:
             idle_since = time.monotonic()
             done.busy += idle_since - began
         self.say(f"engine {self.owner}: no work for {self.settings.linger:.0f} s")
+
+    def claim(self) -> tuple[Lease, list[LeasedClip]] | None:
+        """A shard that is for any engine or for this partition; to an engine started by hand, at last, any at all."""
+        for partition in (str(self.partition), None) if self.by_hand else (str(self.partition),):
+            with self.ledgers.begin() as session:
+                claimed = leases.claim_shard(
+                    session,
+                    self.owner,
+                    seconds=self.settings.lease_seconds,
+                    model_digest=self.card.digest,
+                    partition=partition,
+                )
+            if claimed is not None:
+                return claimed
+        return None
+
+    def in_the_way(self) -> bool:
+        """True when this engine, which has no work, has GPUs that engines of another partition are waiting for."""
+        if self.by_hand or self.settings.partition != AUTO:
+            return False
+        with self.ledgers() as session:
+            return leases.others_wait(session, model_digest=self.card.digest, partition=str(self.partition))
 
     def restart_ranks(self, reason: str) -> None:
         """Raises RankDied when the ranks die again and again without a clip between."""
