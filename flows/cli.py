@@ -44,6 +44,7 @@ EXITS = {
     "flows.models.BadName": BAD_INPUT,
     "flows.layout.BadGpus": BAD_INPUT,
     "flows.layout.CannotFit": FAILED,
+    "flows.devices.NoDevices": FAILED,
     "flows.models.BrokenModel": FAILED,
     "db.models.NameTaken": BAD_INPUT,
     "db.ledger.RequestNotFound": BAD_INPUT,

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -32,9 +33,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from db import leases, ledger
 from db.leases import Lease, LeasedClip, LeaseLost, NewArtifact
 from db.tables import ClipDirection, ClipMode
+from flows.devices import hold_devices
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
-from flows.models import partition_for, resolve
+from flows.models import gpus_of, partition_for, resolve
 from flows.settings import AUTO, Settings, load_settings
 from infra.store import NoSuchKey, Store, StoreUnavailable
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
@@ -47,6 +49,7 @@ from model.weights import ModelCard
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 IDLE = 1.0  # seconds between two looks for work
+DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
 log = logging.getLogger("rushes.engine")
@@ -117,7 +120,7 @@ def run_engine(
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
     work = work or (lambda shard: shard.run())
-    with ledger_of(settings) as ledgers:
+    with ledger_of(settings) as ledgers, devices_of(settings, partition) as gpus:
         register(ledgers, settings, card, partition, owner, flow_run_id)
         engine = Engine(
             card.path,
@@ -125,6 +128,7 @@ def run_engine(
             device=settings.device,
             threads_per_rank=settings.threads,
             micro_batch=settings.micro_batch,
+            gpus=gpus,
         )
         crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)
         try:
@@ -138,6 +142,13 @@ def run_engine(
                 ledger.close_engine(session, owner)
     done.alive = time.monotonic() - born
     return done
+
+
+def devices_of(settings: Settings, partition: Partition) -> AbstractContextManager[tuple[int, ...] | None]:
+    """The GPUs of an engine, where several share the host's: held until it ends. Raises NoDevices."""
+    if settings.partition != AUTO:
+        return nullcontext()
+    return hold_devices(settings.home, gpus_of(settings)[1], partition.world, DEVICES_WAIT)
 
 
 def register(

@@ -183,6 +183,7 @@ class Engine:
         it: sums over a batch of another size may round differently. (On one CPU batches of 2 and 3 gave the bytes that
         single clips did; of 6, one pixel value in 80,000 was one level off.)
     dtype: of the transformer; by default float32 on a CPU and bfloat16 on CUDA.
+    gpus: the numbers of the GPUs that the ranks may use, one each; by default the first ones.
     log: where the ranks' standard output and error go; by default this process's standard error.
     """
 
@@ -197,6 +198,7 @@ class Engine:
         step_timeout: float = 180.0,
         start_timeout: float = 600.0,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        gpus: Sequence[int] | None = None,
         log: Path | None = None,
     ) -> None:
         """Raises ModelNotFound for a path that holds no model, ValueError for a partition that does not divide it."""
@@ -207,7 +209,7 @@ class Engine:
         self.partition, self.device, self.threads_per_rank = partition, device, threads_per_rank
         self.micro_batch, self.step_timeout, self.start_timeout = micro_batch, step_timeout, start_timeout
         self.dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-        self.log = log
+        self.gpus, self.log = gpus, log
         self.ready: tuple[RankInfo, ...] = ()
         self._ranks: list[_Rank] = []
         self._slots: list[int] = []
@@ -402,6 +404,10 @@ class Engine:
             "HF_HUB_OFFLINE": "1",  # a rank reads its model folder and nothing else
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
+        if self.gpus is not None and self.device == "cuda":
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")  # the numbers count those that this process sees
+            names = shown.split(",") if shown else [str(number) for number in range(max(self.gpus) + 1)]
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in self.gpus)
         self._slots = [os.memfd_create(f"rushes-frames-{k}") for k in range(IN_FLIGHT)]
         output = self.log.open("ab") if self.log is not None else None
         try:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.history import show_clip
-from db.leases import claim_shard, complete_shard, fail_clip, record_clip, renew, start_clip
+from db.leases import claim_shard, complete_shard, fail_clip, others_wait, record_clip, renew, start_clip
 from db.ledger import (
     CHUNK,
     NewClip,
@@ -49,11 +49,12 @@ from db.ledger import (
     seal_request,
     shard_table,
     silent_engines,
+    unbind_shards,
     unplanned,
 )
 from db.session import connect
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
-from db.watching import measured_costs
+from db.watching import measured_costs, open_shards
 from tests.ledger import (
     ENGINE,
     MODEL,
@@ -354,6 +355,36 @@ def test_a_shard_keeps_what_was_predicted_and_history_has_it_beside_what_came(le
     assert [(rows[k].predicted_seconds, rows[k].seconds) for k in (0, 1)] == [(2.0, 3.0)] * 2  # the twin stayed out
     assert [(rows[k].predicted_bytes, rows[k].peak_bytes) for k in (0, 1)] == [(5 << 30, 4 << 30)] * 2
     assert rows[2].found and rows[2].predicted_seconds is None
+
+
+def test_a_shard_of_a_partition_waits_for_its_engines_until_it_is_unbound(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        request = opened(session, [new_clip(index) for index in range(4)])
+        ids = [clip.clip_id for clip in unplanned(session, request, 10)]
+        bound = [("cfg2xsp1xtp1", ids[:1]), (None, ids[1:2]), ("cfg1xsp1xtp1", ids[2:3]), ("cfg1xsp1xtp1", ids[3:])]
+        shards = [create_shard(session, request, part, partition=to, predicted_seconds=2.0) for to, part in bound]
+
+    def claim(partition: str | None) -> int | None:
+        with ledger.begin() as session:
+            found = claim_shard(session, "a", seconds=60, model_digest=MODEL, partition=partition)
+        return found and found[0].shard_id
+
+    def waits(partition: str) -> bool:
+        with ledger() as session:
+            return others_wait(session, model_digest=MODEL, partition=partition)
+
+    assert [claim("cfg1xsp1xtp2"), claim("cfg1xsp1xtp2")] == [shards[1], None]
+    assert [claim("cfg2xsp1xtp1"), claim("cfg2xsp1xtp1")] == [shards[0], None]
+    assert waits("cfg2xsp1xtp1") and not waits("cfg1xsp1xtp1")
+    with ledger.begin() as session:
+        stands = [(each.partition, each.count, each.queued, each.seconds) for each in open_shards(session, request)]
+        assert stands == [("cfg2xsp1xtp1", 1, 0, 2.0), (None, 1, 0, 2.0), ("cfg1xsp1xtp1", 2, 2, 4.0)]
+    assert claim(None) == shards[2]  # an engine that takes whatever there is
+    with ledger.begin() as session:
+        assert unbind_shards(session, request, ["cfg2xsp1xtp1"]) == 0
+        assert unbind_shards(session, request) == 1  # what is rendered already stays what it was
+    assert not waits("cfg2xsp1xtp1")
+    assert [claim("cfg2xsp1xtp1"), claim(None)] == [shards[3], None]
 
 
 def test_costs_are_medians_of_a_shape_on_a_partition_of_a_device(ledger: Ledger) -> None:

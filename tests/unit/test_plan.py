@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.layout import MINI, Rates
+from flows.layout import GPUS, MINI, Rates
 from flows.models import network_of
-from flows.plan import MAX_SHARDS, START_SECONDS, CostModel, Shape, engines_wanted, shards
+from flows.plan import MAX_SHARDS, START_SECONDS, CostModel, Shape, arrange, engines_wanted, shards
 from model.checkpoint import text_bytes, vae_bytes
 from model.config import Partition
 from model.weights import find_model
@@ -240,6 +240,47 @@ def test_memory_is_that_of_the_fullest_rank_in_the_type_its_device_computes_in()
     assert 0.45 * weights < whole - divided < 0.7 * weights
     half = replace(learnt([]), network=network_of(card)).memory(shape, ALONE)
     assert half is not None and half - vae_bytes(card.path) == pytest.approx((whole - vae_bytes(card.path)) / 2)
+
+
+@law
+@given(batches.filter(bool), st.integers(1, 16), st.none() | st.floats(0.1, 1000))
+def test_every_clip_is_given_to_one_squad_that_can_render_it(
+    clips: list[Clip], gpus: int, deadline: float | None
+) -> None:
+    cost = learnt([])
+    found = arrange(clips, cost, GPUS["cpu"], gpus, deadline)
+    given_out = Counter(clip.clip_id for squad in found.squads for clip in squad.waiting)
+    assert given_out == Counter(clip.clip_id for clip in clips)
+    for squad in found.squads:
+        assert squad.partition.world * squad.replicas <= found.gpus <= gpus
+        squad.partition.check_heads(NETWORK.dit.heads)
+        for clip in squad.waiting:
+            needed = cost.memory(Shape.of(clip), squad.partition)
+            assert needed is not None and needed < GPUS["cpu"].memory
+    soonest = arrange(clips, cost, GPUS["cpu"], gpus)
+    if deadline is not None and soonest.seconds <= deadline:
+        assert found.seconds <= deadline
+        assert found.gpus * found.seconds <= soonest.gpus * soonest.seconds * (1 + 1e-9)
+
+
+def test_a_batch_gets_small_replicas_one_clip_all_ranks_and_a_late_deadline_few() -> None:
+    def squads(count: int, gpus: int = 4, deadline: float | None = None) -> list[tuple[int, int, int]]:
+        clips = [Clip(str(k), steps=50, width=128, height=128) for k in range(count)]
+        found = arrange(clips, learnt([]), GPUS["cpu"], gpus, deadline)
+        return [(squad.replicas, squad.partition.world, len(squad.waiting)) for squad in found.squads]
+
+    assert squads(1) == [(1, 4, 1)]
+    assert squads(40) == [(4, 1, 40)]
+    assert squads(40, deadline=1e6) == [(1, 1, 40)]
+    assert squads(5, deadline=0.1) == squads(5)  # what cannot be met is met as nearly as can be
+
+
+def test_replicas_of_another_size_must_be_worth_their_start() -> None:
+    clips = [Clip(str(k), steps=50, width=128, height=128) for k in range(9)]  # two rounds of four, and one
+    for slower, expected in ((1, [1]), (10, [1, 4])):
+        rates = replace(MINI, petaflop=slower * MINI.petaflop, step=slower * 0.1)
+        found = arrange(clips, replace(learnt([]), rates=rates), GPUS["cpu"], 4)
+        assert [squad.partition.world for squad in found.squads] == expected
 
 
 @law
