@@ -21,8 +21,6 @@ from itertools import combinations
 from statistics import median
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from model.config import DiTConfig, Partition
 from model.config import Shape as Size
 
@@ -60,7 +58,7 @@ def parse_gpus(text: str) -> tuple[int, str]:
     """Reads 8xh200, or 2xcpu for two ranks on a CPU. Raises BadGpus."""
     said = re.fullmatch(r"(\d{1,5})x([a-z0-9]+)", text.strip().lower())
     if said is None or said[2] not in GPUS or not int(said[1]):
-        raise BadGpus(f"GPUs {text!r} must be a number and a kind, like 8xh200; kinds: {', '.join(sorted(GPUS))}")
+        raise BadGpus(f"the GPUs {text!r} must be a number and a kind, like 8xh200; kinds: {', '.join(sorted(GPUS))}")
     return int(said[1]), said[2]
 
 
@@ -282,6 +280,8 @@ def _fit(
     A clip that took far too long is far off whatever is predicted, and so pulls little: relative to what it took, all
     predictions are near nothing. `assumed` factors hold, scaled to the measurements, for what these do not tell.
     """
+    import numpy as np  # here, since a prompt file is checked and submitted without it
+
     kept = [(row, s) for row, s in zip(rows, seconds, strict=True) if s > 0 and math.isfinite(s)]
     count = len(rows[0]) if rows else len(assumed or ())
     lines = [[value / s for value in row] for row, s in kept]

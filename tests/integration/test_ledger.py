@@ -776,6 +776,7 @@ REFUSED = {
     "ck_dataset_clips_position": "update dataset_clips set start = -1",
     "ck_dataset_clips_sha256": "update dataset_clips set sha256 = 'short'",
     "ck_dataset_clips_shape": "update dataset_clips set frames = 0",
+    "ck_shards_predicted": "update shards set predicted_seconds = 0",
     "ck_rewrites_key": "update rewrites set key = 'short'",
     "ck_rewrites_rewritten": "update rewrites set rewritten = ''",
 }
