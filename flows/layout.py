@@ -192,7 +192,7 @@ class Predictor(Protocol):
     def seconds(self, work: Work, network: Network, gpus: int = 1) -> float: ...
 
 
-PRIOR = 0.01  # how much an assumed rate weighs, where a measured clip weighs 1
+PRIOR = 0.003  # how much an assumed rate weighs, where a measured clip weighs 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
