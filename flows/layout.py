@@ -192,7 +192,8 @@ class Predictor(Protocol):
     def seconds(self, work: Work, network: Network, gpus: int = 1) -> float: ...
 
 
-PRIOR = 0.003  # how much an assumed rate weighs, where a measured clip weighs 1
+LEAST = 1e-9  # seconds that a stage takes, if any
+PRIOR = 0.01  # how much an assumed rate weighs, where a measured clip weighs 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,19 +283,19 @@ def _fit(
     """
     import numpy as np  # here, since a prompt file is checked and submitted without it
 
-    kept = [(row, s) for row, s in zip(rows, seconds, strict=True) if s > 0 and math.isfinite(s)]
-    count = len(rows[0]) if rows else len(assumed or ())
+    kept = [(row, s) for row, s in zip(rows, seconds, strict=True) if LEAST < s < math.inf]
+    if not kept:
+        return tuple(assumed or ())
+    count = len(rows[0])
     lines = [[value / s for value in row] for row, s in kept]
     wanted = [1.0] * len(lines)
     if assumed is not None:
-        likely = [(s, sum(a * v for a, v in zip(assumed, row, strict=True))) for row, s in kept]
-        scale = median([s / guess for s, guess in likely if guess > 0] or [1.0])
+        guesses = [sum(a * value for a, value in zip(assumed, line, strict=True)) for line in lines]
+        scale = 1 / (median(guesses) or 1.0)
         for place, factor in enumerate(assumed):
-            if factor > 0:
-                lines.append([PRIOR / (scale * factor) * (place == k) for k in range(count)])
-                wanted.append(PRIOR)
-    if not lines:
-        return (0.0,) * count
+            usual = PRIOR * median(line[place] for line in lines)
+            lines.append([usual * (place == k) for k in range(count)])
+            wanted.append(usual * scale * factor)
     matrix, target = np.array(lines), np.array(wanted)
     best, least = np.zeros(count), math.inf
     for chosen in (c for n in range(1, count + 1) for c in combinations(range(count), n)):
