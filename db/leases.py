@@ -114,14 +114,15 @@ def held(lease: Lease) -> ColumnElement[bool]:
 
 
 def claim_shard(
-    session: Session, owner: str, *, seconds: float, model_digest: str
+    session: Session, owner: str, *, seconds: float, model_digest: str, partition: str | None = None
 ) -> tuple[Lease, list[LeasedClip]] | None:
     """Lease the next shard for `seconds` and return it with the clips still to render; None when there is no work.
 
+    `partition`: the engine's own; shards that were planned for another one are left. None takes any.
     Priority first, then the tenant and the request with the fewest leases, then age. A shard whose lease ran out is
     taken over: the clip that was running counts one attempt lost, and at the third is quarantined.
     """
-    while (lease := _take_next(session, owner, seconds, model_digest)) is not None:
+    while (lease := _take_next(session, owner, seconds, model_digest, partition)) is not None:
         _end_running(session, [lease.shard_id], AttemptStatus.LOST)
         _adopt_in_shard(session, lease.shard_id)
         clips = _clips_to_render(session, lease.shard_id)
@@ -283,14 +284,22 @@ def expire_leases(session: Session) -> int:
     return _put_back(session, Shard.leased_until < _now())
 
 
+def others_wait(session: Session, *, model_digest: str, partition: str) -> bool:
+    """True when shards of this model are queued that an engine of this partition may not claim."""
+    queued = select(Shard.id).join(Request, Request.id == Shard.request_id)
+    queued = queued.where(Shard.status == ShardStatus.QUEUED, Shard.partition != partition)
+    queued = queued.where(Request.status == RequestStatus.OPEN, Request.model_digest == model_digest)
+    return session.scalar(select(queued.exists())) or False
+
+
 # The claim
 
 
-def _take_next(session: Session, owner: str, seconds: float, model_digest: str) -> Lease | None:
-    for request_id in session.scalars(_requests_in_turn(model_digest)):
+def _take_next(session: Session, owner: str, seconds: float, model_digest: str, partition: str | None) -> Lease | None:
+    for request_id in session.scalars(_requests_in_turn(model_digest, partition)):
         first = (
             select(Shard.id)
-            .where(Shard.request_id == request_id, _claimable(Shard))
+            .where(Shard.request_id == request_id, _claimable(Shard, partition))
             .order_by(Shard.priority.desc(), Shard.id)
             .limit(1)
             .with_for_update(skip_locked=True, key_share=True)
@@ -315,13 +324,13 @@ def _take_next(session: Session, owner: str, seconds: float, model_digest: str) 
     return None
 
 
-def _requests_in_turn(model_digest: str) -> Select[tuple[str]]:
+def _requests_in_turn(model_digest: str, partition: str | None) -> Select[tuple[str]]:
     """The requests that have work, the one whose turn it is first."""
     live = select(Shard.request_id, Request.tenant).join(Request, Request.id == Shard.request_id)
     live = live.where(Shard.status == ShardStatus.LEASED, Shard.leased_until >= _now()).cte("live")
     of_tenant = select(func.count()).where(live.c.tenant == Request.tenant).correlate(Request).scalar_subquery()
     of_request = select(func.count()).where(live.c.request_id == Request.id).correlate(Request).scalar_subquery()
-    oldest = select(Shard.id).where(Shard.request_id == Request.id, _claimable(Shard))
+    oldest = select(Shard.id).where(Shard.request_id == Request.id, _claimable(Shard, partition))
     oldest = oldest.order_by(Shard.priority.desc(), Shard.id).limit(1).correlate(Request).lateral("oldest")
     return (
         select(Request.id)
@@ -331,10 +340,12 @@ def _requests_in_turn(model_digest: str) -> Select[tuple[str]]:
     )
 
 
-def _claimable(shard: Any) -> ColumnElement[bool]:
+def _claimable(shard: Any, partition: str | None) -> ColumnElement[bool]:
+    ours = true() if partition is None else shard.partition.is_(None) | (shard.partition == partition)
     ran_out = (shard.status == ShardStatus.LEASED) & (shard.leased_until < _now())
     # The first line repeats what the index ix_shards_active holds, so that it is used.
-    return shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED)) & ((shard.status == ShardStatus.QUEUED) | ran_out)
+    active = shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED))
+    return active & ((shard.status == ShardStatus.QUEUED) | ran_out) & ours
 
 
 def _adopt_in_shard(session: Session, shard_id: int) -> None:

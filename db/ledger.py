@@ -154,6 +154,7 @@ class Unplanned:
     recipe: str
     mode: ClipMode
     strength: float | None
+    window: int | None
     made_frames: int | None
 
 
@@ -377,12 +378,17 @@ def create_shard(
     *,
     carrier: Mapping[str, str] | None = None,
     priority: int | None = None,
+    partition: str | None = None,
+    predicted_seconds: float | None = None,
+    predicted_bytes: int | None = None,
 ) -> int | None:
     """Put these clips (of one width, height, frames) into a new shard and return its id.
 
     A clip that meanwhile was taken, cancelled, or whose recipe somebody else renders or has rendered, stays out; None
-    when none is left. `priority` is the request's when not given. Planners of all requests take turns from here to the
-    end of the transaction, so commit soon.
+    when none is left. `priority` is the request's when not given. `partition`: the only one whose engines may claim it.
+    `predicted_seconds` are an engine's for all of `clip_ids`; of clips that stay out the shard does not keep them.
+    `predicted_bytes` are those of its fullest rank. Planners of all requests take turns from here to the end of the
+    transaction, so commit soon.
     """
     request = _lock_request(session, request_id)
     if request.status != RequestStatus.OPEN or request.total is None:
@@ -406,12 +412,23 @@ def create_shard(
             height=height,
             frames=frames,
             size=len(rows),
+            partition=partition,
+            predicted_seconds=predicted_seconds and predicted_seconds * len(rows) / len(clip_ids),
+            predicted_bytes=predicted_bytes,
             carrier=dict(carrier or {}),
         )
         .returning(Shard.id)
     ).scalar_one()
     change(session, update(Clip).where(Clip.id.in_([row.id for row in rows])).values(shard_id=shard_id))
     return shard_id
+
+
+def unbind_shards(session: Session, request_id: str, partitions: Sequence[str] | None = None) -> int:
+    """Queued shards of these partitions, by default of all, may now be claimed by every engine. How many there were."""
+    bound = (Shard.request_id == request_id) & (Shard.status == ShardStatus.QUEUED) & Shard.partition.is_not(None)
+    if partitions is not None:
+        bound &= Shard.partition.in_(partitions)
+    return change(session, update(Shard).where(bound).values(partition=None))
 
 
 def _unplanned(clip: Any) -> Any:

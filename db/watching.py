@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db.tables import Clip, ClipMode, ClipStatus, Request, RequestStatus, Shard, ShardStatus
+from db.leases import STAGES
+from db.tables import (
+    Attempt,
+    AttemptStatus,
+    Clip,
+    ClipMode,
+    ClipStatus,
+    Engine,
+    Request,
+    RequestStatus,
+    Shard,
+    ShardStatus,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +36,30 @@ def open_requests(session: Session, *, flow_run_id: str | None = None) -> list[O
     return [OpenRequest(row.id, row.flow_run_id) for row in session.execute(wanted.order_by(Request.created_at))]
 
 
-def open_shards(session: Session, request_id: str) -> int:
-    """Shards of the request that are queued or leased."""
-    open_ones = Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED))
-    return session.scalar(select(func.count()).where(Shard.request_id == request_id, open_ones)) or 0
+@dataclass(frozen=True, slots=True)
+class OpenShards:
+    """Shards of a request that are queued or leased, by the partition that they were planned for."""
+
+    partition: str | None  # any
+    count: int
+    queued: int
+    seconds: float  # predicted, of those for which somebody did
+
+
+def open_shards(session: Session, request_id: str) -> list[OpenShards]:
+    """Those planned first come first."""
+    rows = session.execute(
+        select(
+            Shard.partition,
+            func.count(),
+            func.count().filter(Shard.status == ShardStatus.QUEUED),
+            func.coalesce(func.sum(Shard.predicted_seconds), 0.0),
+        )
+        .where(Shard.request_id == request_id, Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED)))
+        .group_by(Shard.partition)
+        .order_by(func.min(Shard.id))
+    )
+    return [OpenShards(*row) for row in rows]
 
 
 def lease_owners(session: Session) -> list[str]:
@@ -38,7 +70,7 @@ def lease_owners(session: Session) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a clip of some shape took of its engine, in seconds: the median."""
+    """What clips of some shape took of engines of one partition: medians, in seconds."""
 
     width: int
     height: int
@@ -47,22 +79,41 @@ class Cost:
     guidance: float
     mode: ClipMode
     strength: float | None
+    window: int | None
     made_frames: int | None
+    partition: str
     seconds: float
+    text: float
+    denoise: float
+    decode: float
+    encode: float
+    put: float
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """The seconds of each stage."""
+        return {stage: float(getattr(self, stage)) for stage in STAGES}
 
 
-def measured_costs(session: Session, model_digest: str, *, newest: int = 2000) -> list[Cost]:
-    """The median engine time for each shape, over the newest clips that this model rendered without a step cache."""
+def measured_costs(session: Session, model_digest: str, device: str, *, newest: int = 2000) -> list[Cost]:
+    """The median engine time for each shape and partition, over the newest clips that this model rendered on a device.
+
+    `device`: cpu or cuda. Clips of which a step cache answered some steps took less than their shape does, and are left
+    out.
+    """
+    shape = ("width", "height", "frames", "steps", "guidance", "mode", "strength", "window", "made_frames")
+    taken = {stage: func.coalesce(getattr(Attempt, f"{stage}_seconds"), 0.0).label(stage) for stage in STAGES}
     rendered = (
-        select(Clip)
+        select(*(getattr(Clip, name) for name in (*shape, "seconds")), Attempt.partition, *taken.values())
         .join(Request, Request.id == Clip.request_id)
+        .join(Attempt, (Attempt.clip_id == Clip.id) & (Attempt.status == AttemptStatus.DONE))
+        .join(Engine, Engine.id == Attempt.owner)
         .where(Request.model_digest == model_digest, Clip.status == ClipStatus.DONE, ~Clip.found, Clip.seconds > 0)
-        .where(Clip.step_cache.is_(None))  # what it saves depends on the clip
+        .where(func.split_part(Engine.device, " ", 1) == device, func.coalesce(Attempt.skipped_steps, 0) == 0)
         .order_by(Clip.finished_at.desc())
         .limit(newest)
         .subquery()
     )
-    names = ("width", "height", "frames", "steps", "guidance", "mode", "strength", "made_frames")
-    shape = [rendered.c[name] for name in names]
-    median = func.percentile_cont(0.5).within_group(rendered.c.seconds).label("seconds")
-    return [Cost(**row) for row in session.execute(select(*shape, median).group_by(*shape)).mappings()]
+    alike = [rendered.c[name] for name in (*shape, "partition")]
+    medians = [func.percentile_cont(0.5).within_group(rendered.c[name]).label(name) for name in ("seconds", *STAGES)]
+    return [Cost(**row) for row in session.execute(select(*alike, *medians).group_by(*alike)).mappings()]

@@ -13,9 +13,8 @@ from alembic.script import ScriptDirectory
 
 import db
 from db.session import connect
-from flows.models import card_of
+from flows.models import card_of, partition_for
 from flows.settings import Settings
-from model.config import Partition
 
 
 def schema(url: str) -> str:
@@ -48,6 +47,6 @@ def store(settings: Settings) -> str:
 def weights(settings: Settings) -> str:
     """The model that engines load is there, and can be divided as they are to divide it."""
     card = card_of(settings, settings.model)
-    partition = Partition.parse(settings.partition)
+    partition = partition_for(settings, card)
     partition.check_heads(card.heads)
     return f"{card.name} {card.digest[:12]} on {partition.world} ranks ({partition})"

@@ -43,8 +43,9 @@ EXITS = {
     "model.engine.EngineError": FAILED,
     "flows.models.BadName": BAD_INPUT,
     "flows.variants.BadVariant": BAD_INPUT,
-    "flows.forecast.BadGpus": BAD_INPUT,
+    "flows.layout.BadGpus": BAD_INPUT,
     "flows.layout.CannotFit": FAILED,
+    "flows.devices.NoDevices": FAILED,
     "flows.models.BrokenModel": FAILED,
     "db.models.NameTaken": BAD_INPUT,
     "db.models.ModelNeeded": BAD_INPUT,
@@ -215,7 +216,7 @@ def _up(settings: Settings) -> Stack:
     from infra import local
 
     return local.up(
-        settings.home, repo=_working_folder(settings), migrate=upgrade, engines=settings.engines, say=typer.echo
+        settings.home, repo=_working_folder(settings), migrate=upgrade, engines=settings.most_engines, say=typer.echo
     )
 
 
@@ -837,7 +838,7 @@ def worker(
     _need(settings.prefect_api)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     if limit or pool == "gpu":
-        command += ["--limit", str(limit or settings.engines)]
+        command += ["--limit", str(limit or settings.most_engines)]
     os.execve(sys.executable, command, settings.child_environment())
 
 
@@ -888,7 +889,7 @@ def deploy(
     settings = _settings()
     command = [sys.executable, "-m", "infra.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
     command += ["--folder", str(_working_folder(settings)), "--pool", f"control={CONTROL_RUNS}"]
-    command += ["--pool", f"gpu={engines or settings.engines}"]
+    command += ["--pool", f"gpu={engines or settings.most_engines}"]
     done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
     raise typer.Exit(FAILED if done.returncode else DONE)
 

@@ -10,6 +10,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +24,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import ledger, watching
 from flows import plan
-from flows.settings import Settings
+from flows.models import gpus_of
+from flows.settings import AUTO, Settings
+from model.config import Partition
 
 DEPLOYMENT = "render/engine"
 ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
@@ -64,9 +67,19 @@ def dead_owners(owners: Iterable[str]) -> list[str]:
 
 
 def ensure(
-    settings: Settings, ledgers: sessionmaker[Session], request_id: str, *, model: str, model_digest: str
-) -> int:
-    """Starts as many engines of `model` as the work wants and the pool allows; returns how many it started.
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    request_id: str,
+    *,
+    model: str,
+    model_digest: str,
+    gpus: int | None = None,
+) -> str | None:
+    """Starts as many engines of `model` as the work wants and the pool allows.
+
+    With partition auto these are engines of the partitions that shards were planned for, those planned first first, on
+    at most `gpus` of the GPUs (None: all). Returns the partition whose turn it is where no engine of it is at work or
+    could be started, since others have the GPUs; else None.
 
     Several requests may call this at the same moment: each new run's idempotency key follows from the newest run there
     is, so that they create the same runs, not twice as many.
@@ -74,31 +87,67 @@ def ensure(
     with ledgers() as session:
         work = ledger.progress(session, request_id)
         shards = watching.open_shards(session, request_id)
-        living = ledger.live_engines(session, SILENT, model_digest=model_digest)
+        living = ledger.live_engines(session, SILENT)
     alive = {engine.flow_run_id for engine in living}
-    free = sum(engine.flow_run_id is None for engine in living)  # started by hand, outside Prefect
-    each = work.mean_seconds or plan.CostModel().per_clip
-    wanted = plan.engines_wanted(work.waiting * each, shards, settings.engines)
+    by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
+    ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     with get_client(sync_client=True) as client:
         runs = engine_runs(client)
-    ours = [run for run in runs if (run.parameters.get("model") or settings.model) == model]
-    active = [run for run in ours if run.state_type in ACTIVE and not gone(run, alive)]
-    missing = wanted - len(active) - free
-    newest = str(runs[0].id) if runs else "none"
-    for k in range(missing):
-        run = cast(
-            FlowRun,
-            run_deployment(
-                DEPLOYMENT,
-                parameters={"model": model},
-                timeout=0,
-                as_subflow=False,
-                flow_run_name=f"engine {Path(model).name} {settings.partition}",
-                idempotency_key=f"engine-{model_digest[:12]}-{k}-after-{newest}",
-            ),
-        )
-        log.info("started engine run %s", run.id)
-    return max(0, missing)
+    active = [run for run in runs if run.state_type in ACTIVE and not gone(run, alive)]
+    ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
+    starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
+    if settings.partition != AUTO:
+        seconds = work.waiting * work.mean_seconds if work.mean_seconds else sum(each.seconds for each in shards)
+        wanted = plan.engines_wanted(seconds, sum(each.count for each in shards), settings.engines)
+        starter.start(wanted - len(ours) - len(ours_by_hand), settings.partition, told=False)
+        return None
+    _, count = gpus_of(settings)
+    used = [run.parameters.get("partition") for run in active] + [engine.partition for engine in by_hand]
+    free = min(count, gpus or count) - sum(plan.partition_in(each).world if each else count for each in used)
+    short: str | None = None
+    for turn, each in enumerate(shards):
+        if each.partition is None:  # any engine will do
+            if not ours and not ours_by_hand and free > 0:
+                starter.start(1, AUTO, told=False)
+                free = 0
+            continue
+        world = Partition.parse(each.partition).world
+        there = [run for run in ours if run.parameters.get("partition") == each.partition]
+        there_by_hand = [engine for engine in ours_by_hand if engine.partition == each.partition]
+        wanted = plan.engines_wanted(each.seconds, each.count, count // world) - len(there) - len(there_by_hand)
+        possible = max(0, min(wanted, free // world))
+        starter.start(possible, each.partition, told=True)
+        free -= possible * world
+        if not turn and not there and not there_by_hand and not possible:
+            short = each.partition
+    return short
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """Starts engine runs of one model."""
+
+    model: str
+    model_digest: str
+    newest: str  # the newest engine run there is
+
+    def start(self, count: int, partition: str, *, told: bool) -> None:
+        """`told`: the engine is to use this very partition; else it finds it in its settings."""
+        parameters = {"model": self.model} | ({"partition": partition} if told else {})
+        own = f"-{partition}" if told else ""
+        for k in range(count):
+            run = cast(
+                FlowRun,
+                run_deployment(
+                    DEPLOYMENT,
+                    parameters=parameters,
+                    timeout=0,
+                    as_subflow=False,
+                    flow_run_name=f"engine {Path(self.model).name} {partition}",
+                    idempotency_key=f"engine-{self.model_digest[:12]}{own}-{k}-after-{self.newest}",
+                ),
+            )
+            log.info("started engine run %s", run.id)
 
 
 def gone(run: FlowRun, alive: set[str | None]) -> bool:

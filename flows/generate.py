@@ -44,8 +44,9 @@ from db import leases, ledger, watching
 from db.ledger import NewClip, NewRequest, Progress
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus
 from flows import engines, plan
+from flows.layout import GPUS, CannotFit, Rates, Work, best_layout
 from flows.ledgers import ledger as ledger_of
-from flows.models import BrokenModel, card_of
+from flows.models import BrokenModel, card_of, gpus_of, network_like, network_of
 from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
@@ -64,13 +65,15 @@ from flows.prompts import (
 )
 from flows.request import Defaults, GenerationRequest, Mode, request_id, request_key
 from flows.rewriting import Rewriter, RewriterFailed, rewrite_all, rewriter_of, with_new_words
-from flows.settings import Settings, load_settings
+from flows.settings import AUTO, Settings, load_settings
 from flows.sources import Sources, of_run
 from infra.store import NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
-from model.weights import ModelCard, ModelNotFound
+from model.config import Partition, Shape
+from model.weights import TRANSFORMER, ModelCard, ModelNotFound
 
 POLL = 1.0  # seconds between two looks at the ledger
+SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
 REPORT = 5.0  # seconds between two reports to the UI, at least
 TABLE_ROWS = 200  # shards that the UI's table shows
 SHEET_CLIPS = 24  # clips on a contact sheet
@@ -117,6 +120,7 @@ def make_clips(
     except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
         return refuse([str(error)])
     checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
+    wrong += too_large(settings, source)
     if wrong or (checked.bad and not request.skip_invalid):
         more = checked.faults - len(checked.messages)
         messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
@@ -158,6 +162,7 @@ class Source:
     defaults: Defaults
     checked: Checked
     sources: Sources  # what lines are made from, found and stored
+    deadline: float | None  # seconds in which all should be done
 
 
 def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest) -> Source:
@@ -191,7 +196,23 @@ def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store
         defaults=defaults,
         checked=checked,
         sources=sources,
+        deadline=request.deadline,
     )
+
+
+def too_large(settings: Settings, source: Source) -> list[str]:
+    """Why clips cannot be rendered on the GPUs that the plan may use, a line for every such shape."""
+    if settings.partition != AUTO or not (source.card.path / TRANSFORMER).is_dir():
+        return []  # a fixed partition is the operator's word; of a model that is elsewhere the engine will say
+    gpu, count = gpus_of(settings)
+    network, wrong = network_of(source.card, settings.bytes_each), list[str]()
+    for shape in source.checked.shapes:
+        size = Shape(*map(int, shape.split("x")))
+        try:
+            best_layout([Work(size=size, steps=1, guided=True)], network, Rates.of(gpu), gpu, count)
+        except CannotFit as error:
+            wrong.append(str(error))
+    return wrong
 
 
 @contextmanager
@@ -345,12 +366,12 @@ def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
 
 def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> Progress:
     """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
-    report = Report(request_id)
+    planner, report = Planner(settings, request_id, source), Report(request_id)
     next_report = 0.0
     while True:
         with ledgers.begin() as session:
             ledger.adopt_takes(session, request_id)
-            plan_shards(session, settings, request_id, source)
+            planner.plan(session)
             progress = ledger.progress(session, request_id)
         if progress.finished:
             report.send(ledgers, progress)
@@ -361,21 +382,99 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
             with ledgers.begin() as session:
                 for owner in engines.dead_owners(watching.lease_owners(session)):
                     leases.expire_owner(session, owner)
-            engines.ensure(settings, ledgers, request_id, model=source.model, model_digest=source.card.digest)
+            planner.staff(ledgers)
         time.sleep(POLL)
 
 
-def plan_shards(session: Session, settings: Settings, request_id: str, source: Source) -> None:
-    """Cuts clips that are in no shard yet into shards."""
-    waiting = ledger.unplanned(session, request_id, limit=50_000)
-    if not waiting:
-        return
-    cost = plan.CostModel.from_history(watching.measured_costs(session, source.card.digest))
-    remaining = ledger.progress(session, request_id).counts[ClipStatus.QUEUED]
-    for shard in plan.shards(
-        waiting, cost, seconds=settings.shard_seconds, engines=settings.engines, remaining=remaining
-    ):
-        ledger.create_shard(session, request_id, shard.clip_ids, carrier=carrier())
+class Planner:
+    """Cuts a request into shards, and sees to it that there are engines for them.
+
+    With a fixed partition any engine may render any shard. With partition auto shards belong to the partition that the
+    plan gives them, and are released from it when others keep the GPUs: nothing waits for a better engine for ever.
+    """
+
+    def __init__(self, settings: Settings, request_id: str, source: Source) -> None:
+        self.settings, self.request_id, self.source = settings, request_id, source
+        self.began = time.monotonic()
+        self.gpus: int | None = None  # that the plan needs; None: all there are
+        self.short_since: float | None = None  # when no GPUs were left for the shards whose turn it is
+
+    def plan(self, session: Session) -> None:
+        """Puts clips that are in no shard yet into shards, and notes what each is expected to take."""
+        if self.settings.partition != AUTO:
+            ledger.unbind_shards(session, self.request_id)  # of a plan that was made under another setting
+        waiting = ledger.unplanned(session, self.request_id, limit=50_000)
+        if not waiting:
+            return
+        cost = cost_model(session, self.settings, self.source.card)
+        remaining = ledger.progress(session, self.request_id).counts[ClipStatus.QUEUED]
+        for squad, bound in self.squads(waiting, cost):
+            for shard in plan.shards(
+                squad.waiting,
+                lambda shape, on=squad.partition: cost.seconds(shape, on),
+                seconds=self.settings.shard_seconds,
+                engines=squad.replicas,
+                remaining=remaining,
+            ):
+                ledger.create_shard(
+                    session,
+                    self.request_id,
+                    shard.clip_ids,
+                    carrier=carrier(),
+                    partition=str(squad.partition) if bound else None,
+                    predicted_seconds=shard.seconds,
+                    predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
+                )
+
+    def squads(self, waiting: Sequence[plan.Waiting], cost: plan.CostModel) -> list[tuple[plan.Squad, bool]]:
+        """Who renders what, and whether others may not."""
+        settings = self.settings
+        if settings.partition != AUTO:
+            partition = Partition.parse(settings.partition)
+            return [(plan.Squad(partition=partition, replicas=settings.engines, waiting=waiting), False)]
+        left = self.source.deadline and self.source.deadline - (time.monotonic() - self.began)
+        found = plan.arrange(waiting, cost, *gpus_of(settings), left)
+        self.gpus = max(self.gpus or 0, found.gpus)
+        log = get_run_logger()
+        for squad in found.squads:
+            log.info("%s clips on %s x %s", len(squad.waiting), squad.replicas, squad.partition)
+        if left is not None and found.seconds > left:
+            log.warning(
+                "the deadline cannot be met: on %s all is done after %.0f s at best, %.0f s are left",
+                settings.gpus,
+                found.seconds,
+                max(0.0, left),
+            )
+        return [(squad, True) for squad in found.squads]
+
+    def staff(self, ledgers: sessionmaker[Session]) -> None:
+        """Starts engines; shards that have waited too long for theirs may be rendered by any."""
+        source = self.source
+        short = engines.ensure(
+            self.settings,
+            ledgers,
+            self.request_id,
+            model=source.model,
+            model_digest=source.card.digest,
+            gpus=self.gpus,
+        )
+        if short is None:
+            self.short_since = None
+            return
+        self.short_since = self.short_since or time.monotonic()
+        if time.monotonic() - self.short_since > SHORT:
+            with ledgers.begin() as session:
+                freed = ledger.unbind_shards(session, self.request_id, [short])
+            get_run_logger().info("no GPUs are free for %s: %s shards may be rendered by any engine", short, freed)
+
+
+def cost_model(session: Session, settings: Settings, card: ModelCard) -> plan.CostModel:
+    """What clips of this model take, by what they took so far on devices of this kind."""
+    network = network_like(card, settings.bytes_each)
+    assumed = Rates.of(gpus_of(settings)[0] if settings.gpus else GPUS["cpu" if settings.device == "cpu" else "h100"])
+    measured = watching.measured_costs(session, card.digest, settings.device)
+    alike = [cost for cost in measured if cost.partition.endswith(" compiled") == settings.compile]
+    return plan.CostModel.from_history(alike, network, assumed)
 
 
 class Report:

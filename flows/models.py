@@ -21,21 +21,25 @@ from sqlalchemy.exc import OperationalError
 from db.leases import NewArtifact
 from db.ledger import FILES, add_artifacts
 from db.models import ModelRow, NameTaken, add_model, added_model, added_models, check_name, remove_model
+from flows.layout import GPUS, RELEASES, CannotFit, Gpu, Network, Work, parse_gpus, shared_partition
 from flows.ledgers import ledger, reading
 from flows.model_cache import alone, in_use, make_room
-from flows.settings import Settings
+from flows.settings import AUTO, Settings
 from flows.variants import Lora, write_variant
 from infra.store import CHUNK, NoSuchKey, Store, Stored, blob_key
-from model.checkpoint import BadCheckpoint, check_folder
+from model.checkpoint import BadCheckpoint, check_folder, text_bytes, vae_bytes
+from model.config import Partition, Shape
 from model.weights import (
     ADAPTERS,
     CAPTIONER,
     REWRITER,
     SHIPPED,
+    TRANSFORMER,
     ModelCard,
     ModelNotFound,
     covered_files,
     digest_of,
+    dit_config,
     file_digest,
     find_model,
 )
@@ -179,6 +183,61 @@ def card_of(settings: Settings, name: str) -> ModelCard:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
     values |= {"name": found.name, "path": _cached(settings, found)}
     return ModelCard(**values)
+
+
+def network_of(card: ModelCard, bytes_each: int = 2) -> Network:
+    """What planning must know of a model's network, whose weights take so many bytes each. Reads headers, no weights.
+
+    Raises ModelNotFound for a model whose folder is not on this machine.
+    """
+    if not (card.path / TRANSFORMER).is_dir():
+        raise ModelNotFound(f"model {card.name!r} was added, but never fetched to this machine: plan where it was")
+    dit = dit_config(card.path)
+    return Network(
+        dit=dit,
+        text_tokens=card.max_prompt_tokens,
+        stride=(card.frame_step, card.multiple // dit.patch[1], card.multiple // dit.patch[2]),
+        experts=1 if card.boundary is None else 2,
+        beside=vae_bytes(card.path) + text_bytes(card.path, bytes_each),
+        bytes_each=bytes_each,
+    )
+
+
+def network_like(card: ModelCard, bytes_each: int = 2) -> Network:
+    """A stand-in for the network of a model whose folder is on another machine: of Wan's proportions, with its heads.
+
+    What was measured of the model corrects its speed; its memory is not known.
+    """
+    try:
+        return network_of(card, bytes_each)
+    except ModelNotFound:
+        dit = replace(RELEASES["wan-14b"].dit, heads=card.heads)
+        return Network(dit=dit, stride=(card.frame_step, card.multiple // 2, card.multiple // 2), guessed=True)
+
+
+def partition_for(settings: Settings, card: ModelCard) -> Partition:
+    """How an engine that nobody told divides a model: as the setting says, or, if that is auto, over as many of the
+    GPUs as a clip of the model's own size can use.
+
+    Raises CannotFit, and ModelNotFound for a model whose folder is not on this machine.
+    """
+    if settings.partition != AUTO:
+        return Partition.parse(settings.partition)
+    gpu, count = gpus_of(settings)
+    network = network_of(card, settings.bytes_each)
+    own = Work(size=Shape(card.width, card.height, card.frames), steps=card.steps, guided=card.guidance != 1)
+    ways = (shared_partition(network, [own], n, gpu) for n in range(count, 0, -1))
+    found = next((way for way in ways if way is not None), None)
+    if found is None:
+        raise CannotFit(f"{own.size} of {card.name} fits on no replica of {settings.gpus}: use more or larger GPUs")
+    return found
+
+
+def gpus_of(settings: Settings) -> tuple[Gpu, int]:
+    """What engines with partition auto share."""
+    assert settings.gpus is not None  # the settings were checked
+    count, kind = parse_gpus(settings.gpus)
+    return GPUS[kind], count
 
 
 def as_row(row: ModelRow) -> dict[str, Any]:

@@ -3,26 +3,39 @@
 A shard is what one engine leases at a time. All its clips have one shape (size, length, steps, guidance on or off), so
 an engine can denoise several together. It should take about `shard_seconds`: a lost engine then loses little and a
 priority is soon felt, yet leasing costs nothing beside rendering. What a clip will take is predicted from what earlier
-clips took.
+clips took, by the rates of `flows.layout`.
 
-It knows neither Prefect nor the ledger nor the model: `flows.generate` brings the clips and carries out the plan.
+It knows neither Prefect nor the ledger nor the model's weights: `flows.generate` brings the clips and carries out the
+plan.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import NamedTuple, Protocol
+
+from flows.layout import (
+    Gpu,
+    Network,
+    Rates,
+    Staged,
+    Work,
+    best_layout,
+    cheapest_layout,
+    partition_of,
+    shared_partition,
+)
+from model.config import Partition
+from model.config import Shape as Size
 
 MAX_SHARDS = 1000  # of one request: each is a Prefect task run, and a flow run stays readable up to about so many
 START_SECONDS = 15.0  # what an engine costs before its first clip: flow run, processes, weights (6 to 16 s measured)
 
-# On two CPU cores mini took 0.91 s for a single clip of 80 tokens, 25 steps and two passes a step.
-SECONDS_PER_TOKEN_PASS = 2e-4
-SECONDS_PER_CLIP = 0.1  # text, decoder, encoder, store
+LEAST_SECONDS = 1e-3  # that any clip is predicted to take
 
 
 class Sized(Protocol):
@@ -43,6 +56,8 @@ class Sized(Protocol):
     @property
     def strength(self) -> float | None: ...
     @property
+    def window(self) -> int | None: ...
+    @property
     def made_frames(self) -> int | None: ...
 
 
@@ -53,11 +68,15 @@ class Waiting(Sized, Protocol):
     def clip_id(self) -> str: ...
 
 
-class Measured(Sized, Protocol):
-    """A finished clip, and the seconds it took of its engine."""
+class Finished(Sized, Protocol):
+    """Finished clips of a shape, and the seconds that one took of an engine of some partition: in all, and by stage."""
 
     @property
+    def partition(self) -> str: ...
+    @property
     def seconds(self) -> float: ...
+    @property
+    def stages(self) -> Mapping[str, float]: ...
 
 
 class Shape(NamedTuple):
@@ -71,22 +90,19 @@ class Shape(NamedTuple):
     mode: str = "text-to-video"
     strength: float = 1.0  # of an edit, which takes about this share of the steps
     made: int = 0  # frames that go through the model, where that is not `frames`
+    window: int = 0  # most of them at once; 0: all
 
     @classmethod
     def of(cls, clip: Sized) -> Shape:
+        mode, strength, made, window = str(clip.mode), clip.strength or 1.0, clip.made_frames or 0, clip.window or 0
         guided = clip.guidance != 1
-        mode, strength, made = str(clip.mode), clip.strength or 1.0, clip.made_frames or 0
-        return cls(clip.width, clip.height, clip.frames, clip.steps, guided, mode, strength, made)
+        return cls(clip.width, clip.height, clip.frames, clip.steps, guided, mode, strength, made, window)
 
     @property
-    def token_passes(self) -> int:
-        """Tokens that the transformer sees over all steps, for a token of 16x16 pixels and 4 frames.
-
-        A model with other patches differs by a constant factor, which the measured rate contains.
-        """
-        frames = ((self.made or self.frames) - 1) // 4 + 1
-        steps = math.ceil(self.steps * self.strength)
-        return frames * math.ceil(self.width / 16) * math.ceil(self.height / 16) * steps * (1 + self.guided)
+    def work(self) -> Work:
+        """One clip of it, as the planner of GPUs sees it."""
+        size, steps = Size(self.width, self.height, self.frames), math.ceil(self.steps * self.strength)
+        return Work(size=size, steps=steps, guided=self.guided, made=self.made, window=self.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,44 +116,133 @@ class PlannedShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Predicts engine seconds: so much a clip, and so much for every token in every pass through the model.
+    """Predicts what a clip takes of an engine of some partition.
 
-    `by_shape` holds what was measured for a shape itself, which beats any formula (attention grows with the square of
-    the tokens; a small clip leaves the device half idle).
+    What was measured of a shape on a partition beats any formula. Then come the rates of what ran on that partition,
+    and where nothing did, those of all partitions together, scaled by their number of ranks.
     """
 
-    per_clip: float = SECONDS_PER_CLIP
-    per_token_pass: float = SECONDS_PER_TOKEN_PASS
-    by_shape: dict[Shape, float] = field(default_factory=dict[Shape, float])
+    network: Network
+    rates: Rates
+    of_partition: Mapping[Partition, Rates] = field(default_factory=dict[Partition, Rates])
+    measured: Mapping[tuple[Shape, Partition], float] = field(default_factory=dict[tuple[Shape, Partition], float])
 
-    def seconds(self, shape: Shape) -> float:
-        """Predicted seconds of one clip; always above zero."""
-        return self.by_shape.get(shape) or self.per_clip + self.per_token_pass * shape.token_passes
+    def seconds(self, shape: Shape, partition: Partition) -> float:
+        """Predicted engine seconds of one clip; always above zero."""
+        known = self.measured.get((shape, partition))
+        return known or max(LEAST_SECONDS, self.formula(shape.work, partition))
+
+    def formula(self, work: Work, partition: Partition) -> float:
+        """What the rates say of one clip."""
+        return self.of_partition.get(partition, self.rates).seconds(work, self.network, partition.world)
+
+    def memory(self, shape: Shape, partition: Partition, at_once: int = 1) -> int | None:
+        """Predicted bytes on the fullest rank, which denoises so many clips at once; None where nobody knows."""
+        return (
+            None if self.network.guessed else self.network.memory(shape.work.at_once, partition, shape.guided, at_once)
+        )
 
     @classmethod
-    def from_history(cls, finished: Iterable[Measured]) -> CostModel:
-        """What was measured, and the defaults where nothing was. Medians, so that one slow clip misleads nobody."""
-        seconds: dict[Shape, list[float]] = {}
+    def from_history(cls, finished: Iterable[Finished], network: Network, assumed: Rates) -> CostModel:
+        """What was measured, and what is assumed where nothing was. Medians, so that one slow clip misleads nobody."""
+        taken: dict[tuple[Shape, Partition], list[Finished]] = {}
         for clip in finished:
             if clip.seconds > 0 and math.isfinite(clip.seconds):
-                seconds.setdefault(Shape.of(clip), []).append(clip.seconds)
-        if not seconds:
-            return cls()
-        known = {shape: median(taken) for shape, taken in seconds.items()}
-        rates = [max(0.0, each - SECONDS_PER_CLIP) / shape.token_passes for shape, each in known.items()]
-        return cls(per_token_pass=median(rates), by_shape=known)
+                taken.setdefault((Shape.of(clip), partition_in(clip.partition)), []).append(clip)
+        known = {of: median(clip.seconds for clip in clips) for of, clips in taken.items()}
+        timed = {
+            (shape, partition): Staged(
+                shape.work,
+                partition.world,
+                {stage: median(clip.stages[stage] for clip in clips) for stage in clips[0].stages},
+            )
+            for (shape, partition), clips in taken.items()
+        }
+        rates = Rates.fit_stages(list(timed.values()), network, assumed)
+        partitions = {partition for _, partition in timed}
+        of_partition = {
+            each: Rates.fit_stages([m for (_, where), m in timed.items() if where == each], network, rates)
+            for each in partitions
+        }
+        return cls(network=network, rates=rates, of_partition=of_partition, measured=known)
+
+
+def partition_in(recorded: str) -> Partition:
+    """The partition of what the ledger records of an engine, which may say more: `cfg1xsp1xtp2 compiled`."""
+    return Partition.parse(recorded.partition(" ")[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Squad:
+    """Clips for engines of one partition, of which so many should run at once."""
+
+    partition: Partition
+    replicas: int
+    waiting: Sequence[Waiting]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """Who renders what, those first whose turn is first."""
+
+    squads: tuple[Squad, ...]
+    gpus: int  # that it takes
+    seconds: float  # from the first clip's beginning to the last one's end
+
+
+@dataclass(frozen=True, slots=True)
+class ByReplica:
+    """The cost model, asked about replicas of so many GPUs (flows.layout.Predictor)."""
+
+    cost: CostModel
+    gpu: Gpu
+
+    def seconds(self, work: Work, network: Network, gpus: int = 1) -> float:
+        partition = partition_of(network, work.at_once, gpus, self.gpu, work.guided) or Partition(sp=gpus)
+        return max(LEAST_SECONDS, self.cost.formula(work, partition))
+
+
+def arrange(
+    waiting: Sequence[Waiting], cost: CostModel, gpu: Gpu, gpus: int, deadline: float | None = None
+) -> Arrangement:
+    """Which partition renders which clips: all done soonest, or by a deadline (in seconds) with the fewest GPU-hours.
+
+    Of a shape, the clips asked for first come first. Where no layout meets the deadline it is the soonest one, and its
+    `seconds` say so. Raises CannotFit when no replica holds one of the shapes.
+    """
+    clips: dict[Work, list[Waiting]] = {}
+    for clip in waiting:
+        clips.setdefault(Shape.of(clip).work, []).append(clip)
+    work = [replace(each, clips=len(alike)) for each, alike in clips.items()]
+    rates = ByReplica(cost, gpu)
+    if deadline is None:
+        layout = best_layout(work, cost.network, rates, gpu, gpus, pause=START_SECONDS)
+    else:
+        layout = cheapest_layout(work, cost.network, rates, gpu, gpus, deadline, pause=START_SECONDS)
+    squads: list[Squad] = []
+    for phase in layout.phases:
+        shared = shared_partition(cost.network, phase.work, phase.gpus, gpu)
+        parts: dict[Partition, list[Waiting]] = {}
+        for each in phase.work:
+            own = shared or partition_of(cost.network, each.at_once, phase.gpus, gpu, each.guided)
+            assert own is not None  # or there would be no such layout
+            alike = clips[replace(each, clips=1)]
+            parts.setdefault(own, []).extend(alike[: each.clips])
+            del alike[: each.clips]
+        squads += [Squad(partition=own, replicas=phase.replicas, waiting=part) for own, part in parts.items()]
+    return Arrangement(squads=tuple(squads), gpus=layout.gpus, seconds=layout.seconds)
 
 
 def shards(
     waiting: Sequence[Waiting],
-    cost: CostModel,
+    cost: Callable[[Shape], float],
     *,
     seconds: float,
     engines: int = 1,
     room: int = MAX_SHARDS,
     remaining: int | None = None,
 ) -> list[PlannedShard]:
-    """Cuts clips into shards of one shape each.
+    """Cuts clips into shards of one shape each. `cost`: the predicted seconds of one clip.
 
     Shards take about `seconds`, but there are at least as many as engines to feed (if there are so many clips), and at
     most `room` (larger ones then), or one for every shape where there are more shapes than that. `remaining`, when
@@ -153,13 +258,13 @@ def shards(
         return []
     room = max(len(groups), room * len(waiting) // max(len(waiting), remaining or 0))
     counts = _counts(
-        {shape: (len(ids), cost.seconds(shape)) for shape, ids in groups.items()},
+        {shape: (len(ids), cost(shape)) for shape, ids in groups.items()},
         seconds=seconds,
         at_least=min(engines, len(waiting), room),
         at_most=room,
     )
     planned = [
-        PlannedShard(shape, tuple(part), len(part) * cost.seconds(shape))
+        PlannedShard(shape, tuple(part), len(part) * cost(shape))
         for shape, ids in groups.items()
         for part in _split(ids, counts[shape])
     ]

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -32,10 +33,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from db import leases, ledger
 from db.leases import Lease, LeasedClip, LeaseLost, NewArtifact
 from db.tables import ClipDirection, ClipMode
+from flows.devices import hold_devices
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
-from flows.models import resolve
-from flows.settings import Settings, load_settings
+from flows.models import gpus_of, partition_for, resolve
+from flows.settings import AUTO, Settings, load_settings
 from infra.store import NoSuchKey, Store, StoreUnavailable
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
 from model.conditioning import Frames
@@ -47,6 +49,7 @@ from model.weights import ModelCard
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 IDLE = 1.0  # seconds between two looks for work
+DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
 log = logging.getLogger("rushes.engine")
@@ -59,15 +62,17 @@ def code_version() -> str:
 
 
 @flow(name="render", description="An engine: keeps a model loaded and renders shards until no work is left.")
-def render(model: str | None = None, linger: float | None = None) -> State[Any]:
-    """Load the model, lease shards, render them; leave after `linger` seconds without work."""
-    settings = load_settings(
-        **({"linger": linger} if linger is not None else {}), **({"model": model} if model else {})
-    )
+def render(model: str | None = None, linger: float | None = None, partition: str | None = None) -> State[Any]:
+    """Load the model, lease shards, render them; leave after `linger` seconds without work.
+
+    partition: how to divide the model, where a plan says it and not the settings.
+    """
+    given = {"model": model, "linger": linger}
+    settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     setup_tracing("rushes-engine")
     run_logger = get_run_logger()
     try:
-        done = run_engine(settings, flow_run_id=str(this_run.id), work=as_task, say=run_logger.info)
+        done = run_engine(settings, planned=partition, flow_run_id=str(this_run.id), work=as_task, say=run_logger.info)
     finally:
         flush()
     return Completed(message=f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
@@ -101,16 +106,21 @@ class Done:
 def run_engine(
     settings: Settings,
     *,
+    planned: str | None = None,
     flow_run_id: str | None = None,
     work: Callable[[Shard], int] | None = None,
     say: Callable[[str], None] = log.info,
 ) -> Done:
-    """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens."""
-    card, partition = resolve(settings, settings.model), Partition.parse(settings.partition)
+    """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens.
+
+    planned: the partition for which a plan wants it, in place of the settings'.
+    """
+    card = resolve(settings, settings.model)
+    partition = Partition.parse(planned) if planned else partition_for(settings, card)
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
     work = work or (lambda shard: shard.run())
-    with ledger_of(settings) as ledgers:
+    with ledger_of(settings) as ledgers, devices_of(settings, partition) as gpus:
         register(ledgers, settings, card, partition, owner, flow_run_id)
         engine = Engine(
             card.path,
@@ -120,8 +130,9 @@ def run_engine(
             micro_batch=settings.micro_batch,
             compile=settings.compile,
             cache=settings.compiled,
+            gpus=gpus,
         )
-        crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say)
+        crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)
         try:
             with Heart(ledgers, owner):
                 engine.start()
@@ -133,6 +144,13 @@ def run_engine(
                 ledger.close_engine(session, owner)
     done.alive = time.monotonic() - born
     return done
+
+
+def devices_of(settings: Settings, partition: Partition) -> AbstractContextManager[tuple[int, ...] | None]:
+    """The GPUs of an engine, where several share the host's: held until it ends. Raises NoDevices."""
+    if settings.partition != AUTO:
+        return nullcontext()
+    return hold_devices(settings.home, gpus_of(settings)[1], partition.world, DEVICES_WAIT)
 
 
 def register(
@@ -200,15 +218,16 @@ class Crew:
     partition: Partition
     owner: str
     say: Callable[[str], None]
+    by_hand: bool = True  # nobody would start another in its place
     restarts: int = 0  # in a row without a finished clip
 
     def serve(self, done: Done, work: Callable[[Shard], int]) -> None:
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < self.settings.linger:
-            with self.ledgers.begin() as session:
-                claimed = leases.claim_shard(
-                    session, self.owner, seconds=self.settings.lease_seconds, model_digest=self.card.digest
-                )
+            claimed = self.claim()
+            if claimed is None and self.in_the_way():
+                self.say(f"engine {self.owner}: makes room for engines of other partitions")
+                return
             if claimed is None:
                 time.sleep(IDLE)
                 continue
@@ -218,6 +237,28 @@ class Crew:
             idle_since = time.monotonic()
             done.busy += idle_since - began
         self.say(f"engine {self.owner}: no work for {self.settings.linger:.0f} s")
+
+    def claim(self) -> tuple[Lease, list[LeasedClip]] | None:
+        """A shard that is for any engine or for this partition; to an engine started by hand, at last, any at all."""
+        for partition in (str(self.partition), None) if self.by_hand else (str(self.partition),):
+            with self.ledgers.begin() as session:
+                claimed = leases.claim_shard(
+                    session,
+                    self.owner,
+                    seconds=self.settings.lease_seconds,
+                    model_digest=self.card.digest,
+                    partition=partition,
+                )
+            if claimed is not None:
+                return claimed
+        return None
+
+    def in_the_way(self) -> bool:
+        """True when this engine, which has no work, has GPUs that engines of another partition are waiting for."""
+        if self.by_hand or self.settings.partition != AUTO:
+            return False
+        with self.ledgers() as session:
+            return leases.others_wait(session, model_digest=self.card.digest, partition=str(self.partition))
 
     def restart_ranks(self, reason: str) -> None:
         """Raises RankDied when the ranks die again and again without a clip between."""

@@ -82,6 +82,7 @@ class Direction(StrEnum):
 
 SOURCES = ("image", "video", "clip", "end_image", "end_video", "end_clip")
 CONDITIONS = ("mode", *SOURCES, "direction", "strength", "overlap")
+MAX_DEADLINE = 30 * 86400  # seconds
 MAX_NAME = 500  # characters of a source's name
 MAX_FILES = 1000  # that one request may bring along
 
@@ -227,6 +228,14 @@ class GenerationRequest(Conditioned):
     priority: int = Field(default=50, ge=0, le=100, title="Priority", description="Higher goes first")
     tenant: str = Field(
         default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", title="Tenant", description="On whose account"
+    )
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_DEADLINE,
+        allow_inf_nan=False,
+        title="Deadline",
+        description="Seconds in which all should be done: no more GPUs than that takes, where engines follow a plan",
     )
     key: str | None = Field(
         default=None,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "RUSHES_"
 DEFAULT_HOME = Path("~/.local/share/rushes")
 STACK_FILE = "stack.json"
+AUTO = "auto"  # the partition that follows the plan
 SECRETS = (  # never shown
     "database_url",
     "store_access_key",
@@ -69,7 +70,11 @@ class Settings(BaseSettings):
         description="Most that fetched models may take of the home folder, such as 200GB; default: without bound",
     )
     partition: str = Field(
-        default="tp=2", description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…,zero=…"
+        default="tp=2",
+        description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…,zero=…; or auto: by plan",
+    )
+    gpus: str | None = Field(
+        default=None, description="With partition auto: what the engines of a host share, like 8xh200, or 2xcpu"
     )
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of each rank")
@@ -143,8 +148,26 @@ class Settings(BaseSettings):
     def _partition_parses(cls, value: str) -> str:
         from model.config import Partition
 
-        Partition.parse(value)
+        if value != AUTO:
+            Partition.parse(value)
         return value
+
+    @field_validator("gpus")
+    @classmethod
+    def _gpus_parse(cls, value: str | None) -> str | None:
+        if value is not None:
+            from flows.layout import parse_gpus
+
+            parse_gpus(value)
+        return value
+
+    @model_validator(mode="after")
+    def _a_plan_needs_gpus(self) -> Settings:
+        if self.partition == AUTO and self.gpus is None:
+            raise ValueError(f"{PREFIX}PARTITION=auto needs {PREFIX}GPUS, like 8xh200 or 2xcpu, to plan for")
+        if self.gpus is not None and self.gpus.lower().strip().endswith("xcpu") != (self.device == "cpu"):
+            raise ValueError(f"{PREFIX}GPUS={self.gpus} does not go with {PREFIX}DEVICE={self.device}")
+        return self
 
     @model_validator(mode="after")
     def _api_has_a_ui(self) -> Settings:
@@ -162,6 +185,20 @@ class Settings(BaseSettings):
     def compiled(self) -> Path:
         """Where engines keep the code that they compiled."""
         return self.home / "compiled"
+
+    @property
+    def bytes_each(self) -> int:
+        """Of a weight, in the type that engines compute in."""
+        return 4 if self.device == "cpu" else 2
+
+    @property
+    def most_engines(self) -> int:
+        """That may run at once: with partition auto, one for each of the GPUs."""
+        if self.partition != AUTO or self.gpus is None:
+            return self.engines
+        from flows.layout import parse_gpus
+
+        return parse_gpus(self.gpus)[0]
 
     @property
     def prompts(self) -> Path:

@@ -201,6 +201,7 @@ class Engine:
     compile: torch compiles the transformer's blocks (`model.compiled`): quicker steps, a slower start, other last bits.
         The first step of a shape may then take minutes, so `step_timeout` is at least ten of them.
     cache: folder in which compiled code is kept for the next start; by default torch's own.
+    gpus: the numbers of the GPUs that the ranks may use, one each; by default the first ones.
     log: where the ranks' standard output and error go; by default this process's standard error.
     """
 
@@ -217,6 +218,7 @@ class Engine:
         dtype: Literal["float32", "bfloat16"] | None = None,
         compile: bool = False,
         cache: Path | None = None,
+        gpus: Sequence[int] | None = None,
         log: Path | None = None,
     ) -> None:
         """Raises ModelNotFound for a path that holds no model, ValueError for a partition that does not divide it."""
@@ -227,7 +229,7 @@ class Engine:
         self.partition, self.device, self.threads_per_rank = partition, device, threads_per_rank
         self.micro_batch, self.step_timeout, self.start_timeout = micro_batch, step_timeout, start_timeout
         self.dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-        self.compile, self.cache, self.log = compile, cache, log
+        self.compile, self.cache, self.gpus, self.log = compile, cache, gpus, log
         if compile:
             self.step_timeout = max(step_timeout, 600.0)
         self.ready: tuple[RankInfo, ...] = ()
@@ -446,6 +448,10 @@ class Engine:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             **({"TORCHINDUCTOR_CACHE_DIR": str(self.cache)} if self.cache else {}),
         }
+        if self.gpus is not None and self.device == "cuda":
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")  # the numbers count those that this process sees
+            names = shown.split(",") if shown else [str(number) for number in range(max(self.gpus) + 1)]
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in self.gpus)
         self._slots = [os.memfd_create(f"rushes-frames-{k}") for k in range(self.micro_batch + AHEAD)]
         self._free = list(range(len(self._slots)))
         output = self.log.open("ab") if self.log is not None else None

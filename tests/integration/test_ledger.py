@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.history import show_clip
-from db.leases import claim_shard, complete_shard, fail_clip, record_clip, renew, start_clip
+from db.leases import claim_shard, complete_shard, fail_clip, others_wait, record_clip, renew, start_clip
 from db.ledger import (
     CHUNK,
     NewClip,
@@ -49,11 +49,12 @@ from db.ledger import (
     seal_request,
     shard_table,
     silent_engines,
+    unbind_shards,
     unplanned,
 )
 from db.session import connect
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
-from db.watching import measured_costs
+from db.watching import measured_costs, open_shards
 from tests.ledger import (
     ENGINE,
     MODEL,
@@ -351,6 +352,84 @@ def test_a_shard_has_one_shape_and_only_clips_that_are_free(ledger: Ledger) -> N
         assert [(row.id, row.size) for row in shard_table(session, request)] == [(shard, 1), (second, 1)]
         cancel_request(session, request)
         assert create_shard(session, request, [ids[1]]) is None
+
+
+def test_a_shard_keeps_what_was_predicted_and_history_has_it_beside_what_came(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        request = opened(session, [new_clip(0), new_clip(1), new_clip(2, recipe=(0, 0))])
+        twin = session.scalar(text("select id from clips where index = 2"))
+        ids = [clip.clip_id for clip in unplanned(session, request, 10)]
+        create_shard(session, request, [*ids, twin], predicted_seconds=6.0, predicted_bytes=5 << 30)
+        lease, clips = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
+        for clip in clips:
+            start_clip(session, lease, clip.clip_id, **ENGINE)
+            done = {"artifact": artifact_of(clip.clip_id), "seconds": {"denoise": 3.0}, "peak_bytes": 4 << 30}
+            assert record_clip(session, lease, clip.clip_id, **done)
+        complete_shard(session, lease)
+        adopt_takes(session, request)
+        rows = {row.index: row for row in clips_of(session, request)}
+    assert [(rows[k].predicted_seconds, rows[k].seconds) for k in (0, 1)] == [(2.0, 3.0)] * 2  # the twin stayed out
+    assert [(rows[k].predicted_bytes, rows[k].peak_bytes) for k in (0, 1)] == [(5 << 30, 4 << 30)] * 2
+    assert rows[2].found and rows[2].predicted_seconds is None
+
+
+def test_a_shard_of_a_partition_waits_for_its_engines_until_it_is_unbound(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        request = opened(session, [new_clip(index) for index in range(4)])
+        ids = [clip.clip_id for clip in unplanned(session, request, 10)]
+        bound = [("cfg2xsp1xtp1", ids[:1]), (None, ids[1:2]), ("cfg1xsp1xtp1", ids[2:3]), ("cfg1xsp1xtp1", ids[3:])]
+        shards = [create_shard(session, request, part, partition=to, predicted_seconds=2.0) for to, part in bound]
+
+    def claim(partition: str | None) -> int | None:
+        with ledger.begin() as session:
+            found = claim_shard(session, "a", seconds=60, model_digest=MODEL, partition=partition)
+        return found and found[0].shard_id
+
+    def waits(partition: str) -> bool:
+        with ledger() as session:
+            return others_wait(session, model_digest=MODEL, partition=partition)
+
+    assert [claim("cfg1xsp1xtp2"), claim("cfg1xsp1xtp2")] == [shards[1], None]
+    assert [claim("cfg2xsp1xtp1"), claim("cfg2xsp1xtp1")] == [shards[0], None]
+    assert waits("cfg2xsp1xtp1") and not waits("cfg1xsp1xtp1")
+    with ledger.begin() as session:
+        stands = [(each.partition, each.count, each.queued, each.seconds) for each in open_shards(session, request)]
+        assert stands == [("cfg2xsp1xtp1", 1, 0, 2.0), (None, 1, 0, 2.0), ("cfg1xsp1xtp1", 2, 2, 4.0)]
+    assert claim(None) == shards[2]  # an engine that takes whatever there is
+    with ledger.begin() as session:
+        assert unbind_shards(session, request, ["cfg2xsp1xtp1"]) == 0
+        assert unbind_shards(session, request) == 1  # what is rendered already stays what it was
+    assert not waits("cfg2xsp1xtp1")
+    assert [claim("cfg2xsp1xtp1"), claim(None)] == [shards[3], None]
+
+
+def test_costs_are_medians_of_a_shape_on_a_partition_of_a_device(ledger: Ledger) -> None:
+    def rendered(owner: str, partition: str, seconds: Sequence[float], **more: Any) -> None:
+        with ledger.begin() as session:
+            clips = [new_clip(k, recipe=(owner, partition, k, str(more))) for k in range(len(seconds))]
+            planned(session, opened(session, clips, key=f"{owner} {partition} {more}"))
+            lease, leased = claim_shard(session, owner, seconds=60, model_digest=MODEL) or pytest.fail("no work")
+            for clip, each in zip(leased, seconds, strict=True):
+                start_clip(session, lease, clip.clip_id, **ENGINE | {"engine": owner, "partition": partition})
+                stages = {"text": 0.5, "denoise": each, "decode": 1.0}
+                record_clip(session, lease, clip.clip_id, artifact=artifact_of(clip.recipe), seconds=stages, **more)
+            complete_shard(session, lease)
+
+    with ledger.begin() as session:
+        for owner, device in (("a", "cpu x86_64"), ("b", "cuda x86_64")):
+            told = {"host": "here", "pid": 1, "model_digest": MODEL, "code_version": "1.0", "partition": "tp=2"}
+            register_engine(session, owner, device=device, **told)
+    rendered("a", "cfg1xsp1xtp2", [2.0, 3.0, 70.0])
+    rendered("a", "cfg2xsp1xtp1", [5.0])
+    rendered("a", "cfg2xsp1xtp1", [0.1, 0.1, 0.1], skipped_steps=3)
+    rendered("b", "cfg1xsp1xtp2", [0.2])
+    with ledger.begin() as session:
+        found = {cost.partition: cost for cost in measured_costs(session, MODEL, "cpu")}
+        assert [cost.seconds for cost in measured_costs(session, MODEL, "cuda")] == [1.7]
+        assert measured_costs(session, digest("another"), "cpu") == []
+    assert {name: cost.seconds for name, cost in found.items()} == {"cfg1xsp1xtp2": 4.5, "cfg2xsp1xtp1": 6.5}
+    stages = {"text": 0.5, "denoise": 3.0, "decode": 1.0, "encode": 0.0, "put": 0.0}
+    assert found["cfg1xsp1xtp2"].stages == stages
 
 
 def test_a_clip_planned_before_its_take_was_there_is_not_rendered(ledger: Ledger) -> None:
@@ -715,6 +794,7 @@ REFUSED = {
     "ck_dataset_clips_position": "update dataset_clips set start = -1",
     "ck_dataset_clips_sha256": "update dataset_clips set sha256 = 'short'",
     "ck_dataset_clips_shape": "update dataset_clips set frames = 0",
+    "ck_shards_predicted": "update shards set predicted_seconds = 0",
     "ck_rewrites_key": "update rewrites set key = 'short'",
     "ck_rewrites_rewritten": "update rewrites set rewritten = ''",
 }

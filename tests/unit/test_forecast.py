@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.forecast import BadGpus, forecast, parse_gpus
-from flows.layout import CannotFit
+from flows.forecast import forecast
+from flows.layout import BadGpus, CannotFit, parse_gpus
 from flows.settings import Settings
 from model.weights import ModelNotFound
 

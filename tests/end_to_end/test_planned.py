@@ -1,0 +1,70 @@
+"""Engines follow the plan: two CPU ranks, which may be one engine of two ranks or two engines of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.house import House, wait_for
+from tests.tiny import tiny_model
+
+pytestmark = [pytest.mark.xdist_group("planned"), pytest.mark.timeout(900), pytest.mark.slow]
+
+WHOLE, HALVES = "cfg1xsp1xtp1", "cfg2xsp1xtp1"
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A stack of its own, since what its engines are is a setting."""
+    folder: Path = tmp_path_factory.mktemp("planned")
+    house = House(
+        home=folder / "home",
+        model=tiny_model(folder / "tiny"),
+        settings={
+            "RUSHES_PARTITION": "auto",
+            "RUSHES_GPUS": "2xcpu",
+            "RUSHES_LINGER": "600",  # so that an engine that leaves does so for another one
+            "RUSHES_SHARD_SECONDS": "1",
+        },
+    )
+    try:
+        house.rushes("up")
+        yield house
+    finally:
+        house.rushes("down")
+    assert house.processes() == []
+
+
+def planned_for(house: House, request: str) -> set[str | None]:
+    return {row["partition"] for row in house.sql("select partition from shards where request_id = %s", request)}
+
+
+def test_one_clip_gets_all_ranks_many_get_one_each_and_nothing_waits_for_ever(planned: House) -> None:
+    run = planned.submit(request=planned.request(["a red ball"], seed=planned.seed()))
+    one = planned.request_of(run)
+    planned.ended(run)
+    (clip,) = planned.clips(one)
+    assert planned_for(planned, one) == {clip["partition"]} == {HALVES}
+    assert clip["predicted_seconds"] > 0 and clip["predicted_bytes"] > 0
+
+    # The engine of two ranks, which would linger, leaves for two of one rank each.
+    lines = [{"prompt": "a red ball", "samples": 64}] * 20
+    long_run = planned.submit(request=planned.request(lines, steps=200, seed=planned.seed()))
+    many = planned.request_of(long_run)
+    owners = "select count(distinct owner) as n from shards where request_id = %s and status = 'leased'"
+    wait_for(lambda: planned.sql(owners, many)[0]["n"] == 2, "two engines at work")
+    assert planned_for(planned, many) == {WHOLE}
+    assert len(planned.ranks()) == 2
+
+    # Two ranks for one clip cannot be had now: it is rendered by one, between the shards of the other request.
+    run = planned.submit(request=planned.request(["a blue cube"], seed=planned.seed()))
+    late = planned.request_of(run)
+    wait_for(lambda: planned_for(planned, late) == {HALVES}, "the plan")
+    planned.ended(run)
+    (clip,) = planned.clips(late)
+    assert (clip["status"], clip["partition"], planned_for(planned, late)) == ("done", WHOLE, {None})
+    assert planned.status_of(many) == "open"
+    planned.cancel(long_run)
+    planned.ended(long_run, state="Cancelled")
