@@ -88,6 +88,9 @@ def test_another_partition_is_near(house: House, made: list[dict[str, Any]]) -> 
         near = row["psnr"] is not None and row["psnr"] > 40 and 0 < row["largest"] < 32
         assert near or row["verdict"] in ("identical", "identical frames")
 
+    said = house.rushes("reproduce", made[0]["clip_id"], "--partition", "tp=3", code=2)
+    assert "partition cfg1xsp1xtp3 of tiny: 4 attention heads do not divide over sp 1 x tp 3 = 3 ranks" in said
+
 
 def frames_of(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data), "r") as container:
