@@ -865,10 +865,10 @@ def reproduce(
     with ledger(settings) as sessions:
         if request is not None:
             with sessions() as session:
-                row = the_request(session, request)
-                clips = done_clips(session, row.id, sample)
+                asked = the_request(session, request)
+                clips = done_clips(session, asked.id, sample)
             if not clips:
-                fail(f"{row.id} has no clip that is done: there is nothing to compare with", BAD_INPUT)
+                fail(f"{asked.id} has no clip that is done: there is nothing to compare with", BAD_INPUT)
         jobs, problems = plan(settings, sessions, clips or [], partition)
         for problem in problems[:MOST_PROBLEMS]:
             typer.echo(f"rushes: {problem}", err=True)
@@ -877,7 +877,9 @@ def reproduce(
             fail(f"{missing} cannot be rendered again: nothing was rendered", BAD_INPUT)
         with display(len(jobs)) as progress:
             results = render_again(settings, sessions, jobs, progress)
-    show_rows((asdict(each) for each in results), COLUMNS, format)
+    rows = [asdict(each) for each in results]
+    told = [name for name in COLUMNS if format != "table" or any(row[name] not in (None, "") for row in rows)]
+    show_rows(rows, told, format)
     typer.echo(summary(results), err=format != "table")
     raise typer.Exit(DONE if all(each.passes(tolerance_db) for each in results) else FAILED)
 

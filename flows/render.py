@@ -59,8 +59,10 @@ def code_version() -> str:
 
 
 def machine(settings: Settings) -> str:
-    """On what it was rendered."""
-    return f"{settings.device} {platform.machine()}"
+    """On what it was rendered: all beside recipe and partition that the last bits of a clip depend on."""
+    # A sum that several threads share is added up in another order.
+    threads = f", {settings.threads} threads a rank" if settings.device == "cpu" and settings.threads > 1 else ""
+    return f"{settings.device} {platform.machine()}{threads}"
 
 
 @flow(name="render", description="An engine: keeps a model loaded and renders shards until no work is left.")

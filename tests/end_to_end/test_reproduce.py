@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from model.encode import encode_png
 from tests.end_to_end.house import House
@@ -97,6 +98,11 @@ def frames_of(data: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def without_metadata(data: bytes) -> bytes:
+    with Image.open(io.BytesIO(data)) as picture:
+        return encode_png(np.asarray(picture.convert("RGB")), {})
+
+
 @contextmanager
 def holding(house: House, contents: dict[str, bytes | None]) -> Iterator[None]:
     """The store with other bytes, or none, under these keys."""
@@ -117,19 +123,20 @@ def test_what_is_stored_wrongly_is_found(
     first, second, other, still = made
     first_bytes, second_bytes = (house.blob(clip["object_key"]).read_bytes() for clip in (first, second))
     (source,) = house.sql("select key from artifacts where sha256 = %s", more[1]["source_sha256"])
-    run = house.submit(request=house.request(["a blue ball"], seed=house.seed()))
+    run = house.submit(request=house.request(["a blue ball", "a blue cube"], seed=house.seed()))
     house.ended(run)
-    (wild,) = house.clips(house.request_of(run))
+    wild, gone = house.clips(house.request_of(run))
     house.sql("update clips set guidance = 1e38 where id = %s returning id", wild["clip_id"])
     contents = {
         first["object_key"]: second_bytes,
-        second["object_key"]: None,
+        second["object_key"]: b"no video",
         other["object_key"]: second_bytes,
-        still["object_key"]: b"no picture",
+        still["object_key"]: without_metadata(house.blob(still["object_key"]).read_bytes()),
+        gone["object_key"]: None,
         source["key"]: None,
     }
     with holding(house, contents):
-        ids = [clip["clip_id"] for clip in (wild, *made, more[1])]
+        ids = [clip["clip_id"] for clip in (wild, *made, gone, more[1])]
         rows = {row["clip_id"]: row for row in reproduced(house, *ids, "--tolerance-db", "0", code=1)}
     assert list(rows) == ids
     apart = np.abs(frames_of(first_bytes).astype(float) - frames_of(second_bytes))
@@ -140,10 +147,13 @@ def test_what_is_stored_wrongly_is_found(
     said = rows[other["clip_id"]]
     assert (said["verdict"], said["psnr"], said["largest"], said["first_frame"]) == ("differs", 0.0, 255, 0)
     assert "48x32x9 is stored, 64x48x5 was rendered" in said["detail"]
+    said = rows[still["clip_id"]]
+    assert (said["verdict"], said["psnr"], said["largest"]) == ("identical frames", None, 0)
+    assert "bytes are not those that the ledger knows" in said["detail"]
     for clip, reason in (
         (wild, "not finite"),
-        (second, "are not in the store"),
-        (still, "cannot be compared: the file is neither a picture"),
+        (gone, "are not in the store"),
+        (second, "cannot be compared: the file is neither a picture"),
         (more[1], "its source"),
     ):
         assert rows[clip["clip_id"]]["verdict"] == "failed" and reason in rows[clip["clip_id"]]["detail"]
