@@ -60,9 +60,13 @@ def code_version() -> str:
 
 def machine(settings: Settings) -> str:
     """On what it was rendered: all beside recipe and partition that the last bits of a clip depend on."""
-    # A sum that several threads share is added up in another order.
-    threads = f", {settings.threads} threads a rank" if settings.device == "cpu" and settings.threads > 1 else ""
-    return f"{settings.device} {platform.machine()}{threads}"
+    # A sum is added up in another order by several threads, and over a batch of another size.
+    several = (
+        (settings.threads, "threads a rank", settings.device == "cpu"),
+        (settings.micro_batch, "clips at a time", True),
+    )
+    said = [f"{count} {what}" for count, what, counts in several if counts and count > 1]
+    return ", ".join([f"{settings.device} {platform.machine()}", *said])
 
 
 @flow(name="render", description="An engine: keeps a model loaded and renders shards until no work is left.")

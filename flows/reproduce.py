@@ -1,7 +1,7 @@
 """Renders clips of history again and says whether the same comes of it, or by how much not.
 
-The contract: one recipe on one partition of one kind of machine, threads included, gives the same bytes, whenever and
-beside whatever it is rendered. On another partition sums are added up in another order, and pixels differ by rounding.
+The contract: one recipe on one partition of one kind of machine, threads and micro-batch included, gives the same bytes,
+whenever it is rendered. On another partition sums are added up in another order, and pixels differ by rounding.
 
 Of a clip its file is kept, so files are compared. They are written with the metadata of the clip they were first
 rendered for: what is equal is equal to the byte. Where bytes differ, frames are compared as a player decodes them.
@@ -152,7 +152,13 @@ def reproduce(
     results: list[Reproduced] = []
     for (card, partition), group in grouped(jobs):
         progress.say(f"loading {card.name} on {partition}")
-        with Engine(card.path, partition, device=settings.device, threads_per_rank=settings.threads) as engine:
+        with Engine(
+            card.path,
+            partition,
+            device=settings.device,
+            threads_per_rank=settings.threads,
+            micro_batch=settings.micro_batch,
+        ) as engine:
             for job in group:
                 reproduced, row = once_more(job, engine, store, device, progress)
                 if row is not None:
