@@ -1,7 +1,7 @@
 """Renders clips of history again and says whether the same comes of it, or by how much not.
 
-The contract: one recipe on one partition of one kind of machine, threads and micro-batch included, gives the same bytes,
-whenever it is rendered. On another partition sums are added up in another order, and pixels differ by rounding.
+The contract: one recipe on one partition of one kind of machine (threads and micro-batch included) gives the same
+bytes, whenever it is rendered. On another partition sums are added up in another order, and pixels differ by rounding.
 
 Of a clip its file is kept, so files are compared. They are written with the metadata of the clip they were first
 rendered for: what is equal is equal to the byte. Where bytes differ, frames are compared as a player decodes them.
