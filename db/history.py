@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from db.tables import Attempt, AttemptStatus, ClipDirection, ClipMode, ClipStatus, Edge, EdgeKind
+from db.tables import Attempt, AttemptStatus, ClipDirection, ClipMode, ClipStatus, Edge, EdgeKind, Reproduction
 
 COLUMNS: dict[str, tuple[Any, str]] = {
     "request_id": (Text, "the request it belongs to"),
@@ -196,6 +196,22 @@ class AttemptRow:
     finished_at: datetime | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReproductionRow:
+    """The clip rendered once more, and how far that was from what is stored; tables.py says what the values mean."""
+
+    partition: str
+    device: str
+    code_version: str
+    step_cache: float | None
+    sha256: str
+    identical: bool
+    psnr: float | None
+    largest: int
+    seconds: float
+    created_at: datetime
+
+
 @dataclass(frozen=True, slots=True)
 class ClipStory:
     """Everything of one clip."""
@@ -204,6 +220,7 @@ class ClipStory:
     attempts: tuple[AttemptRow, ...]  # in order
     parents: tuple[tuple[str, EdgeKind], ...]  # (clip id, how it was used)
     children: tuple[tuple[str, EdgeKind], ...]
+    reproductions: tuple[ReproductionRow, ...]  # in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +264,10 @@ def show_clip(session: Session, clip_id: str) -> ClipStory | None:
     rows = list(rows_of(session, select(history).where(history.c.clip_id == clip_id)))
     if not rows:
         return None
-    names = [field.name for field in fields(AttemptRow)]
-    tried = select(*(getattr(Attempt, name) for name in names)).where(Attempt.clip_id == clip_id)
+    tried = select(*_columns(Attempt, AttemptRow)).where(Attempt.clip_id == clip_id)
     attempts = session.execute(tried.order_by(Attempt.number)).mappings()
+    compared = select(*_columns(Reproduction, ReproductionRow)).where(Reproduction.clip_id == clip_id)
+    reproductions = session.execute(compared.order_by(Reproduction.id)).mappings()
     parents = session.execute(select(Edge.parent, Edge.kind).where(Edge.child == clip_id).order_by(Edge.parent))
     children = session.execute(select(Edge.child, Edge.kind).where(Edge.parent == clip_id).order_by(Edge.child))
     return ClipStory(
@@ -257,7 +275,12 @@ def show_clip(session: Session, clip_id: str) -> ClipStory | None:
         attempts=tuple(AttemptRow(**row) for row in attempts),
         parents=tuple((row.parent, row.kind) for row in parents),
         children=tuple((row.child, row.kind) for row in children),
+        reproductions=tuple(ReproductionRow(**row) for row in reproductions),
     )
+
+
+def _columns(table: Any, row: type[AttemptRow] | type[ReproductionRow]) -> list[Any]:
+    return [getattr(table, field.name) for field in fields(row)]
 
 
 def rows_of(session: Session, wanted: Select[Any]) -> Iterator[HistoryRow]:

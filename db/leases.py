@@ -366,8 +366,13 @@ def adopted() -> dict[str, Any]:
 
 
 def _clips_to_render(session: Session, shard_id: int) -> list[LeasedClip]:
+    return clips_where(session, (Clip.shard_id == shard_id) & (Clip.status == ClipStatus.QUEUED))
+
+
+def clips_where(session: Session, which: ColumnElement[bool]) -> list[LeasedClip]:
+    """All that is needed to render these clips, in file order."""
     sources = aliased(Artifact), aliased(Artifact)
-    queued = (
+    wanted = (
         select(
             Clip.id.label("clip_id"),
             (Clip.attempts + 1).label("attempt_no"),
@@ -377,11 +382,11 @@ def _clips_to_render(session: Session, shard_id: int) -> list[LeasedClip]:
         )
         .outerjoin(sources[0], sources[0].sha256 == Clip.source)
         .outerjoin(sources[1], sources[1].sha256 == Clip.end_source)
-        .where(Clip.shard_id == shard_id, Clip.status == ClipStatus.QUEUED)
+        .where(which)
         .order_by(Clip.index, Clip.sample)
     )
     clips: list[LeasedClip] = []
-    for *values, source, end_source in session.execute(queued):
+    for *values, source, end_source in session.execute(wanted):
         names = ("clip_id", "attempt_no", "prompt", *_AS_STORED)
         row = dict(zip(names, values, strict=True))
         clips.append(LeasedClip(**row, source=_as_value(source), end_source=_as_value(end_source)))

@@ -95,11 +95,13 @@ class Cost:
         return {stage: float(getattr(self, stage)) for stage in STAGES}
 
 
-def measured_costs(session: Session, model_digest: str, device: str, *, newest: int = 2000) -> list[Cost]:
+def measured_costs(
+    session: Session, model_digest: str, device: str, *, compiled: bool = False, newest: int = 2000
+) -> list[Cost]:
     """The median engine time for each shape and partition, over the newest clips that this model rendered on a device.
 
-    `device`: cpu or cuda. Clips of which a step cache answered some steps took less than their shape does, and are left
-    out.
+    `device`: cpu or cuda; with `compiled` only engines that compile, else only those that do not. Clips of which a step
+    cache answered some steps took less than their shape does, and are left out.
     """
     shape = ("width", "height", "frames", "steps", "guidance", "mode", "strength", "window", "made_frames")
     taken = {stage: func.coalesce(getattr(Attempt, f"{stage}_seconds"), 0.0).label(stage) for stage in STAGES}
@@ -109,7 +111,8 @@ def measured_costs(session: Session, model_digest: str, device: str, *, newest: 
         .join(Attempt, (Attempt.clip_id == Clip.id) & (Attempt.status == AttemptStatus.DONE))
         .join(Engine, Engine.id == Attempt.owner)
         .where(Request.model_digest == model_digest, Clip.status == ClipStatus.DONE, ~Clip.found, Clip.seconds > 0)
-        .where(func.split_part(Engine.device, " ", 1) == device, func.coalesce(Attempt.skipped_steps, 0) == 0)
+        .where(func.split_part(Engine.device, " ", 1) == device, Engine.device.contains("compiled") == compiled)
+        .where(func.coalesce(Attempt.skipped_steps, 0) == 0)
         .order_by(Clip.finished_at.desc())
         .limit(newest)
         .subquery()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 CONTROL_RUNS = 100  # requests that the control pool watches at once
+MOST_PROBLEMS = 20  # lines about clips of which none can be rendered again
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # What a person can mend, by name so that nothing has to be imported to catch it, and the exit code it deserves.
@@ -44,6 +45,7 @@ EXITS = {
     "flows.models.BadName": BAD_INPUT,
     "flows.variants.BadVariant": BAD_INPUT,
     "flows.layout.BadGpus": BAD_INPUT,
+    "flows.reproduce.BadPartition": BAD_INPUT,
     "flows.layout.CannotFit": FAILED,
     "flows.devices.NoDevices": FAILED,
     "flows.models.BrokenModel": FAILED,
@@ -752,8 +754,9 @@ def show(clip: Annotated[str, typer.Argument(help="Clip id.")], format: Format =
     attempts = [asdict(attempt) for attempt in story.attempts]
     parents = [{"clip": parent, "kind": kind} for parent, kind in story.parents]
     children = [{"clip": child, "kind": kind} for child, kind in story.children]
+    again = [asdict(reproduction) for reproduction in story.reproductions]
     if format == "json":
-        show_one({**row, "tries": attempts, "parents": parents, "children": children}, format)
+        show_one({**row, "tries": attempts, "parents": parents, "children": children, "reproduced": again}, format)
         return
     show_one(row, format)
     if format == "csv":
@@ -765,6 +768,9 @@ def show(clip: Annotated[str, typer.Argument(help="Clip id.")], format: Format =
     for title, others in (("Made from", parents), ("Led to", children)):
         if others:
             show_rows(others, ["clip", "kind"], format, title=title)
+    if again:
+        shown = ["created_at", "partition", "device", "code_version", "identical", "psnr", "largest", "seconds"]
+        show_rows(again, shown, format, title="Reproductions")
 
 
 @app.command(rich_help_panel=QUESTIONS)
@@ -821,6 +827,73 @@ def audit(
     counts = f"{audited.rows} rows and {audited.blobs} blobs compared, {hashed}: {len(breaches) or 'no'} breaches"
     typer.echo(counts, err=format != "table")
     raise typer.Exit(FAILED if breaches else DONE)
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def reproduce(
+    clips: Annotated[list[str] | None, typer.Argument(metavar="[CLIP]", help="Ids of done clips.")] = None,
+    request: Annotated[
+        str | None, typer.Option("--request", "-r", help="Of this request (id or name), in place of ids.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="So many clips of the request, drawn at random (default: all).")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Another than it was made on: tp=2, or cfg=2,sp=2.", show_default=False)
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Without the step cache that it was made with: what does that cost?")
+    ] = False,
+    tolerance_db: Annotated[
+        float | None, typer.Option(min=0, help="The lowest PSNR that passes (default: nothing may differ).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The same as --format json.", rich_help_panel="Output")
+    ] = False,
+    format: Format = "table",
+) -> None:
+    """Render clips of history again, with their own settings and model, and say whether the same comes of it.
+
+    On its own partition a clip comes out identical, to the byte. Where it does
+    not, or on another partition, the PSNR over all frames, the largest
+    difference of any value of 255 and the first frame that differs are shown.
+    Every comparison is recorded: `rushes show` lists them, `history` sums up.
+
+    An engine runs here, in the foreground. Exit code 1 if anything differs by
+    more than --tolerance-db, 2 if a clip cannot be rendered again.
+    """
+    if bool(clips) == (request is not None):
+        fail("name either clips or a --request", BAD_INPUT)
+    if sample is not None and request is None:
+        fail("--sample draws from the clips of a --request: name one", BAD_INPUT)
+    settings, format = _settings(), "json" if as_json else format
+    _need(settings.database)
+    from db.reproductions import done_clips
+    from flows.ledgers import ledger, the_request
+    from flows.reproduce import COLUMNS, display, plan, summary
+    from flows.reproduce import reproduce as render_again
+    from flows.show import show_rows
+
+    with ledger(settings) as sessions:
+        if request is not None:
+            with sessions() as session:
+                asked = the_request(session, request)
+                clips = done_clips(session, asked.id, sample)
+            if not clips:
+                fail(f"{asked.id} has no clip that is done: there is nothing to compare with", BAD_INPUT)
+        jobs, problems = plan(settings, sessions, clips or [], partition, exact=exact)
+        for problem in problems[:MOST_PROBLEMS]:
+            typer.echo(f"rushes: {problem}", err=True)
+        if problems:
+            missing = f"{len(problems)} of {_count(len(jobs) + len(problems), 'clip')}"
+            fail(f"{missing} cannot be rendered again: nothing was rendered", BAD_INPUT)
+        with display(len(jobs)) as progress:
+            results = render_again(settings, sessions, jobs, progress)
+    rows = [asdict(each) for each in results]
+    told = [name for name in COLUMNS if format != "table" or any(row[name] not in (None, "") for row in rows)]
+    show_rows(rows, told, format)
+    typer.echo(summary(results), err=format != "table")
+    raise typer.Exit(DONE if all(each.passes(tolerance_db) for each in results) else FAILED)
 
 
 # --- operation -------------------------------------------------------------------------------------------------------

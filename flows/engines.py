@@ -103,7 +103,7 @@ def ensure(
         return None
     _, count = gpus_of(settings)
     used = [run.parameters.get("partition") for run in active] + [engine.partition for engine in by_hand]
-    free = min(count, gpus or count) - sum(plan.partition_in(each).world if each else count for each in used)
+    free = min(count, gpus or count) - sum(Partition.parse(each).world if each else count for each in used)
     short: str | None = None
     for turn, each in enumerate(shards):
         if each.partition is None:  # any engine will do

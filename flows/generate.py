@@ -472,9 +472,8 @@ def cost_model(session: Session, settings: Settings, card: ModelCard) -> plan.Co
     """What clips of this model take, by what they took so far on devices of this kind."""
     network = network_like(card, settings.bytes_each)
     assumed = Rates.of(gpus_of(settings)[0] if settings.gpus else GPUS["cpu" if settings.device == "cpu" else "h100"])
-    measured = watching.measured_costs(session, card.digest, settings.device)
-    alike = [cost for cost in measured if cost.partition.endswith(" compiled") == settings.compile]
-    return plan.CostModel.from_history(alike, network, assumed)
+    measured = watching.measured_costs(session, card.digest, settings.device, compiled=settings.compile)
+    return plan.CostModel.from_history(measured, network, assumed)
 
 
 class Report:

@@ -148,7 +148,7 @@ class CostModel:
         taken: dict[tuple[Shape, Partition], list[Finished]] = {}
         for clip in finished:
             if clip.seconds > 0 and math.isfinite(clip.seconds):
-                taken.setdefault((Shape.of(clip), partition_in(clip.partition)), []).append(clip)
+                taken.setdefault((Shape.of(clip), Partition.parse(clip.partition)), []).append(clip)
         known = {of: median(clip.seconds for clip in clips) for of, clips in taken.items()}
         timed = {
             (shape, partition): Staged(
@@ -165,11 +165,6 @@ class CostModel:
             for each in partitions
         }
         return cls(network=network, rates=rates, of_partition=of_partition, measured=known)
-
-
-def partition_in(recorded: str) -> Partition:
-    """The partition of what the ledger records of an engine, which may say more: `cfg1xsp1xtp2 compiled`."""
-    return Partition.parse(recorded.partition(" ")[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,16 @@ def read_frames(data: bytes, *, width: int, height: int, fps: float, most: int) 
     return np.stack(kept)
 
 
+def every_frame(data: bytes) -> Iterator[Frames]:
+    """All frames as they are, one by one: [H, W, 3]. Raises BadMedia, also after some that could be read."""
+    if (picture := _picture(data)) is not None:
+        yield np.asarray(picture.convert("RGB"), np.uint8)
+        return
+    with open_video(io.BytesIO(data)) as container:
+        for frame in _decode(container):
+            yield np.asarray(upright(frame), np.uint8)
+
+
 def open_video(file: Path | io.BytesIO, formats: Iterable[str] = VIDEOS) -> InputContainer:
     """A file opened as a video, by one of these demuxers. Raises BadMedia."""
     try:

@@ -113,6 +113,18 @@ def test_same_recipe_same_bytes_whatever_the_neighbours(engine: Engine) -> None:
     assert frames(engine, replace(CLIP, negative_prompt="red"))[0] != first
 
 
+@pytest.mark.parametrize("partition", [Partition(), Partition(cfg=2), Partition(sp=2)], ids=str)
+def test_a_new_engine_gives_the_same_bytes_in_another_shard(model: Path, partition: Partition) -> None:
+    """On tp=2 the tests beside this one say so. A clip with given frames goes another way through the ranks."""
+    given = replace(CLIP, clip_id="given", start=np.random.default_rng(0).integers(0, 255, (1, 32, 48, 3), np.uint8))
+    large = replace(CLIP, clip_id="large", width=64, height=64, frames=17, steps=3, solver="euler", guidance=1.0)
+    with Engine(model, partition, log=model / "ranks.log") as engine:
+        first, begun = frames(engine, CLIP, given)
+    assert first != begun
+    with Engine(model, partition, log=model / "ranks.log") as engine:
+        assert frames(engine, large, given, replace(CLIP, clip_id="other", seed=8), CLIP)[1::2] == [begun, first]
+
+
 def test_the_ranks_work_while_the_caller_looks(engine: Engine) -> None:
     clips = engine.render([replace(CLIP, clip_id=f"clip{k}", steps=20) for k in range(3)])
     for _ in range(2):

@@ -130,6 +130,29 @@ def test_show_tells_everything_of_a_clip(made: Made) -> None:
     assert error.startswith("rushes: no clip 'req_000000000000-000000-0' in the ledger")
 
 
+def test_what_cannot_be_reproduced_is_told_before_anything_is_loaded(made: Made) -> None:
+    with made.ledger.begin() as session:
+        queued = f"{opened(session, [new_clip(20)], key='tomorrow')}-000020-0"
+    done, failed, nobody = made.clip(0), made.clip(FAILED), "req_000000000000-000000-0"
+    said = rushes("reproduce", queued, done, failed, nobody, made.clip(6), code=2).splitlines()
+    assert said[0].startswith(f"rushes: clip {queued} is queued, not done")
+    assert said[0].endswith("wait for its request to finish")
+    assert said[1].startswith(
+        f"rushes: clip {done}: its model mini ({MODEL[:12]}) is not known here any more: mini is "
+    )
+    assert said[1].endswith("`rushes models add FOLDER` with its weights makes them known")
+    assert said[2].startswith(f"rushes: clip {failed} is failed, not done") and f"rushes show {failed}" in said[2]
+    assert said[3].startswith(f"rushes: no clip {nobody!r} in the ledger: `rushes history` lists")
+    assert said[4].startswith(f"rushes: clip {made.clip(6)} is rejected, not done")
+    assert said[5:] == ["rushes: 5 of 5 clips cannot be rendered again: nothing was rendered"]
+    assert rushes("reproduce", "-r", "tomorrow", code=2).startswith(f"rushes: {queued[:16]} has no clip that is done")
+    assert "no request 'yesterday'" in rushes("reproduce", "-r", "yesterday", code=2)
+    assert "must look like tp=2 or cfg=2" in rushes("reproduce", done, "--partition", "two", code=2)
+    assert {row["reproductions"] for row in listed("history")} == {0}
+    sample = rushes("reproduce", "-r", "dailies", "--sample", "2", code=2).splitlines()
+    assert sample[2:] == ["rushes: 2 of 2 clips cannot be rendered again: nothing was rendered"]
+
+
 def test_sql_answers_and_cannot_change_anything(made: Made) -> None:
     query = "select status, count(*) as clips from history group by 1 order by 1"
     assert listed("sql", query) == [

@@ -722,6 +722,8 @@ insert into datasets (id, key, name, source, fps, captions)
 values ('set_000000000001', 'k', 'n', 'file:///v', 8, 'files');
 insert into dataset_clips (dataset_id, index, file, sha256, start, width, height, frames, caption)
 values ('set_000000000001', 0, 'a.mp4', '{digest("a")}', 0, 64, 48, 5, 'a ball');
+insert into reproductions (clip_id, partition, device, code_version, sha256, identical, largest, seconds)
+values ('clip-0', 'p', 'cpu', '1', '{digest("a")}', true, 0, 1.0);
 insert into rewrites (key, rewriter, prompt, moving, rewritten)
 values ('{digest("w")}', 'r', 'a crimson ball', true, 'a red ball');
 """
@@ -795,6 +797,9 @@ REFUSED = {
     "ck_dataset_clips_sha256": "update dataset_clips set sha256 = 'short'",
     "ck_dataset_clips_shape": "update dataset_clips set frames = 0",
     "ck_shards_predicted": "update shards set predicted_seconds = 0",
+    "fk_reproductions_clip_id": "update reproductions set clip_id = 'unknown'",
+    "ck_reproductions_sha256": "update reproductions set sha256 = 'short'",
+    "ck_reproductions_drift": "update reproductions set largest = 1",
     "ck_rewrites_key": "update rewrites set key = 'short'",
     "ck_rewrites_rewritten": "update rewrites set rewritten = ''",
 }

@@ -184,6 +184,9 @@ def test_every_error_of_a_file_is_told_and_nothing_is_submitted(home: Path) -> N
         (["history", "--since", "yesterday"], "rushes: --since 'yesterday' must be a number and s, m, h, d or w"),
         (["history", "--columns", "statsu"], "rushes: --columns: no column 'statsu' in history: did you mean status?"),
         (["sql", " "], "rushes: the query is empty"),
+        (["reproduce"], "rushes: name either clips or a --request"),
+        (["reproduce", "req_0-000000-0", "--request", "mine"], "rushes: name either clips or a --request"),
+        (["reproduce", "req_0-000000-0", "--sample", "3"], "rushes: --sample draws from the clips of a --request"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_lines_without_a_traceback(home: Path, arguments: list[str], message: str) -> None:
