@@ -19,8 +19,8 @@ demo: $(VENV)/.set-up   ## set up, start the stack, render examples/prompts.json
 eval: $(VENV)/.set-up   ## set up, measure what mini can do, print the tables (ARGS='--prompts 64 --modes 0')
 	@$(BIN)/rushes eval $(ARGS)
 
-bench: $(VENV)/.set-up  ## set up, measure the engine beside diffusers, print the tables (ARGS='step')
-	@$(BIN)/python -m model.bench $(ARGS)
+bench: $(VENV)/.set-up  ## set up, measure engine, platform and planner, print the tables (ARGS='step')
+	@$(BIN)/python -m flows.bench $(ARGS)
 
 up: $(VENV)/.set-up     ## start the local stack (or mend it)
 	@$(BIN)/rushes up

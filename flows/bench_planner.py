@@ -1,4 +1,4 @@
-"""Measures whether mini takes as long as is predicted, and prints Markdown: `python -m flows.bench_planner`.
+"""Measures whether mini takes as long as is predicted, and prints Markdown (`make bench`).
 
 An engine renders a few shapes, the cost model learns from them as it does from history, and then predicts shapes that
 it has never seen, of other sizes, lengths, steps and guidance, which are rendered too. `paper` renders nothing: it
@@ -7,7 +7,6 @@ prints what the planner assumes of GPUs that nobody has measured.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -157,17 +156,3 @@ def paper(kind: str = "h200", steps: int = 50) -> Iterator[str]:
 
 
 BENCHES = {"accuracy": accuracy, "paper": paper}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.bench_planner", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("which", nargs="*", choices=[*BENCHES, []], help="which (default: all)")
-    for name in parser.parse_args().which or BENCHES:
-        print(f"### {(BENCHES[name].__doc__ or name).splitlines()[0]}\n")
-        for line in BENCHES[name]():
-            print(line, flush=True)
-        print()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Measures the engine on this machine, and prints Markdown: `python -m model.bench`, or `make bench`.
+"""Measures the engine on this machine, and prints Markdown: `python -m model.bench`. `make bench` runs more than these.
 
 What is compared is run side by side in one go, since machines and their moods differ.
 """
@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -202,14 +202,19 @@ def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
 BENCHES = {"loading": loading, "step": step, "clips": clips, "gpu": gpu}
 
 
+def show(benches: Mapping[str, Callable[[], Iterator[str]]], which: Sequence[str] = ()) -> None:
+    """Runs some of them, by default all, and prints what they say under what they are."""
+    for name in which or benches:
+        print(f"### {(benches[name].__doc__ or name).splitlines()[0]}\n")
+        for line in benches[name]():
+            print(line, flush=True)
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("which", nargs="*", choices=[*BENCHES, []], help="which (default: all)")
-    for name in parser.parse_args().which or BENCHES:
-        print(f"### {(BENCHES[name].__doc__ or name).splitlines()[0]}\n")
-        for line in BENCHES[name]():
-            print(line, flush=True)
-        print()
+    show(BENCHES, parser.parse_args().which)
 
 
 if __name__ == "__main__":
