@@ -133,8 +133,9 @@ class Batch:
     def step(self) -> dict[int, Tensor]:
         """Every clip takes one step. Returns the latents [C, T, H, W] of those that arrived; they have left."""
         arrived: dict[int, Tensor] = {}
+        experts = [int(seat.now < self.boundary) for seat in self.taken]
         for expert in range(len(self.experts)):
-            places = [k for k, seat in enumerate(self.taken) if (seat.now < self.boundary) == bool(expert)]
+            places = [place for place, its in enumerate(experts) if its == expert]
             for place, velocity in zip(places, self._velocities(expert, places), strict=True):
                 seat = self.taken[place]
                 if (latents := seat.move(velocity)) is not None:
@@ -152,7 +153,12 @@ class Batch:
         filled = [*places, *[places[0]] * (rows - len(places))]  # whatever is there: nobody looks at the result
         x = torch.stack([self.taken[place].x for place in filled])
         times = torch.tensor([self.taken[place].times for place in filled], device=self.device)
-        conditional, *others = self._ask(expert, x, times, _rows_of(self.words[expert], filled), chosen[0].kind.guided)
+        words, first = _rows_of(self.words[expert], filled), chosen[0]
+
+        def predict(x: Tensor, times: Tensor) -> tuple[Tensor, ...]:
+            return self._ask(expert, x, times, words, first.kind.guided)
+
+        conditional, *others = (first.cache.over(self.experts[expert], predict) if first.cache else predict)(x, times)
         if not others:
             return list(conditional[: len(places)])
         return [guide(yes, no, seat.guidance) for yes, no, seat in zip(conditional, others[0], chosen, strict=False)]

@@ -208,7 +208,7 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
     assert row.status == ClipStatus.QUEUED
 
 
-def test_what_a_step_cache_skipped_is_kept_and_its_clip_foretells_no_other(ledger: Ledger) -> None:
+def test_what_a_step_cache_skipped_is_kept(ledger: Ledger) -> None:
     clips = [new_clip(index, step_cache=cache) for index, cache in enumerate((0.2, 1.0, None))]
     with ledger.begin() as session:
         request = opened(session, clips)
@@ -219,9 +219,7 @@ def test_what_a_step_cache_skipped_is_kept_and_its_clip_foretells_no_other(ledge
             took = {"seconds": {"denoise": float(spent)}, "skipped_steps": skipped}
             assert record_clip(session, lease, clip.clip_id, artifact=artifact_of(clip.clip_id), **took)
         rows = sorted(clips_of(session, request), key=lambda row: row.index)
-        (cost,) = measured_costs(session, MODEL)
     assert [(row.step_cache, row.skipped_steps) for row in rows] == [(0.2, 0), (1.0, 2), (None, None)]
-    assert cost.seconds == 3.0
 
 
 def test_a_rejected_line_is_kept_and_never_planned(ledger: Ledger) -> None:
