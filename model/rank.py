@@ -103,9 +103,9 @@ class Job:
         """Of all windows."""
         return len(self.plan) * (len(self.times) - 1)
 
-    def spent(self, stage: str, began: float, share: int = 1) -> None:
-        """Since `began` (unix seconds) it was in this stage, one of so many clips."""
-        now = time.time()
+    def spent(self, stage: str, began: float, now: float | None = None, share: int = 1) -> None:
+        """From `began` to `now` (unix seconds) it was in this stage, one of so many clips."""
+        now = now or time.time()
         self.seconds[stage] += (now - began) / share
         if self.spans and self.spans[-1][0] == stage:  # many steps, one span
             began = self.spans.pop()[1]
@@ -385,12 +385,13 @@ class Rank:
         arrived = self.batch.step()
         if self.device == "cuda":
             torch.cuda.current_stream().synchronize()  # or the queue of steps would run ahead of a cancellation
+        ended = time.time()
         for job in going:
             job.step += 1
-            job.spent("denoise", began, len(going))
+            job.spent("denoise", began, ended, len(going))
         if self.rank == 0:
             steps = [(job.number, job.step, job.steps) for job in going]
-            self.wire.send({"type": "steps", "steps": steps, "time": time.time()})
+            self.wire.send({"type": "steps", "steps": steps, "time": ended})
         for job in going:
             if (latents := arrived.get(job.number)) is None:
                 continue
