@@ -4,8 +4,8 @@ All ranks get the same clips in the same order and take every denoising step in 
 in one small message which clips take part, so that all let the same ones join and leave. Beside the transformer's own
 collectives there is one more: a clip that joins brings its prompts and the latents it begins with, from rank 0.
 
-What is not denoising is done by a thread of its own while the steps go on (`Side`): rank 0 encodes prompts and given
-frames there; all ranks decode there, each some rows of the picture (`model.rows`), over a process group of their own.
+Rank 0 encodes prompts and given frames; all ranks decode, each some rows of the picture (`model.rows`). An engine of
+one GPU does that in a thread of its own while steps go on (`Side`), others between two steps.
 Whatever goes wrong with one clip is said of that clip. All else is reported and ends the process; the parent then ends
 the others.
 """
@@ -20,7 +20,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,7 +36,6 @@ from model.weights import SECOND, TRANSFORMER
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from model.batch import Kind
     from model.stepcache import StepCache
@@ -113,33 +112,28 @@ class Job:
 
 
 class Side:
-    """A thread that does one thing after the other. What it raises ends the process."""
+    """A thread that does one thing after the other, on a GPU's stream of its own. What it raises ends the process."""
 
-    def __init__(self, fatal: Callable[[BaseException, Sequence[str]], None], device: str) -> None:
-        self.work: queue.Queue[tuple[Callable[[], None], str]] = queue.Queue()
-        self.fatal, self.device = fatal, device
+    def __init__(self, fatal: Callable[[BaseException, Sequence[str]], None]) -> None:
+        self.work: queue.SimpleQueue[tuple[Callable[[], None], str]] = queue.SimpleQueue()
+        self.fatal = fatal
         threading.Thread(target=self._run, name="side", daemon=True).start()
 
     def do(self, work: Callable[[], None], clip_id: str) -> None:
         """Something for this clip."""
         self.work.put((work, clip_id))
 
-    def wait(self) -> None:
-        """Until all is done."""
-        self.work.join()
-
     def _run(self) -> None:
         import torch
 
         torch.set_grad_enabled(False)  # which every thread must say for itself
-        with torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else nullcontext():
+        with torch.cuda.stream(torch.cuda.Stream()):
             while True:
                 work, clip_id = self.work.get()
                 try:
                     work()
                 except BaseException as problem:
                     self.fatal(problem, [clip_id])
-                self.work.task_done()
 
 
 def main() -> None:
@@ -187,7 +181,6 @@ class Rank:
         """Imports, joins the group, loads this rank's part, tests it and tells the parent."""
         started = time.perf_counter()
         import torch
-        import torch.distributed as dist
 
         from model import partition
         from model.batch import Batch
@@ -214,7 +207,6 @@ class Rank:
 
         partition.connect(self.rank, self.world, settings["port"], self.device, settings["listener"])
         groups = partition.groups_of(divided, self.device)
-        beside: Any = dist.new_group() if self.world > 1 else None  # of the side thread: two threads, two orders
         lap("connect")
         boundary: float | None = settings["boundary"]
         parts = [TRANSFORMER] if boundary is None else [TRANSFORMER, SECOND]
@@ -229,7 +221,7 @@ class Rank:
                 compile_blocks(dit)
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
         self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
-        self.decoder = DividedDecoder(self.vae, self.rank, self.world, beside)
+        self.decoder = DividedDecoder(self.vae, self.rank, self.world)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
@@ -237,13 +229,11 @@ class Rank:
             for dit, part in zip(experts, parts, strict=True)
         ]
         lap("self_test")
-        self.peak = Peak(self.device, beside)
+        self.peak = Peak(self.device, self.world)
         self.batch = Batch(experts, seats=settings["micro_batch"], boundary=boundary, groups=groups)
         self.jobs: dict[int, Job] = {}  # of rank 0: all that are not done; of the others: those under way
         self.ready: deque[Job] = deque()  # of rank 0: may begin to be denoised
-        self.side = Side(fatal, self.device)
-        # Two threads with two communicators on one GPU could wait for each other: there decoding comes between steps.
-        self.by_turns = self.device == "cuda" and self.world > 1
+        self.side = Side(fatal) if self.device == "cuda" and self.world == 1 else None
         info = {
             "rank": self.rank,
             "pid": os.getpid(),
@@ -301,7 +291,7 @@ class Rank:
         number = message["job"]
         if message["type"] == "render":
             self.jobs[number] = Job(number, clip_in(message), message["slot"])
-            self.side.do(partial(self._prepare, self.jobs[number]), self.jobs[number].spec.clip_id)
+            self._beside(partial(self._prepare, self.jobs[number]), self.jobs[number].spec.clip_id)
         elif message["type"] == "ready":
             job = self.jobs[number]
             if job.window:  # it has waited its turn
@@ -397,12 +387,21 @@ class Rank:
                 continue
             job.skipped += job.cache.skipped if job.cache else 0
             if bool(latents.isfinite().all()):
-                self.side.do(partial(self._decode, job, job.window, latents), job.spec.clip_id)
+                self._beside(partial(self._decode, job, job.window, latents), job.spec.clip_id)
             elif self.rank == 0:
                 guidance = job.spec.guidance
                 self._end(job, "failed", f"the model computed latents that are not finite (guidance={guidance})")
-        if self.by_turns:
-            self.side.wait()
+
+    def _beside(self, work: Callable[[], None], clip_id: str) -> None:
+        """Does something for a clip while steps go on, where that pays, else now.
+
+        On one GPU it does. On several, two threads with two communicators could wait for each other. On a CPU the
+        threads of two parallel regions fight for the same cores: mini took 1.26 seconds a clip in place of 0.63.
+        """
+        if self.side is not None:
+            self.side.do(work, clip_id)
+        else:
+            work()
 
     def _end(self, job: Job, how: str, reason: str = "") -> None:
         """Rank 0: there will be no frames of this clip."""
@@ -410,7 +409,7 @@ class Rank:
         del self.jobs[job.number]
 
     def _prepare(self, job: Job) -> None:
-        """Rank 0, beside the steps: prompts are encoded, and what the clip begins with."""
+        """Rank 0: prompts are encoded, and what the clip begins with."""
         import torch
 
         began, spec = time.time(), job.spec
@@ -448,7 +447,7 @@ class Rank:
         self.inbox.messages.put({"type": "ready", "job": job.number})
 
     def _decode(self, job: Job, number: int, latents: Tensor) -> None:
-        """Beside the steps: latents [C, T, H, W] become frames, on rank 0. All ranks have the same latents."""
+        """Latents [C, T, H, W] become frames, on rank 0. All ranks have the same latents."""
         began, window, spec = time.time(), job.plan[number], job.spec
         pixels = self.decoder.decode(latents[None])
         peak = self.peak()
@@ -505,16 +504,16 @@ class Rank:
 class Peak:
     """The most memory that any rank has had, in bytes: allocated on its GPU, else resident."""
 
-    def __init__(self, device: str, group: ProcessGroup | None) -> None:
-        self.device, self.group = device, group
+    def __init__(self, device: str, world: int) -> None:
+        self.device, self.world = device, world
 
     def __call__(self) -> int:
         import torch
         import torch.distributed as dist
 
         most = torch.tensor(torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_peak())
-        if self.group is not None:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        if self.world > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
 
 

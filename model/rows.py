@@ -19,20 +19,15 @@ from torch import Tensor, nn
 from model.vae import to_pixels
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from model.conditioning import Frames
     from model.vae import VAE, WanVAE
 
 
 class DividedDecoder:
-    """The decoder of `vae` on rank `rank` of `world`. It changes the network: `vae.decode` alone is no longer right.
+    """The decoder of `vae` on rank `rank` of `world`. It changes the network: `vae.decode` alone is no longer right."""
 
-    group: of all ranks; a thread beside others needs one of its own.
-    """
-
-    def __init__(self, vae: VAE | WanVAE, rank: int, world: int, group: ProcessGroup | None = None) -> None:
-        self.vae, self.rank, self.world, self.group = vae, rank, world, group
+    def __init__(self, vae: VAE | WanVAE, rank: int, world: int) -> None:
+        self.vae, self.rank, self.world = vae, rank, world
         self.shares: list[int] = []  # latent rows of each rank while they decode together
         if world == 1:
             return
@@ -77,17 +72,14 @@ class DividedDecoder:
         above, below = (x.new_zeros(*x.shape[:-2], reach, x.shape[-1]) for _ in range(2))
         steps: list[dist.P2POp] = []
         if self.shares and self.rank > 0:
-            steps.append(self._op(dist.isend, x[..., :reach, :].contiguous(), self.rank - 1))
-            steps.append(self._op(dist.irecv, above, self.rank - 1))
+            steps.append(dist.P2POp(dist.isend, x[..., :reach, :].contiguous(), self.rank - 1))
+            steps.append(dist.P2POp(dist.irecv, above, self.rank - 1))
         if self.shares and self.rank < self.world - 1:
-            steps.append(self._op(dist.isend, x[..., -reach:, :].contiguous(), self.rank + 1))
-            steps.append(self._op(dist.irecv, below, self.rank + 1))
+            steps.append(dist.P2POp(dist.isend, x[..., -reach:, :].contiguous(), self.rank + 1))
+            steps.append(dist.P2POp(dist.irecv, below, self.rank + 1))
         for step in dist.batch_isend_irecv(steps) if steps else ():
             step.wait()
         return torch.cat((above, x, below), -2)
-
-    def _op(self, what: Any, rows: Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(what, rows, peer, group=self.group)
 
     def _before_attention(self, _: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
         return (self._all_rows(given[0]),)
@@ -103,7 +95,7 @@ class DividedDecoder:
         padded = x.new_zeros(*x.shape[:-2], scale * most, x.shape[-1])
         padded[..., : x.shape[-2], :] = x
         parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded, group=self.group)
+        dist.all_gather(parts, padded)
         return torch.cat([part[..., : scale * rows, :] for part, rows in zip(parts, self.shares, strict=True)], -2)
 
     def _own_rows(self, x: Tensor) -> Tensor:
@@ -115,11 +107,11 @@ class DividedDecoder:
     def _gathered(self, mine: Frames) -> Frames | None:
         """[T, h, W, 3] of every rank -> [T, H, W, 3] on rank 0."""
         if self.rank > 0:
-            dist.send(torch.from_numpy(mine), 0, group=self.group)
+            dist.send(torch.from_numpy(mine), 0)
             return None
         parts, scale = [mine], mine.shape[1] // self.shares[0]
         for rank in range(1, self.world):
             part = torch.empty(len(mine), scale * self.shares[rank], *mine.shape[2:], dtype=torch.uint8)
-            dist.recv(part, rank, group=self.group)
+            dist.recv(part, rank)
             parts.append(part.numpy())
         return np.concatenate(parts, 1)
