@@ -139,8 +139,9 @@ def spec_of(model: ModelCard, prompt: str, seed: int, steps: int | None, overlap
 
 
 def _render(engine: Engine, specs: Sequence[ClipSpec]) -> list[Frames]:
-    made = {clip.clip_id: clip.frames for clip in engine.render(specs)}
-    return [made[spec.clip_id] for spec in specs]
+    numbered = [replace(spec, clip_id=str(k)) for k, spec in enumerate(specs)]  # they are done in any order
+    made = {clip.clip_id: clip.frames for clip in engine.render(numbered)}
+    return [made[spec.clip_id] for spec in numbered]
 
 
 def _kept(
