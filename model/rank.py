@@ -418,7 +418,11 @@ class Rank:
             job.text = torch.stack([self._encode(spec.prompt), self._encode(spec.negative_prompt)])
             job.spent("text", began)
             job.canvas = Canvas(spec.given, *given_frames(spec), self.frame_step)
-            self._begin(job)
+            if job.plan:
+                self._begin(job)
+            else:  # all its frames are given
+                self.wire.send({"type": "begin", "job": job.number, "time": time.time()})
+                self._finish(job, self.peak.own())
         except Exception as problem:
             if out_of_memory(problem):
                 raise
@@ -464,11 +468,16 @@ class Rank:
         elif job.window < len(job.plan):
             self._begin(job)
         else:
-            began = time.time()
-            self._write(job.slot, job.canvas.frames[0])
-            job.spent("decode", began)
-            skipped = None if job.cache is None else job.skipped
-            self._over(job, "done", seconds=job.seconds, spans=job.spans, peak_bytes=peak, skipped=skipped)
+            self._finish(job, peak)
+
+    def _finish(self, job: Job, peak: int) -> None:
+        """Rank 0: all frames of a clip are there."""
+        began = time.time()
+        assert job.canvas is not None
+        self._write(job.slot, job.canvas.frames[0])
+        job.spent("decode", began)
+        skipped = None if job.cache is None else job.skipped
+        self._over(job, "done", seconds=job.seconds, spans=job.spans, peak_bytes=peak, skipped=skipped)
 
     def _over(self, job: Job, how: str, **said: Any) -> None:
         """The side thread's last word on a clip."""
@@ -507,11 +516,17 @@ class Peak:
     def __init__(self, device: str, world: int) -> None:
         self.device, self.world = device, world
 
+    def own(self) -> int:
+        """Of this rank alone."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_peak()
+
     def __call__(self) -> int:
         import torch
         import torch.distributed as dist
 
-        most = torch.tensor(torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_peak())
+        most = torch.tensor(self.own())
         if self.world > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
