@@ -32,6 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from db.reproductions import Comparison
 from db.tables import Attempt, AttemptStatus, ClipDirection, ClipMode, ClipStatus, Edge, EdgeKind, Reproduction
 
 COLUMNS: dict[str, tuple[Any, str]] = {
@@ -197,18 +198,7 @@ class AttemptRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReproductionRow:
-    """The clip rendered once more, and how far that was from what is stored; tables.py says what the values mean."""
-
-    partition: str
-    device: str
-    code_version: str
-    step_cache: float | None
-    sha256: str
-    identical: bool
-    psnr: float | None
-    largest: int
-    seconds: float
+class ReproductionRow(Comparison):
     created_at: datetime
 
 

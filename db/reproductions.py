@@ -35,10 +35,9 @@ class Original:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewReproduction:
-    """One comparison; tables.py says what the values mean."""
+class Comparison:
+    """How a clip was rendered once more, and how far that was from what is stored; tables.py says what values mean."""
 
-    clip_id: str
     partition: str
     device: str
     code_version: str
@@ -48,6 +47,11 @@ class NewReproduction:
     psnr: float | None
     largest: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewReproduction(Comparison):
+    clip_id: str
 
 
 def original(session: Session, clip_id: str) -> Original:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.models import partition_for
+from flows.render import engine_of
 from flows.settings import Settings, load_settings
 from model.encode import encode_mp4
-from model.engine import ClipSpec, Engine
+from model.engine import ClipSpec
 from model.score_modes import spec_of
 from model.weights import ModelCard, find_model
 
@@ -72,15 +73,7 @@ def overhead(clips: int = 200, steps: int | None = None) -> Iterator[str]:
 def bare(settings: Settings, card: ModelCard, specs: Sequence[ClipSpec], folder: Path) -> Taken:
     """The loop: every clip is rendered, encoded and written."""
     stages: dict[str, float] = dict.fromkeys(("text", "denoise", "decode", "encode", "put"), 0.0)
-    with Engine(
-        card.path,
-        partition_for(settings, card),
-        device=settings.device,
-        threads_per_rank=settings.threads,
-        micro_batch=settings.micro_batch,
-        compile=settings.compile,
-        cache=settings.compiled,
-    ) as engine:
+    with engine_of(settings, card, partition_for(settings, card)) as engine:
         list(engine.render([replace(specs[0], steps=1)]))  # started and warm
         began = 0.0
         for clip in engine.render(specs):

@@ -14,10 +14,9 @@ from statistics import median
 from typing import NamedTuple
 
 from flows.layout import GPUS, RELEASES, Rates, Work, best_layout, partition_of
-from flows.models import network_of
+from flows.models import gpu_of, network_of, partition_for
 from flows.plan import CostModel, Shape
 from flows.settings import Settings, load_settings
-from model.config import Partition
 from model.config import Shape as Size
 from model.encode import encode_mp4, encode_png
 from model.engine import ClipSpec, Engine
@@ -79,12 +78,12 @@ class Timed:
 def accuracy(settings: Settings | None = None, rounds: int = 5) -> Iterator[str]:
     """Predicted and actual engine seconds of mini: shapes that the cost model learnt from, and shapes it never saw."""
     settings = settings or load_settings()
-    card, partition = find_model("mini"), Partition.parse(settings.partition)
+    card = find_model("mini")
+    partition = partition_for(settings, card)
     with Engine(card.path, partition, device=settings.device, threads_per_rank=settings.threads) as engine:
         clips = list(rendered(engine, card, [*FITTED, *UNSEEN], rounds))
     learnt = [clip for clip in clips if asked(clip) in FITTED]
-    network = network_of(card, 4 if settings.device == "cpu" else 2)
-    cost = CostModel.from_history(learnt, network, Rates.of(GPUS["cpu" if settings.device == "cpu" else "h100"]))
+    cost = CostModel.from_history(learnt, network_of(card, settings.bytes_each), Rates.of(gpu_of(settings)))
     yield f"mini on {partition}, {settings.device}, {settings.threads} threads a rank, medians of {rounds} clips.\n"
     yield "| shape | seen before | predicted, s | actual, s | error |"
     yield "|---|---|---|---|---|"

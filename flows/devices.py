@@ -10,7 +10,8 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+
+from flows.locks import locked
 
 FOLDER = "devices"  # in the home folder
 POLL = 1.0  # seconds between two looks for free ones
@@ -47,7 +48,7 @@ def _take(folder: Path, total: int, wanted: int) -> tuple[tuple[int, ...], ExitS
         with ExitStack() as held:
             for number in range(total):
                 file = (folder / str(number)).open("a")
-                if len(numbers) < wanted and _locked(file):
+                if len(numbers) < wanted and locked(file):
                     held.enter_context(file)
                     numbers.append(number)
                 else:
@@ -55,11 +56,3 @@ def _take(folder: Path, total: int, wanted: int) -> tuple[tuple[int, ...], ExitS
             if len(numbers) == wanted:
                 return tuple(numbers), held.pop_all()
     return None
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,11 +23,11 @@ from flows.layout import (
     partition_of,
 )
 from flows.models import card_of, network_of
+from flows.plan import Shape
 from flows.prompts import Prompt, open_file, read_prompts
 from flows.request import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat
 from flows.settings import Settings
 from flows.submit import looking
-from model.config import Shape
 from model.weights import WAN, WAN_EXPERTS, WAN_TI2V, ModelCard, ModelNotFound
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"wan-5b": WAN_TI2V, "wan-a14b": WAN_EXPERTS}
@@ -100,13 +99,17 @@ def forecast(
 def _work(line: Prompt) -> Work:
     """What a clip of this line costs."""
     made = line.conditions
-    return Work(
-        size=Shape(line.width, line.height, line.frames),
-        steps=math.ceil(line.steps * (made.strength or 1.0)),
-        guided=line.guidance != 1,
+    shape = Shape(
+        line.width,
+        line.height,
+        line.frames,
+        line.steps,
+        line.guidance != 1,
+        strength=made.strength or 1.0,
         made=made.made_frames or 0,
         window=made.window or 0,
     )
+    return shape.work
 
 
 def _model(settings: Settings, name: str) -> tuple[ModelCard, Network]:

@@ -44,9 +44,9 @@ from db import leases, ledger, watching
 from db.ledger import NewClip, NewRequest, Progress
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus
 from flows import engines, plan
-from flows.layout import GPUS, CannotFit, Rates, Work, best_layout
+from flows.layout import CannotFit, Rates, Work, best_layout
 from flows.ledgers import ledger as ledger_of
-from flows.models import BrokenModel, card_of, gpus_of, network_like, network_of
+from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of
 from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
@@ -471,9 +471,8 @@ class Planner:
 def cost_model(session: Session, settings: Settings, card: ModelCard) -> plan.CostModel:
     """What clips of this model take, by what they took so far on devices of this kind."""
     network = network_like(card, settings.bytes_each)
-    assumed = Rates.of(gpus_of(settings)[0] if settings.gpus else GPUS["cpu" if settings.device == "cpu" else "h100"])
     measured = watching.measured_costs(session, card.digest, settings.device, compiled=settings.compile)
-    return plan.CostModel.from_history(measured, network, assumed)
+    return plan.CostModel.from_history(measured, network, Rates.of(gpu_of(settings)))
 
 
 class Report:

@@ -81,12 +81,8 @@ class Network:
         return frames * math.ceil(size.height / rows) * math.ceil(size.width / columns)
 
     def operations(self, size: Size) -> float:
-        """Floating point operations of one pass: two for every weight a token meets, four for every pair it attends."""
-        tokens, width, layers = self.tokens(size), self.dit.width, self.dit.layers
-        of_tokens = 2 * tokens * (6 * width**2 + 2 * width * self.dit.ffn_dim)
-        of_text = 2 * self.text_tokens * 2 * width**2
-        pairs = 4 * width * tokens * (tokens + self.text_tokens)
-        return float(layers * (of_tokens + of_text + pairs))
+        """Floating point operations of one pass."""
+        return float(self.dit.operations(self.tokens(size), self.text_tokens))
 
     @property
     def weights(self) -> int:

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from flows.locks import locked
+
 _used: dict[Path, TextIO] = {}  # by this process: locks that go with it
 
 
@@ -52,10 +54,7 @@ def _delete(folder: Path) -> bool:
     """Deletes a model, or what was fetched of one, unless somebody needs it. Nobody ever sees half of it."""
     with ExitStack() as locks:
         for name in ("use", "lock"):
-            held = locks.enter_context(_beside(folder, name).open("a"))
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not locked(locks.enter_context(_beside(folder, name).open("a"))):
                 return False
         part = _beside(folder, "part")  # what is left of it after a crash looks like a fetch that was killed
         shutil.rmtree(part, ignore_errors=True)

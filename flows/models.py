@@ -240,6 +240,11 @@ def gpus_of(settings: Settings) -> tuple[Gpu, int]:
     return GPUS[kind], count
 
 
+def gpu_of(settings: Settings) -> Gpu:
+    """What one rank runs on, as far as the settings say."""
+    return gpus_of(settings)[0] if settings.gpus else GPUS["cpu" if settings.device == "cpu" else "h100"]
+
+
 def as_row(row: ModelRow) -> dict[str, Any]:
     """A line of the list of models; what nobody has added has neither parameters nor bytes."""
     files, trained = row.card.get(FILES), row.card.get("trained", ())

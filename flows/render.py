@@ -133,16 +133,7 @@ def run_engine(
     work = work or (lambda shard: shard.run())
     with ledger_of(settings) as ledgers, devices_of(settings, partition) as gpus:
         register(ledgers, settings, card, partition, owner, flow_run_id)
-        engine = Engine(
-            card.path,
-            partition,
-            device=settings.device,
-            threads_per_rank=settings.threads,
-            micro_batch=settings.micro_batch,
-            compile=settings.compile,
-            cache=settings.compiled,
-            gpus=gpus,
-        )
+        engine = engine_of(settings, card, partition, gpus)
         crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)
         try:
             with Heart(ledgers, owner):
@@ -155,6 +146,20 @@ def run_engine(
                 ledger.close_engine(session, owner)
     done.alive = time.monotonic() - born
     return done
+
+
+def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: tuple[int, ...] | None = None) -> Engine:
+    """An engine as the settings want it, not started. `gpus`: the numbers of those that its ranks may use."""
+    return Engine(
+        card.path,
+        partition,
+        device=settings.device,
+        threads_per_rank=settings.threads,
+        micro_batch=settings.micro_batch,
+        compile=settings.compile,
+        cache=settings.compiled,
+        gpus=gpus,
+    )
 
 
 def devices_of(settings: Settings, partition: Partition) -> AbstractContextManager[tuple[int, ...] | None]:

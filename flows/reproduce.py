@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.leases import NewArtifact
 from db.reproductions import NewReproduction, NoOriginal, Original, add_reproduction, original
 from flows.models import resolve
-from flows.render import WrongDigest, as_file, code_version, machine, proven, spec_of
+from flows.render import WrongDigest, as_file, code_version, engine_of, machine, proven, spec_of
 from flows.settings import Settings
 from flows.show import console, printable
 from infra.store import NoSuchKey, Store
@@ -165,15 +165,7 @@ def reproduce(
     results: list[Reproduced] = []
     for (card, partition), group in grouped(jobs):
         progress.say(f"loading {card.name} on {partition}")
-        with Engine(
-            card.path,
-            partition,
-            device=settings.device,
-            threads_per_rank=settings.threads,
-            micro_batch=settings.micro_batch,
-            compile=settings.compile,
-            cache=settings.compiled,
-        ) as engine:
+        with engine_of(settings, card, partition) as engine:
             for job in group:
                 reproduced, row = once_more(job, engine, store, device, progress)
                 if row is not None:

@@ -9,7 +9,6 @@ training is asked for again. The last act is a row in `models`, with digest, rec
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import json
 import subprocess
@@ -44,6 +43,7 @@ from db.tables import CaptionOrigin
 from flows.datasets import cuts_of, find_dataset, source_of
 from flows.evaluation import EVALUATION, JUDGE, figures_of, measuring
 from flows.ledgers import ledger as ledger_of
+from flows.locks import locked
 from flows.settings import Settings, WrongSetting, load_settings
 from infra.tracing import flush, setup_tracing
 from model.data import BUCKETS, LIST, BadData, Bucket, save_list
@@ -162,10 +162,8 @@ def alone(work: Path) -> Generator[None]:
     """Raises AtWork when another process holds the folder. The lock goes with the process, however it ends."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AtWork(f"another run trains in {work}") from None
+        if not locked(lock):
+            raise AtWork(f"another run trains in {work}")
         yield
 
 

@@ -19,6 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from model.conditioning import stand_still, times_of
 from model.diffusion import Walk, guide
 from model.dit import DiT
 from model.layers import Heard
@@ -39,6 +40,11 @@ class Kind:
     held: bool  # some latent frames are known: a time for each
     alone: int | None = None  # the number of a clip beside which none may sit: it has a step cache
 
+    @classmethod
+    def of(cls, x: Tensor, guidance: float, known: Sequence[bool], alone: int | None) -> Kind:
+        """That of a clip with latents x [C, T, H, W], of whose frames these are known."""
+        return cls(tuple(x.shape), guidance != 1, any(known), alone)
+
 
 @dataclass(slots=True)
 class Seat:
@@ -55,19 +61,17 @@ class Seat:
     @property
     def kind(self) -> Kind:
         alone = None if self.cache is None else self.number
-        return Kind(tuple(self.x.shape), self.guidance != 1, any(self.known), alone)
+        return Kind.of(self.x, self.guidance, self.known, alone)
 
     @property
     def times(self) -> list[float]:
         """What its tokens are told: one time, or one for each latent frame where some are known."""
-        return [0.0 if known else self.now for known in self.known] if any(self.known) else [self.now]
+        return times_of(self.now, self.known)
 
     def move(self, velocity: Tensor) -> Tensor | None:
         """Takes the step; returns the latents if that was the last one."""
-        if any(self.known):
-            velocity = velocity.masked_fill(velocity.new_tensor(self.known).bool()[:, None, None], 0.0)
         try:
-            self.x, self.now = self.walk.send(velocity)
+            self.x, self.now = self.walk.send(stand_still(velocity, self.known))
         except StopIteration as arrived:
             return arrived.value
         return None

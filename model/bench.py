@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from model.bench_gpu import gpu
+from model.checkpoint import resident_peak
 from model.config import DiTConfig, Partition, Shape
 from model.diffusion import noise
 from model.dit import DiT
@@ -55,12 +56,6 @@ def random_checkpoint(folder: Path, config: DiTConfig) -> int:
     return sum(file.stat().st_size for file in (folder / TRANSFORMER).glob("*.safetensors"))
 
 
-def _peak() -> int:
-    """The most resident memory that this process has had, in bytes. (getrusage would count its parent's.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-
-
 def _load(rank: int, folder: Path, partition: Partition, port: int, out: Path) -> None:
     """One process: loads its part, or without a partition the whole, and writes down what that took."""
     torch.set_num_threads(1)
@@ -69,12 +64,12 @@ def _load(rank: int, folder: Path, partition: Partition, port: int, out: Path) -
     groups = groups_of(partition, "cpu")
     if divided:
         importlib.import_module("deepspeed.module_inject.layers")  # which takes memory too, whatever is loaded
-    before, started = _peak(), time.perf_counter()
+    before, started = resident_peak(), time.perf_counter()
     dit = load_partitioned(folder, groups, torch.float32, "cpu") if divided else load_dit(folder, torch.float32)
     for parameter in dit.parameters():  # a mapped file is only read when somebody looks
         held(parameter).sum()
     took = time.perf_counter() - started
-    found = {"bytes": parameter_bytes(dit), "peak": _peak() - before, "seconds": took}
+    found = {"bytes": parameter_bytes(dit), "peak": resident_peak() - before, "seconds": took}
     (out / f"{rank}.json").write_text(json.dumps(found))
     if divided:
         dist.barrier()

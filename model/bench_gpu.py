@@ -89,14 +89,6 @@ def gpu(compiled: bool = True) -> Iterator[str]:
     yield from _trace(setting)
 
 
-def operations(config: DiTConfig, tokens: int, text_tokens: int) -> int:
-    """Of the blocks for one clip: two for every weight that a token meets, four for every pair that attends."""
-    width = config.width
-    of_tokens = 2 * tokens * (6 * width**2 + 2 * width * config.ffn_dim)
-    of_text = 2 * text_tokens * 2 * width**2
-    return config.layers * (of_tokens + of_text + 4 * width * tokens * (tokens + text_tokens))
-
-
 def counted(network: Callable[[], Any]) -> int:
     """Floating point operations as torch counts them while it runs: matrix products, convolutions and attention."""
     with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attended}) as counter:

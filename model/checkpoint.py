@@ -519,6 +519,12 @@ def free_bytes(device: str) -> int:
     return min([_available(Path("/proc/meminfo")), *groups])
 
 
+def resident_peak() -> int:
+    """The most resident memory that this process has had, in bytes. (getrusage would count its parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+
+
 def _needed(path: Path, partition: Partition, dtype_bytes: int, shared: bool) -> int:
     """Bytes in the fullest memory: that of all ranks together where it is shared, else the first rank's."""
     each = _each(path, partition, dtype_bytes)

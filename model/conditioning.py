@@ -1,10 +1,10 @@
 """Clips that keep frames they are given: which are known, in which windows the rest is made, how it is joined.
 
 There is one mechanism for image-to-video, extending, connecting and looping. A clip is a time line of frames, some of
-them known. The model sees it through windows; in each, the latent frames of known pixels ride along at time 0 and stay
-as they are while the others are denoised from noise (`hold`). A clip longer than the model's window is made of several,
-each beginning with the last frames of the one before. Editing starts every window at the noised source instead of
-noise (SDEdit; Meng et al. 2021).
+them known. The model sees it through windows; in each, the latent frames of known pixels ride along at time 0
+(`times_of`) and stay as they are (`stand_still`) while the others are denoised from noise. A clip longer than the
+model's window is made of several, each beginning with the last frames of the one before. Editing starts every window at
+the noised source instead of noise (SDEdit; Meng et al. 2021).
 
 The autoencoder is causal and its first latent frame stands for one frame: `step` frames become one latent frame, so a
 window has step * n + 1 frames, and known frames fill latent frames from the front in runs of step * n + 1, from the end
@@ -13,7 +13,7 @@ in runs of step * n. What determines the pixels is all decided here, in plain nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -140,20 +140,16 @@ def seed_of(seed: int, window: int) -> int:
     return (seed + window * 0x1E3779B97F4A7C15) % 2**63
 
 
-def hold(predict: Callable[[Tensor, Tensor], Tensor], known: Sequence[bool]) -> Callable[[Tensor, float], Tensor]:
-    """The velocity of latents [B, C, T, H, W] of which the known frames [T] ride along at time 0 and stand still.
+def times_of(now: float, known: Sequence[bool]) -> list[float]:
+    """What a clip's tokens are told: one time, or where some latent frames are known one for each, theirs being 0."""
+    return [0.0 if each else now for each in known] if any(known) else [now]
 
-    `predict` takes latents and times, [B] where nothing is known and [B, T] else.
-    """
 
-    def velocity(x: Tensor, now: float) -> Tensor:
-        if not any(known):
-            return predict(x, x.new_full((len(x),), now))
-        still = x.new_tensor(known).bool()
-        times = x.new_full((len(x), len(known)), now).masked_fill(still, 0.0)
-        return predict(x, times).masked_fill(still[:, None, None], 0.0)
-
-    return velocity
+def stand_still(velocity: Tensor, known: Sequence[bool]) -> Tensor:
+    """A velocity [..., T, H, W] that leaves the known latent frames where they are."""
+    if not any(known):
+        return velocity
+    return velocity.masked_fill(velocity.new_tensor(known).bool()[:, None, None], 0.0)
 
 
 class Canvas:

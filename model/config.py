@@ -116,6 +116,13 @@ class DiTConfig:
     def width(self) -> int:
         return self.heads * self.head_dim
 
+    def operations(self, tokens: int, text_tokens: int) -> int:
+        """Floating point operations of the blocks in one pass: two for every weight that a token meets, four for every
+        pair that attends."""
+        of_tokens = 2 * tokens * (6 * self.width**2 + 2 * self.width * self.ffn_dim)
+        of_text = 2 * text_tokens * 2 * self.width**2
+        return self.layers * (of_tokens + of_text + 4 * self.width * tokens * (tokens + text_tokens))
+
     @property
     def rope_axes(self) -> tuple[int, int, int]:
         """Channels of a head that encode time, height and width (Wan 2.1's split)."""

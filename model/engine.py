@@ -159,7 +159,6 @@ class _Job:
     place: int  # among the clips to render
     spec: ClipSpec
     slot: int
-    begun: bool = False
     dropped: bool = False  # the ranks know that nobody wants it any more
     steps: list[float] = field(default_factory=list[float])
 
@@ -340,7 +339,7 @@ class Engine:
                         self._drop(job)
                 message = self._next_message(list(jobs.values()))
                 if message is None:
-                    if jobs and time.monotonic() - heard > self.step_timeout:
+                    if time.monotonic() - heard > self.step_timeout:
                         raise RankHung(f"no step for {self.step_timeout:g} s; {self._states()}")
                     continue
                 heard = time.monotonic()
@@ -351,7 +350,6 @@ class Engine:
                             on_step(job.spec.clip_id, step, steps)
                 elif message["type"] == "begin":
                     if job := jobs.get(message["job"]):
-                        job.begun = True
                         on_step(job.spec.clip_id, 0, job.spec.steps)
                 elif (slot := self._left.pop(message["job"], None)) is not None:
                     self._free.append(slot)

@@ -22,7 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ class Inbox:
             os._exit(1)
 
 
-@dataclass(slots=True)
+@dataclass
 class Job:
     """A clip on this rank, from the parent's message to its frames."""
 
@@ -91,8 +91,9 @@ class Job:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     spans: list[tuple[str, float, float]] = field(default_factory=list[tuple[str, float, float]])
 
-    @property
+    @cached_property
     def times(self) -> list[float]:
+        """Of the steps of a window."""
         from model.diffusion import schedule
 
         return times_from(schedule(self.spec.steps, self.spec.shift, self.spec.solver), self.spec.strength or 1.0)
@@ -197,6 +198,12 @@ class Rank:
         path, dtype = Path(settings["path"]), getattr(torch, settings["dtype"])
         divided = Partition.parse(settings["partition"])
         self.world = divided.world
+        if settings["compile"]:
+            from model.compiled import check_compiler
+
+            check_compiler(self.device)
+            if divided.zero > 1:
+                raise ValueError(f"partition {divided} cannot be compiled: zero gathers weights while a block computes")
         if self.device == "cuda":
             torch.cuda.set_device(self.rank)
             check_memory(path, divided, free_bytes(self.device), dtype.itemsize, self.device)
@@ -212,11 +219,8 @@ class Rank:
         parts = [TRANSFORMER] if boundary is None else [TRANSFORMER, SECOND]
         experts = [partition.load_partitioned(path, groups, dtype, self.device, part=p) for p in parts]
         if settings["compile"]:
-            from model.compiled import check_compiler, compile_blocks
+            from model.compiled import compile_blocks
 
-            check_compiler(self.device)
-            if divided.zero > 1:
-                raise ValueError(f"partition {divided} cannot be compiled: zero gathers weights while a block computes")
             for dit in experts:
                 compile_blocks(dit)
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
@@ -334,7 +338,7 @@ class Rank:
             assert text is not None and x is not None
             job.begin = None
             if not window:
-                self.wire.send({"type": "begin", "job": number, "time": time.time()})
+                self._say(job, "begin")
         else:
             job, text, x, window = self._job(number), torch.zeros(0), torch.zeros(0), 0
         if self.world > 1:
@@ -405,7 +409,7 @@ class Rank:
 
     def _end(self, job: Job, how: str, reason: str = "") -> None:
         """Rank 0: there will be no frames of this clip."""
-        self.wire.send({"type": how, "job": job.number, "reason": reason, "time": time.time()})
+        self._say(job, how, reason=reason)
         del self.jobs[job.number]
 
     def _prepare(self, job: Job) -> None:
@@ -421,7 +425,7 @@ class Rank:
             if job.plan:
                 self._begin(job)
             else:  # all its frames are given
-                self.wire.send({"type": "begin", "job": job.number, "time": time.time()})
+                self._say(job, "begin")
                 self._finish(job, self.peak.own())
         except Exception as problem:
             if out_of_memory(problem):
@@ -445,7 +449,7 @@ class Rank:
             clean, places = self._latents_of(job.canvas.known(window)[0]), torch.tensor(known).nonzero().flatten()
             x[:, places] = clean[:, places]
         alone = None if spec.step_cache is None else job.number
-        job.begin, job.kind = x, Kind(tuple(x.shape), spec.guidance != 1, any(known), alone)
+        job.begin, job.kind = x, Kind.of(x, spec.guidance, known, alone)
         if spec.strength is not None or any(known):
             job.spent("decode", began)  # the autoencoder was at it
         self.inbox.messages.put({"type": "ready", "job": job.number})
@@ -480,9 +484,13 @@ class Rank:
         self._over(job, "done", seconds=job.seconds, spans=job.spans, peak_bytes=peak, skipped=skipped)
 
     def _over(self, job: Job, how: str, **said: Any) -> None:
-        """The side thread's last word on a clip."""
-        self.wire.send({"type": how, "job": job.number, "time": time.time(), **said})
+        """The last word on a clip of whoever was at it beside the steps."""
+        self._say(job, how, **said)
         self.inbox.messages.put({"type": "over", "job": job.number})
+
+    def _say(self, job: Job, what: str, **said: Any) -> None:
+        """Rank 0 tells the parent of a clip."""
+        self.wire.send({"type": what, "job": job.number, "time": time.time(), **said})
 
     def _latents_of(self, pixels: Frames) -> Tensor:
         """[T, H, W, 3] -> [C, T, H, W] on the CPU."""
@@ -520,6 +528,8 @@ class Peak:
         """Of this rank alone."""
         import torch
 
+        from model.checkpoint import resident_peak
+
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_peak()
 
     def __call__(self) -> int:
@@ -530,12 +540,6 @@ class Peak:
         if self.world > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
-
-
-def resident_peak() -> int:
-    """The most resident memory that this process has had, in bytes. (getrusage would count its parent's.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
 def given_frames(spec: ClipSpec) -> tuple[Frames, Frames]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flows.variants import Lora, write_variant
 from model import checker
 from model.captioner import Captioner, CaptionerConfig, save_captioner
+from model.conditioning import stand_still, times_of
 from model.config import DiTConfig, VAEConfig
 from model.dit import DiT
 from model.engine import ClipSpec
@@ -48,6 +50,19 @@ LORA_LAYERS = [  # that tensor parallelism divides by rows, by columns, and one 
     "condition_embedder.time_proj",
 ]
 WORDS = ["a", "red", "green", "blue", "ball", "cube", "moves", "left", "right", "slowly"]
+
+
+def hold(predict: Callable[[Tensor, Tensor], Tensor], known: Sequence[bool]) -> Callable[[Tensor, float], Tensor]:
+    """The velocity of latents [B, C, T, H, W], all at one time, of which the known frames [T] stand still.
+
+    `predict` takes latents and times, [B] where nothing is known and [B, T] else.
+    """
+
+    def velocity(x: Tensor, now: float) -> Tensor:
+        times = x.new_tensor([times_of(now, known)] * len(x))
+        return stand_still(predict(x, times if any(known) else times[:, 0]), known)
+
+    return velocity
 
 
 def tiny_model(

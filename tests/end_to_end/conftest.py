@@ -38,12 +38,8 @@ def house(tmp_path_factory: pytest.TempPathFactory, spans: Collector) -> Iterato
             "OTEL_BSP_SCHEDULE_DELAY": "200",
         },
     )
-    try:
-        house.rushes("up")
+    with house.up():
         yield house
-    finally:
-        house.rushes("down")
-    assert house.processes() == []
 
 
 def prompts(seed: int) -> list[str | dict[str, object]]:

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,16 @@ class House:
     model: Path
     settings: dict[str, str] = field(default_factory=dict[str, str])
     last_seed: int = 0
+
+    @contextmanager
+    def up(self) -> Iterator[House]:
+        """The stack runs; nothing of it is left after."""
+        try:
+            self.rushes("up")
+            yield self
+        finally:
+            self.rushes("down")
+        assert self.processes() == []
 
     def seed(self) -> int:
         """A seed that no other test uses, with room for samples above it: so what is asked for with it is rendered."""

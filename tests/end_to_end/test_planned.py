@@ -29,12 +29,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             "RUSHES_SHARD_SECONDS": "1",
         },
     )
-    try:
-        house.rushes("up")
+    with house.up():
         yield house
-    finally:
-        house.rushes("down")
-    assert house.processes() == []
 
 
 def planned_for(house: House, request: str) -> set[str | None]:

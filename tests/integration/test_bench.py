@@ -71,4 +71,4 @@ def test_what_torch_counts_of_a_block_is_what_the_formula_says() -> None:
         found.append(bench_gpu.counted(lambda dit=dit, given=given: dit(*given)))
     tokens = 3 * 4 * 4  # latent frames, rows and columns of patches of 64x64x9
     one = replace(setting.config, layers=1)
-    assert found[1] - found[0] == 2 * bench_gpu.operations(one, tokens, setting.text_tokens)
+    assert found[1] - found[0] == 2 * one.operations(tokens, setting.text_tokens)

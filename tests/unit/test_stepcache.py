@@ -10,12 +10,12 @@ import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from torch import Tensor
 
-from model.conditioning import hold
 from model.config import DiTConfig
 from model.diffusion import SOLVERS, denoise, schedule, whole_times
 from model.dit import DiT
 from model.partition import Axis, both_halves, own_text
 from model.stepcache import StepCache
+from tests.tiny import hold
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 CONFIG = DiTConfig(layers=3, heads=2, head_dim=12, ffn_dim=48, text_dim=8, freq_dim=16)
