@@ -45,7 +45,8 @@ def encode_mp4(frames: npt.NDArray[np.uint8], fps: int, metadata: Mapping[str, s
             stream.time_base = Fraction(1, fps)
             context = stream.codec_context
             context.thread_count, context.gop_size = 1, 2 * fps
-            context.options = {"crf": str(CRF), "preset": "medium", "x264-params": "threads=1"}
+            # x264's macroblock tree reads memory that nobody has written: what it decides, and so the bytes, varied.
+            context.options = {"crf": str(CRF), "preset": "medium", "x264-params": "threads=1:no-mbtree=1"}
             # Without a tag players guess the matrix from the size, and small clips come out in other colours.
             context.color_primaries, context.color_trc, context.colorspace = BT709, BT709, BT709
             context.color_range = 1  # limited

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,6 +18,7 @@ from PIL import Image
 
 from model.encode import SheetRow, contact_sheet, decode_frames, encode_mp4, encode_png, read_metadata
 
+ROOT = Path(__file__).parents[2]
 METADATA = {
     "clip_id": "req_0123456789ab-000003-0",
     "recipe": "ab" * 32,
@@ -59,6 +64,23 @@ def test_same_frames_same_bytes() -> None:
     assert encode_mp4(clip, 8, METADATA) == encode_mp4(clip.copy(), 8, dict(METADATA))
     assert encode_png(clip[0], METADATA) == encode_png(clip[0].copy(), dict(METADATA))
     assert b"Lavf" not in encode_mp4(clip, 8, METADATA), "the muxer's version is not the clip's content"
+
+
+def test_bytes_do_not_depend_on_what_lay_in_memory_before() -> None:
+    """glibc fills what it hands out, each time with another byte."""
+    code = (
+        "import hashlib, numpy as np; from model.encode import encode_mp4\n"
+        "y, x, t = np.mgrid[:32, :48, :9]\n"
+        "waves = [np.sin(x * a + y * b + t * 0.4) for a, b in ((0.1, 0.2), (0.23, 0.07), (0.15, 0.3))]\n"
+        "clip = (np.stack(waves, -1).transpose(2, 0, 1, 3) * 100 + 128).astype(np.uint8)\n"
+        "clip += np.random.default_rng(0).integers(0, 20, clip.shape).astype(np.uint8)\n"
+        "print(hashlib.sha256(encode_mp4(clip, 8, {})).hexdigest())"
+    )
+    seen = {
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "MALLOC_PERTURB_": fill})
+        for fill in ("0", "85", "170", "255")
+    }
+    assert len(seen) == 1
 
 
 @settings(max_examples=20, deadline=None)
