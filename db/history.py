@@ -99,6 +99,12 @@ COLUMNS: dict[str, tuple[Any, str]] = {
     "reproductions": (Integer, "times it was rendered again to compare"),
     "lowest_psnr": (Double, "dB, of those that differed"),
     "largest_difference": (Integer, "of any value of 255 in any of them"),
+    "priority": (Integer, "of its request: 0 to 9, higher goes first"),
+    "deadline": (DateTime(timezone=True), "when its request should be done"),
+    "fresh": (Boolean, "a rendering from before it was queued would not do"),
+    "host": (Text, "where the last attempt was made"),
+    "error_class": (Text, "what kind of failure the last attempt was"),
+    "resumed_step": (Integer, "that the last attempt went on from, where an earlier one had come so far"),
 }
 
 # In a MetaData of its own: a view is no table that migrations would create.
@@ -172,6 +178,12 @@ class HistoryRow:
     reproductions: int
     lowest_psnr: float | None
     largest_difference: int | None
+    priority: int
+    deadline: datetime | None
+    fresh: bool
+    host: str | None
+    error_class: str | None
+    resumed_step: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +191,9 @@ class AttemptRow:
     number: int
     status: AttemptStatus
     error: str | None
+    error_class: str | None
+    host: str | None
+    resumed_step: int | None
     shard_id: int
     owner: str
     engine: str

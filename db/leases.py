@@ -230,7 +230,15 @@ def record_clip(
     return True
 
 
-def fail_clip(session: Session, lease: Lease, clip_id: str, error: str, *, permanent: bool = False) -> ClipStatus:
+def fail_clip(
+    session: Session,
+    lease: Lease,
+    clip_id: str,
+    error: str,
+    *,
+    error_class: str = "unknown",
+    permanent: bool = False,
+) -> ClipStatus:
     """The running attempt failed. The clip is queued again, quarantined after the third, or failed when `permanent`.
 
     Returns what became of it; a clip that does not run (cancelled, failed before) is left as it is. Raises LeaseLost.
@@ -246,7 +254,7 @@ def fail_clip(session: Session, lease: Lease, clip_id: str, error: str, *, perma
         session,
         update(Attempt)
         .where(Attempt.clip_id == clip_id, Attempt.status == AttemptStatus.RUNNING)
-        .values(status=AttemptStatus.FAILED, error=error, finished_at=_now()),
+        .values(status=AttemptStatus.FAILED, error=error, error_class=error_class, finished_at=_now()),
     )
     failed = update(Clip).where(Clip.id == clip_id).returning(Clip.status)
     if permanent:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     DateTime,
@@ -31,6 +32,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+PRIORITIES = (0, 9)  # least and most urgent
+PRIORITY = 5  # of a request that says nothing
 MAX_TRIES = 3  # a clip whose renderings failed or vanished this often is poison and is put aside
 
 
@@ -123,6 +126,7 @@ class Base(DeclarativeBase):
         float: Double,
         datetime: DateTime(timezone=True),
         dict[str, Any]: JSONB,
+        list[str]: ARRAY(Text),
         RequestStatus: _by_value(RequestStatus, "request_status"),
         ClipStatus: _by_value(ClipStatus, "clip_status"),
         ShardStatus: _by_value(ShardStatus, "shard_status"),
@@ -150,6 +154,40 @@ class Model(Base):
     dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))  # that it was trained on, if here
 
 
+class Tenant(Base):
+    """Whose account a request is on, and what share of the GPUs that is worth. Made at the first request."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    weight: Mapped[float] = mapped_column(server_default=text("1"))  # GPU-seconds are shared in proportion to it
+    max_clips: Mapped[int | None]  # that may wait or run at once; null: any number
+    max_gpu_seconds: Mapped[float | None]  # in 24 hours; null: any number
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        # prevents a share that divides by nothing
+        CheckConstraint("weight > 0 and weight < 'infinity'", name="weight"),
+        CheckConstraint("max_clips >= 0 and max_gpu_seconds >= 0 and max_gpu_seconds < 'infinity'", name="quota"),
+    )
+
+
+class Usage(Base):
+    """GPU-seconds that a tenant's leases took, by the minute in which they ended."""
+
+    __tablename__ = "usage"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    minute: Mapped[datetime] = mapped_column(primary_key=True)
+    gpu_seconds: Mapped[float]
+
+    __table_args__ = (
+        CheckConstraint("gpu_seconds >= 0", name="gpu_seconds"),
+        # prevents a look at the last minutes from reading the years before
+        Index("ix_usage_minute", "minute", postgresql_include=["tenant", "gpu_seconds"]),
+    )
+
+
 class Request(Base):
     """A batch of prompts that somebody asked for."""
 
@@ -158,13 +196,15 @@ class Request(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(unique=True)  # prevents one submission from becoming two requests
     name: Mapped[str]
-    tenant: Mapped[str]
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))  # prevents work on nobody's account
     model: Mapped[str]
     model_digest: Mapped[str] = mapped_column(ForeignKey("models.digest"))  # prevents a request nobody can reproduce
     settings: Mapped[dict[str, Any]]
     source: Mapped[str]
     source_sha256: Mapped[str]
-    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("50"))
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text(str(PRIORITY)))
+    deadline: Mapped[datetime | None]  # when all should be done
+    asked: Mapped[int | None]  # clips announced when it was opened: what a quota counts before they are in
     status: Mapped[RequestStatus] = mapped_column(server_default=RequestStatus.OPEN.value)
     total: Mapped[int | None]  # null until all clips are in: nothing is planned or finished before that
     flow_run_id: Mapped[str | None]
@@ -177,14 +217,16 @@ class Request(Base):
 
     __table_args__ = (
         # prevents a typo from jumping every queue
-        CheckConstraint("priority between 0 and 100", name="priority"),
+        CheckConstraint(f"priority between {PRIORITIES[0]} and {PRIORITIES[1]}", name="priority"),
         # prevents an id that was not made from the key by request_id()
         CheckConstraint("id ~ '^req_[0-9a-f]{12}$'", name="id"),
-        CheckConstraint("total >= 0", name="total"),
+        CheckConstraint("total >= 0 and asked >= 0", name="total"),
         # prevents an end state without a time, and an open request that says it ended
         CheckConstraint("(status = 'open') = (finished_at is null)", name="finished"),
         # prevents a claim from reading the closed requests of all time
         Index("ix_requests_open", "model_digest", postgresql_where=text("status = 'open'")),
+        # prevents a tenant's quota from doing so
+        Index("ix_requests_open_tenant", "tenant", postgresql_where=text("status = 'open'")),
         Index("ix_requests_name", "name", "created_at"),
         Index("ix_requests_created_at", "created_at"),
         Index("ix_requests_flow_run_id", "flow_run_id"),
@@ -207,7 +249,9 @@ class Shard(Base):
     partition: Mapped[str | None]  # the only one whose engines may claim it; null: any
     predicted_seconds: Mapped[float | None]  # of an engine, for all its clips
     predicted_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of memory, on the fullest rank
+    avoid: Mapped[list[str] | None]  # engines on which its clips failed: another one goes first
     owner: Mapped[str | None]
+    ranks: Mapped[int] = mapped_column(server_default=text("1"))  # of the engine that leased it last: its GPUs
     attempt: Mapped[int] = mapped_column(server_default=text("0"))  # the fence: up by one with every claim
     leased_until: Mapped[datetime | None]
     carrier: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
@@ -223,9 +267,9 @@ class Shard(Base):
         # prevents a lease that no claim made, which no fence could tell apart
         CheckConstraint("attempt >= 1 or status not in ('leased', 'done')", name="attempt"),
         CheckConstraint("(status in ('done', 'cancelled')) = (finished_at is not null)", name="finished"),
-        CheckConstraint("size >= 1", name="size"),
+        CheckConstraint("size >= 1 and ranks >= 1", name="size"),
         CheckConstraint("predicted_seconds > 0 and predicted_bytes > 0", name="predicted"),
-        CheckConstraint("priority between 0 and 100", name="priority"),
+        CheckConstraint(f"priority between {PRIORITIES[0]} and {PRIORITIES[1]}", name="priority"),
         # prevents a claim from reading finished shards: those that can be claimed, in the order they are
         Index(
             "ix_shards_active",
@@ -297,6 +341,11 @@ class Clip(Base):
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
     tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # failed or lost since the last retry
     found: Mapped[bool] = mapped_column(server_default=text("false"))  # done by a take that was there already
+    fresh: Mapped[bool] = mapped_column(server_default=text("false"))  # a take from before it was queued will not do
+    not_before: Mapped[datetime | None]  # a clip that failed waits a little before it is tried again
+    checkpoint: Mapped[str | None]  # object that holds its unfinished latents
+    checkpoint_step: Mapped[int | None]  # denoising steps that they have had
+    checkpoint_of: Mapped[str | None]  # digest of what must be alike for another engine to go on from there
     seconds: Mapped[float | None]  # engine time of the rendering that made it
     shard_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("shards.id"))
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))  # prevents a done clip without bytes
@@ -342,6 +391,12 @@ class Clip(Base):
             f"tries between 0 and {MAX_TRIES} and (status = 'quarantined') = (tries = {MAX_TRIES})", name="tries"
         ),
         CheckConstraint("not found or status = 'done'", name="found"),
+        # prevents a finished clip from keeping its unfinished latents, and latents that nobody could go on from
+        CheckConstraint(
+            "(checkpoint is null or status in ('queued', 'running')) and checkpoint_step >= 1"
+            " and num_nulls(checkpoint, checkpoint_step, checkpoint_of) in (0, 3)",
+            name="checkpoint",
+        ),
         # prevents one recipe from being rendered by two engines
         Index(
             "uq_clips_recipe_active",
@@ -358,6 +413,8 @@ class Clip(Base):
             unique=True,
             postgresql_where=text("custom_id is not null and status <> 'rejected'"),
         ),
+        # prevents two clips from going on from the same latents
+        Index("uq_clips_checkpoint", "checkpoint", unique=True, postgresql_where=text("checkpoint is not null")),
         # prevents the planner from reading clips that are planned or finished: what is left, in file order
         Index(
             "ix_clips_unplanned",
@@ -376,13 +433,32 @@ class Clip(Base):
             postgresql_where=text("status = 'queued' and shard_id is null"),
         ),
         Index("ix_clips_shard_id", "shard_id", postgresql_where=text("shard_id is not null")),
-        # prevents the progress of a large request from reading its prompts
-        Index("ix_clips_progress", "request_id", "status", postgresql_include=["found", "seconds", "started_at"]),
         Index("ix_clips_newest", text("queued_at desc"), "index", "sample"),
         Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
         # prevents the search for what was made from an artifact from reading all clips
         Index("ix_clips_source", "source", postgresql_where=text("source is not null")),
     )
+
+
+class Tally(Base):
+    """How many clips of a request came to a status, and how many left it: the sum of its rows is what there is now.
+
+    A trigger on `clips` adds a row for every change, so that writers never wait for each other; `ledger.compact` sums
+    them up.
+    """
+
+    __tablename__ = "tallies"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    request_id: Mapped[str]  # of a clip that is there, so a foreign key would only cost time
+    status: Mapped[ClipStatus]
+    clips: Mapped[int]
+    found: Mapped[int]
+    rendered: Mapped[int]  # done and not found
+    seconds: Mapped[float]  # of the rendered ones
+    started_at: Mapped[datetime | None]  # the first of them
+
+    __table_args__ = (Index("ix_tallies_request_id", "request_id"),)
 
 
 class Attempt(Base):
@@ -400,6 +476,9 @@ class Attempt(Base):
     code_version: Mapped[str]
     status: Mapped[AttemptStatus] = mapped_column(server_default=AttemptStatus.RUNNING.value)
     error: Mapped[str | None]
+    error_class: Mapped[str | None]  # what kind of failure: rank_died, not_finite, bad_input …
+    host: Mapped[str | None]
+    resumed_step: Mapped[int | None]  # that it went on from, where an earlier attempt had come so far
     text_seconds: Mapped[float | None]
     denoise_seconds: Mapped[float | None]
     decode_seconds: Mapped[float | None]
@@ -414,7 +493,9 @@ class Attempt(Base):
 
     __table_args__ = (
         CheckConstraint("number >= 1", name="number"),
-        CheckConstraint("skipped_steps >= 0 and peak_bytes > 0", name="measured"),
+        CheckConstraint("skipped_steps >= 0 and peak_bytes > 0 and resumed_step >= 1", name="measured"),
+        # prevents a failure of no kind
+        CheckConstraint("status <> 'failed' or error_class is not null", name="error_class"),
         CheckConstraint("(status = 'running') = (finished_at is null)", name="finished"),
         # prevents two engines from being at one clip
         Index("uq_attempts_running", "clip_id", unique=True, postgresql_where=text("status = 'running'")),

@@ -356,7 +356,7 @@ def submit(
     seed: Annotated[
         int | None, typer.Option(help="Another number makes other clips of the same prompts.", rich_help_panel=SETTING)
     ] = None,
-    priority: Annotated[int | None, typer.Option(help="0 to 100, higher goes first (default 50).")] = None,
+    priority: Annotated[int | None, typer.Option(help="0 to 9, higher goes first (default 5).")] = None,
     tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency key (default: a digest of file, settings, tenant and model).")

@@ -372,6 +372,7 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
         with ledgers.begin() as session:
             ledger.adopt_takes(session, request_id)
             planner.plan(session)
+            ledger.compact(session, request_id)
             progress = ledger.progress(session, request_id)
         if progress.finished:
             report.send(ledgers, progress)

@@ -225,7 +225,9 @@ class GenerationRequest(Conditioned):
         title="Rewrite prompts",
         description="Into words that the model was trained on, if it brings a rewriter; both prompts are kept",
     )
-    priority: int = Field(default=50, ge=0, le=100, title="Priority", description="Higher goes first")
+    priority: int = Field(
+        default=5, ge=0, le=9, title="Priority", description="0 to 9; of one tenant's requests the higher goes first"
+    )
     tenant: str = Field(
         default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", title="Tenant", description="On whose account"
     )

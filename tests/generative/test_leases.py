@@ -100,19 +100,19 @@ class Studio(RuleBasedStateMachine):
         self.cancelled: set[int] = set()  # shards
         self.rendered: dict[str, str] = {}  # recipe -> the clip recorded for it
         with ledger.begin() as session:
-            for table in ("edges", "takes", "attempts", "clips", "shards", "requests", "artifacts"):
+            for table in ("edges", "takes", "attempts", "clips", "shards", "tallies", "requests", "artifacts"):
                 session.execute(text(f"delete from {table}"))
 
     # People
 
     @initialize(target=requests, recipes=st.lists(st.integers(0, 5), min_size=2, max_size=4))
     def begin(self, recipes: list[int]) -> str:
-        request = self.submit(recipes, 50)
+        request = self.submit(recipes, 5)
         self.plan(request, 2)
         return request
 
     @rule(
-        target=requests, recipes=st.lists(st.integers(0, 5), min_size=1, max_size=4), priority=st.sampled_from([50, 90])
+        target=requests, recipes=st.lists(st.integers(0, 5), min_size=1, max_size=4), priority=st.sampled_from([5, 9])
     )
     def submit(self, recipes: list[int], priority: int) -> str:
         self.submitted += 1

@@ -180,7 +180,7 @@ def test_an_engine_gets_work_for_its_model_only(ledger: Ledger) -> None:
 
 
 def test_priority_first_then_tenants_and_requests_in_turn(ledger: Ledger) -> None:
-    def shards_of(session: Session, key: str, count: int, tenant: str, priority: int = 50) -> None:
+    def shards_of(session: Session, key: str, count: int, tenant: str, priority: int = 5) -> None:
         clips = [new_clip(index, recipe=(key, index)) for index in range(count)]
         planned(session, opened(session, clips, key=key, name=key, tenant=tenant, priority=priority), size=1)
 
@@ -188,7 +188,7 @@ def test_priority_first_then_tenants_and_requests_in_turn(ledger: Ledger) -> Non
         shards_of(session, "huge", 6, tenant="one")
         shards_of(session, "mine", 2, tenant="one")
         shards_of(session, "theirs", 3, tenant="two")
-        shards_of(session, "urgent", 1, tenant="one", priority=90)
+        shards_of(session, "urgent", 1, tenant="one", priority=9)
         turns: list[str] = []
         while leased := claim_shard(session, f"engine-{len(turns)}", seconds=600, model_digest=MODEL):
             name = text("select name from requests where id = :id")

@@ -344,7 +344,7 @@ def test_a_shard_has_one_shape_and_only_clips_that_are_free(ledger: Ledger) -> N
         ids = [clip.clip_id for clip in unplanned(session, request, 10)]
         with pytest.raises(ValueError, match=r"one shape.*2: \[\(64, 48, 5\), \(96, 48, 5\)\]"):
             create_shard(session, request, ids)
-        shard = create_shard(session, request, [ids[0]], priority=90, carrier={"traceparent": "x"})
+        shard = create_shard(session, request, [ids[0]], priority=9, carrier={"traceparent": "x"})
         assert create_shard(session, request, [ids[0]]) is None
         second = create_shard(session, request, [ids[0], ids[2]])
         assert [(row.id, row.size) for row in shard_table(session, request)] == [(shard, 1), (second, 1)]
@@ -704,10 +704,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 WORLD = f"""
 insert into models (digest, name) values ('{MODEL}', 'mini');
+insert into tenants (name) values ('t');
+insert into usage (tenant, minute, gpu_seconds) values ('t', now(), 1);
 insert into requests (id, key, name, tenant, model, model_digest, settings, source, source_sha256)
 values ('req_000000000001', 'one', 'one', 't', 'mini', '{MODEL}', '{{}}', 'inline', 'x');
 insert into artifacts (sha256, key, bytes, media_type) values ('{digest("a")}', 'a', 1, 'video/mp4');
-insert into shards (request_id, priority, width, height, frames, size) values ('req_000000000001', 50, 64, 48, 5, 1);
+insert into shards (request_id, priority, width, height, frames, size) values ('req_000000000001', 5, 64, 48, 5, 1);
 insert into clips (id, request_id, index, sample, custom_id, prompt, width, height, frames, fps, steps, guidance,
                    solver, shift, seed, recipe, shard_id)
 select 'clip-' || n, 'req_000000000001', n, 0, 'custom-' || n, 'a ball', 64, 48, 5, 8, 4, 3.0, 'euler', 3.0, n,
@@ -730,7 +732,15 @@ REFUSED = {
     "uq_requests_key": "insert into requests select 'req_000000000002', key, name, tenant, model, model_digest,"
     " settings, source, source_sha256 from requests",
     "fk_requests_model_digest": "update requests set model_digest = 'unknown'",
-    "ck_requests_priority": "update requests set priority = 101",
+    "fk_requests_tenant": "update requests set tenant = 'nobody'",
+    "ck_tenants_weight": "update tenants set weight = 0",
+    "ck_tenants_quota": "update tenants set max_clips = -1",
+    "fk_usage_tenant": "update usage set tenant = 'nobody'",
+    "ck_usage_gpu_seconds": "update usage set gpu_seconds = -1",
+    "ck_clips_checkpoint": "update clips set checkpoint = 'key' where id = 'clip-0'",
+    "uq_clips_checkpoint": "update clips set checkpoint = 'key', checkpoint_step = 1, checkpoint_of = 'x'",
+    "ck_attempts_error_class": "update attempts set status = 'failed', finished_at = now()",
+    "ck_requests_priority": "update requests set priority = 10",
     "ck_requests_id": "insert into requests select 'by hand', 'two', name, tenant, model, model_digest, settings,"
     " source, source_sha256 from requests",
     "ck_requests_total": "update requests set total = -1",

@@ -58,7 +58,7 @@ def key_of(source: str = "s", **fields: Any) -> str:
         {"prompts": []},
         {"prompts": ["a"], "prompts_uri": "x"},
         {"prompts_uri": "  "},
-        {"prompts": ["a"], "priority": 101},
+        {"prompts": ["a"], "priority": 10},
         {"prompts": ["a"], "priority": -1},
         {"prompts": ["a"], "tenant": "../x"},
         {"prompts": ["a"], "tenant": ""},
@@ -112,7 +112,7 @@ def test_prefect_accepts_what_the_class_accepts(request_json: dict[str, Any]) ->
     [
         {"prompts": ["a"], "width": 8},
         {"prompts": ["a"], "frames": "17"},
-        {"prompts": ["a"], "priority": 101},
+        {"prompts": ["a"], "priority": 10},
         {"prompts": ["a"], "solver": "rk4"},
         {"prompts": [{"prompt": "a", "widht": 64}]},
         {"prompts": ["a"], "seeds": 1},
@@ -198,7 +198,7 @@ def test_the_ending_tells_the_format(uri: str, format: str) -> None:
 
 def test_the_same_file_and_settings_are_the_same_request() -> None:
     key = key_of()
-    assert key_of(name="other", priority=99, skip_invalid=True) == key  # names and urgency make no other clips
+    assert key_of(name="other", priority=9, skip_invalid=True) == key  # names and urgency make no other clips
     assert key_of(width=64, guidance=4, samples=1) == key  # what the model would have taken anyway
     assert key_of(prompts_uri="elsewhere.jsonl") == key
     different = {
