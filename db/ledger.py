@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 
@@ -43,7 +43,7 @@ from sqlalchemy.orm import Session, aliased
 
 from db.history import HistoryRow as ClipRow
 from db.history import history, rows_of
-from db.leases import NewArtifact, adopted
+from db.leases import NO_CHECKPOINT, NewArtifact, adoptable, adopted, end_leases
 from db.session import change
 from db.tables import (
     ACTIVE,
@@ -64,13 +64,14 @@ from db.tables import (
     RequestStatus,
     Shard,
     ShardStatus,
-    Take,
     Tally,
     Tenant,
+    Usage,
 )
 
 CHUNK = 1000  # clips in one insert
 _ANALYZE_FROM = 2000  # clips at which a request changes the statistics that plans are made from
+ALIVE = 45.0  # seconds since an engine's last sign of life within which work is left to it
 _PLANNING = 0x506C616E  # advisory lock: "Plan"
 
 
@@ -79,6 +80,10 @@ FILES = "files"  # in a card: what of the model lies in the store
 
 class RequestNotFound(LookupError):
     """No request has this id; `rushes history` lists the ids there are."""
+
+
+class QuotaExceeded(RuntimeError):
+    """The tenant may not ask for so much now; the message gives its bound, what it has, and what it asked for."""
 
 
 class RequestNotReady(RuntimeError):
@@ -96,6 +101,9 @@ class NewRequest:
     source: str  # where the prompts came from: an uri, or "inline"
     source_sha256: str
     priority: int = PRIORITY
+    deadline: datetime | None = None  # when all should be done
+    clips: int | None = None  # that it will have: what a quota counts until they are in
+    gpu_seconds: float = 0.0  # that they are expected to take
     flow_run_id: str | None = None
     carrier: Mapping[str, str] = field(default_factory=dict)
     trace_id: str | None = None
@@ -138,6 +146,7 @@ class NewClip:
     overlap: int | None = None
     made_frames: int | None = None
     step_cache: float | None = None
+    fresh: bool = False  # a take that is there already will not do
     parents: tuple[tuple[str, EdgeKind], ...] = ()  # clips it is made from, and how
     rejected: str | None = None
 
@@ -160,6 +169,7 @@ class Unplanned:
     strength: float | None
     window: int | None
     made_frames: int | None
+    tries: int  # that failed: such a clip should be alone in its shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +268,7 @@ def request_id(key: str) -> str:
 
 
 def open_request(session: Session, new: NewRequest) -> OpenedRequest:
-    """Open the request, or find the one that was opened with this key.
+    """Open the request, or find the one that was opened with this key. Raises QuotaExceeded for a new one.
 
     A cancelled one is opened again, its cancelled clips queued, when another flow run asks for it. An open one goes
     over to the flow run that asks.
@@ -266,9 +276,11 @@ def open_request(session: Session, new: NewRequest) -> OpenedRequest:
     known_model = upsert(Model).values(digest=new.model_digest, name=new.model)
     change(session, known_model.on_conflict_do_nothing(index_elements=[Model.digest]))
     change(session, upsert(Tenant).values(name=new.tenant).on_conflict_do_nothing(index_elements=[Tenant.name]))
-    values = {**asdict(new), "id": request_id(new.key)}
+    values: dict[str, Any] = {**asdict(new), "id": request_id(new.key), "asked": new.clips}
+    del values["clips"], values["gpu_seconds"]
     created = upsert(Request).values(values).on_conflict_do_nothing(index_elements=[Request.key])
     if session.execute(created.returning(Request.id)).one_or_none() is not None:
+        _check_quota(session, values["id"], new)
         return OpenedRequest(values["id"], True, RequestStatus.OPEN)
     found = _lock_request(session, values["id"])
     status = found.status
@@ -279,6 +291,49 @@ def open_request(session: Session, new: NewRequest) -> OpenedRequest:
         asking = {"flow_run_id": new.flow_run_id, "carrier": dict(new.carrier), "trace_id": new.trace_id}
         change(session, update(Request).where(Request.id == found.id).values(asking))
     return OpenedRequest(found.id, False, status)
+
+
+def _check_quota(session: Session, request_id: str, new: NewRequest) -> None:
+    """Raises QuotaExceeded where this request is one too many. Submitters of one tenant take turns from here."""
+    tenant = session.execute(
+        select(Tenant.max_clips, Tenant.max_gpu_seconds)
+        .where(Tenant.name == new.tenant)
+        .with_for_update(key_share=True)
+    ).one()
+    if tenant.max_clips is not None:
+        waiting = clips_waiting(session, new.tenant, apart_from=request_id)
+        if waiting + (new.clips or 0) > tenant.max_clips:
+            raise QuotaExceeded(
+                f"tenant {new.tenant} may have {tenant.max_clips:,} clips waiting, has {waiting:,} and asks for "
+                f"{new.clips or 0:,} more: wait until some are done, or have the bound raised (`rushes tenants`)"
+            )
+    if tenant.max_gpu_seconds is not None:
+        used = gpu_seconds_of(session, new.tenant, 86400.0)
+        if used + new.gpu_seconds > tenant.max_gpu_seconds:
+            raise QuotaExceeded(
+                f"tenant {new.tenant} may use {tenant.max_gpu_seconds:,.0f} GPU-seconds in 24 hours, has used "
+                f"{used:,.0f} and asks for about {new.gpu_seconds:,.0f} more: wait, or have the bound raised "
+                "(`rushes tenants`)"
+            )
+
+
+def clips_waiting(session: Session, tenant: str, *, apart_from: str = "") -> int:
+    """Clips of a tenant's open requests that have not ended, those included that are announced and not yet added."""
+    theirs = select(Request.id, Request.total, Request.asked).where(
+        Request.tenant == tenant, Request.status == RequestStatus.OPEN, Request.id != apart_from
+    )
+    of_request = theirs.subquery("theirs")
+    active = select(func.sum(Tally.clips)).where(Tally.request_id == of_request.c.id, Tally.status.in_(ACTIVE))
+    counted = func.coalesce(active.correlate(of_request).scalar_subquery(), 0)
+    waiting = case((of_request.c.total.is_(None), func.greatest(of_request.c.asked, counted)), else_=counted)
+    return session.scalar(select(func.coalesce(func.sum(waiting), 0))) or 0
+
+
+def gpu_seconds_of(session: Session, tenant: str, seconds: float) -> float:
+    """What a tenant's leases took that ended within the last `seconds`."""
+    since = func.statement_timestamp() - timedelta(seconds=seconds)
+    used = select(func.sum(Usage.gpu_seconds)).where(Usage.tenant == tenant, Usage.minute > since)
+    return session.scalar(used) or 0.0
 
 
 def add_clips(session: Session, request_id: str, clips: Iterable[NewClip]) -> int:
@@ -309,6 +364,7 @@ _CLIP_COLUMNS = (
     *(column(name, Integer) for name in ("window", "overlap", "made_frames")),
     *(column(name, Double) for name in ("guidance", "shift", "strength", "step_cache")),
     column("seed", BigInteger),
+    column("fresh", Boolean),
     column("mode", Clip.mode.type),
     column("direction", Clip.direction.type),
 )
@@ -339,24 +395,60 @@ def seal_request(session: Session, request_id: str, total: int) -> None:
         session.execute(text("analyze clips"))
 
 
+# Tenants
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRow:
+    """A tenant, its share and bounds, and where it stands."""
+
+    name: str
+    weight: float
+    max_clips: int | None
+    max_gpu_seconds: float | None
+    waiting: int  # clips that have not ended
+    gpu_seconds: float  # of leases that ended in the last 24 hours
+
+
+def set_tenant(session: Session, name: str, **bounds: Any) -> None:
+    """Sets `weight`, `max_clips`, `max_gpu_seconds` (None: any number), those that are given; makes the tenant."""
+    known = upsert(Tenant).values(name=name, **bounds)
+    if bounds:
+        change(session, known.on_conflict_do_update(index_elements=[Tenant.name], set_=bounds))
+    else:
+        change(session, known.on_conflict_do_nothing(index_elements=[Tenant.name]))
+
+
+def tenants(session: Session) -> list[TenantRow]:
+    """All tenants, by name."""
+    return [
+        TenantRow(
+            name=tenant.name,
+            weight=tenant.weight,
+            max_clips=tenant.max_clips,
+            max_gpu_seconds=tenant.max_gpu_seconds,
+            waiting=clips_waiting(session, tenant.name),
+            gpu_seconds=gpu_seconds_of(session, tenant.name, 86400.0),
+        )
+        for tenant in session.scalars(select(Tenant).order_by(Tenant.name))
+    ]
+
+
 # Planning
 
 
 def adopt_takes(session: Session, request_id: str) -> int:
     """Every unplanned clip whose recipe was rendered before is done. Returns how many were."""
     _lock_request(session, request_id)
-    adopt = (
-        update(Clip)
-        .where(_unplanned(Clip), Clip.request_id == request_id, Clip.recipe == Take.recipe)
-        .values(adopted())
-    )
+    adopt = update(Clip).where(_unplanned(Clip), Clip.request_id == request_id, adoptable(Clip)).values(adopted())
     return change(session, adopt)
 
 
 def unplanned(session: Session, request_id: str, limit: int) -> list[Unplanned]:
     """The next clips to plan, in file order: of each recipe the first one, and only where nobody renders it or has.
 
-    The others wait, and are adopted when the take is there. Empty until the request is sealed.
+    The others wait, and are adopted when the take is there; what failed waits for its next try. Empty until the request
+    is sealed.
     """
     twin = aliased(Clip)
     earlier = exists().where(
@@ -369,7 +461,7 @@ def unplanned(session: Session, request_id: str, limit: int) -> list[Unplanned]:
         select(Clip.id.label("clip_id"), *(getattr(Clip, f.name) for f in fields(Unplanned)[1:]))
         .join(Request, Request.id == Clip.request_id)
         .where(Clip.request_id == request_id, _unplanned(Clip), Request.total.is_not(None))
-        .where(~earlier, *_nobody_renders())
+        .where(~earlier, *_nobody_renders(), _its_time_has_come())
         .order_by(Clip.index, Clip.sample)
         .limit(limit)
     )
@@ -390,7 +482,8 @@ def create_shard(
     """Put these clips (of one width, height, frames) into a new shard and return its id.
 
     A clip that meanwhile was taken, cancelled, or whose recipe somebody else renders or has rendered, stays out; None
-    when none is left. `priority` is the request's when not given. `partition`: the only one whose engines may claim it.
+    when none is left. Engines on which one of them failed before leave it to others for a while. `priority` is the
+    request's when not given. `partition`: the only one whose engines may claim it.
     `predicted_seconds` are an engine's for all of `clip_ids`; of clips that stay out the shard does not keep them.
     `predicted_bytes` are those of its fullest rank. Planners of all requests take turns from here to the end of the
     transaction, so commit soon.
@@ -420,12 +513,23 @@ def create_shard(
             partition=partition,
             predicted_seconds=predicted_seconds and predicted_seconds * len(rows) / len(clip_ids),
             predicted_bytes=predicted_bytes,
+            avoid=_failed_on(session, [row.id for row in rows], request.model_digest),
             carrier=dict(carrier or {}),
         )
         .returning(Shard.id)
     ).scalar_one()
     change(session, update(Clip).where(Clip.id.in_([row.id for row in rows])).values(shard_id=shard_id))
     return shard_id
+
+
+def _failed_on(session: Session, clip_ids: Sequence[str], model_digest: str) -> list[str] | None:
+    """The engines on which one of these clips failed, where there is another one to leave it to."""
+    failed = select(Attempt.owner).distinct().where(Attempt.clip_id.in_(clip_ids))
+    failed = failed.where(Attempt.status.in_((AttemptStatus.FAILED, AttemptStatus.LOST))).order_by(Attempt.owner)
+    owners = list(session.scalars(failed))
+    others = select(Engine.id).where(Engine.model_digest == model_digest, Engine.id.not_in(owners))
+    alive = others.where(Engine.closed_at.is_(None), _silent_for() < ALIVE)
+    return owners if owners and session.scalar(select(alive.exists())) else None
 
 
 def unbind_shards(session: Session, request_id: str, partitions: Sequence[str] | None = None) -> int:
@@ -440,10 +544,14 @@ def _unplanned(clip: Any) -> Any:
     return (clip.status == ClipStatus.QUEUED) & clip.shard_id.is_(None)
 
 
+def _its_time_has_come() -> Any:
+    return or_(Clip.not_before.is_(None), Clip.not_before <= func.statement_timestamp())
+
+
 def _nobody_renders() -> tuple[Any, Any]:
     active = aliased(Clip)
     planned = active.status.in_(ACTIVE) & active.shard_id.is_not(None)
-    return ~exists().where(active.recipe == Clip.recipe, planned), ~exists().where(Take.recipe == Clip.recipe)
+    return ~exists().where(active.recipe == Clip.recipe, planned), ~exists().where(adoptable(Clip))
 
 
 # Watching
@@ -588,8 +696,11 @@ def cancel_request(session: Session, request_id: str) -> int:
     return _end_clips(session, request_id)
 
 
-def retry_request(session: Session, request_id: str) -> int:
-    """Queue the failed, quarantined and cancelled clips again, each with a fresh allowance of attempts.
+AGAIN = (ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED)
+
+
+def retry_request(session: Session, request_id: str, statuses: Sequence[ClipStatus] = AGAIN) -> int:
+    """Queue the failed, quarantined and cancelled clips again, or those of `statuses`, each with three tries anew.
 
     Opens the request again when there were any. Returns how many. Raises RequestNotReady for a request that was
     cancelled before all of its clips were in.
@@ -597,15 +708,14 @@ def retry_request(session: Session, request_id: str) -> int:
     request = _lock_request(session, request_id)
     if request.total is None:
         raise RequestNotReady(f"{request_id} lacks some of its clips: submit its prompts again")
-    again = [ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED]
-    return _queue_again(session, request_id, again)
+    return _queue_again(session, request_id, statuses)
 
 
 def _queue_again(session: Session, request_id: str, statuses: Sequence[ClipStatus]) -> int:
     queued = (
         update(Clip)
         .where(Clip.request_id == request_id, Clip.status.in_(statuses))
-        .values(status=ClipStatus.QUEUED, tries=0, shard_id=None, error=None, finished_at=None)
+        .values(status=ClipStatus.QUEUED, tries=0, shard_id=None, error=None, finished_at=None, not_before=None)
     )
     count = change(session, queued)
     unsealed = Request.total.is_(None)  # cancelled so early that it may have no clip yet
@@ -624,13 +734,6 @@ def _end_clips(session: Session, request_id: str) -> int:
         Shard.request_id == request_id, Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED))
     )
     shard_ids = list(session.scalars(theirs.order_by(Shard.id).with_for_update(key_share=True)))
-    if shard_ids:
-        change(
-            session,
-            update(Shard)
-            .where(Shard.id.in_(shard_ids))
-            .values(status=ShardStatus.CANCELLED, owner=None, leased_until=None, finished_at=func.now()),
-        )
     change(
         session,
         update(Attempt)
@@ -641,9 +744,13 @@ def _end_clips(session: Session, request_id: str) -> int:
     cancelled = (
         update(Clip)
         .where(Clip.request_id == request_id, Clip.status.in_(ACTIVE))
-        .values(status=ClipStatus.CANCELLED, finished_at=func.statement_timestamp())
+        .values(status=ClipStatus.CANCELLED, finished_at=func.statement_timestamp(), **NO_CHECKPOINT)
     )
-    return change(session, cancelled)
+    count = change(session, cancelled)
+    if shard_ids:
+        ended = {"status": ShardStatus.CANCELLED, "owner": None, "leased_until": None, "finished_at": func.now()}
+        end_leases(session, shard_ids, ended)
+    return count
 
 
 # Models, engines, edges, artifacts
@@ -815,10 +922,10 @@ def known_keys(session: Session, keys: Sequence[str]) -> set[str]:
     return found
 
 
-def _lock_request(session: Session, request_id: str) -> Row[tuple[str, RequestStatus, int | None, int, str | None]]:
+def _lock_request(session: Session, request_id: str) -> Row[Any]:
     """The request's row, ours until the transaction ends: what concerns all clips of a request happens in turn."""
     row = session.execute(
-        select(Request.id, Request.status, Request.total, Request.priority, Request.flow_run_id)
+        select(Request.id, Request.status, Request.total, Request.priority, Request.flow_run_id, Request.model_digest)
         .where(Request.id == request_id)
         .with_for_update(key_share=True)
     ).one_or_none()

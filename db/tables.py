@@ -281,6 +281,8 @@ class Shard(Base):
         # prevents counting the live leases (fair share, expiry) from reading anything else
         Index("ix_shards_leased", "leased_until", postgresql_where=text("status = 'leased'")),
         Index("ix_shards_request_id", "request_id", "id"),
+        # prevents the question when a request had its last lease from reading all of its shards
+        Index("ix_shards_claimed_at", "request_id", "claimed_at"),
     )
 
 

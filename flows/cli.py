@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -391,6 +392,8 @@ def submit(
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
     ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Render all of it anew, also what is there already.")] = False,
+    deadline: Annotated[float | None, typer.Option(help="Seconds in which all should be done.")] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
     """Check a prompt file and submit it.
@@ -430,7 +433,11 @@ def submit(
         "strength": strength,
         "overlap": overlap,
         "rewrite": rewrite,
+        "fresh": fresh or None,
+        "deadline": deadline,
     }
+    if fresh and key is None:  # known here, so that the request can be watched
+        given["key"] = f"fresh-{uuid.uuid4()}"
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
         options |= _sides(size, like="96x64")
@@ -578,10 +585,13 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
 @app.command(rich_help_panel=REQUESTS)
 def retry(
     request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those that failed three times.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
     """Queue the failed, quarantined and cancelled clips of a request again, with three fresh attempts each."""
-    from db.ledger import retry_request
+    from db.ledger import AGAIN, retry_request
+    from db.tables import ClipStatus
     from flows.ledgers import ledger, the_request
     from flows.prefect_api import PrefectApi
     from flows.submit import DEPLOYMENT, run_url
@@ -597,7 +607,8 @@ def retry(
         if old is None:
             fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
         with sessions.begin() as session:
-            count = retry_request(session, row.id)
+            only = [ClipStatus.FAILED] * failed + [ClipStatus.QUARANTINED] * quarantined
+            count = retry_request(session, row.id, only or AGAIN)
         if not count:
             typer.echo(f"{row.id}: nothing to retry")
             return
@@ -675,6 +686,32 @@ def requests_(
         rows = [{**asdict(row), "request": row.id} for row in latest_requests(session, limit)]
     columns = ["request", "name", "status", "total", "tenant", "priority", "model", "created_at", "finished_at"]
     show_rows(rows, columns, format)
+
+
+@app.command(name="tenants", rich_help_panel=REQUESTS)
+def tenants_(
+    name: Annotated[str | None, typer.Argument(help="Whose share or bounds to set; empty: list all.")] = None,
+    weight: Annotated[float | None, typer.Option(help="GPU-seconds are shared in proportion to it.")] = None,
+    max_clips: Annotated[int | None, typer.Option(help="Clips that may wait or run at once; -1: any number.")] = None,
+    max_gpu_seconds: Annotated[float | None, typer.Option(help="In 24 hours; -1: any number.")] = None,
+    format: Format = "table",
+) -> None:
+    """List the tenants with what they use, or set the share and the bounds of one."""
+    from db import ledger as books
+    from flows.ledgers import ledger
+    from flows.show import show_rows
+
+    bounds: dict[str, Any] = {"weight": weight, "max_clips": max_clips, "max_gpu_seconds": max_gpu_seconds}
+    bounds = {what: None if value == -1 else value for what, value in bounds.items() if value is not None}
+    if bounds and name is None:
+        fail("name the tenant whose share or bounds to set")
+    if any(value is not None and not (0 <= value < float("inf")) for value in bounds.values()) or weight in (0, -1):
+        fail("a weight must be above 0, a bound at least 0, or -1 for none")
+    with ledger(_settings()) as sessions, sessions.begin() as session:
+        if name is not None and bounds:
+            books.set_tenant(session, name, **bounds)
+        rows = [asdict(row) for row in books.tenants(session) if name in (None, row.name)]
+    show_rows(rows, ["name", "weight", "max_clips", "max_gpu_seconds", "waiting", "gpu_seconds"], format)
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -46,7 +47,7 @@ from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStat
 from flows import engines, plan
 from flows.layout import CannotFit, Rates, Work, best_layout
 from flows.ledgers import ledger as ledger_of
-from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of
+from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of, partition_for
 from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
@@ -115,6 +116,8 @@ def make_clips(
     settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest
 ) -> State[Any]:
     log = get_run_logger()
+    if request.fresh and request.key is None:  # a request of its own, and the same one when this run is tried again
+        request = request.model_copy(update={"key": f"fresh-{this_run.id}"})
     try:
         source = find_source(settings, ledgers, store, request)
     except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
@@ -131,6 +134,8 @@ def make_clips(
             opened = record(settings, ledgers, store, source, request, rewriter, say=log.info)
     except RewriterFailed as error:
         return refuse([str(error)], name="RewriterFailed")
+    except ledger.QuotaExceeded as error:
+        return refuse([str(error)], name="QuotaExceeded")
     request_id = opened.id
     log.info("request %s: %s clips asked for by %s", request_id, source.checked.clips, source.name)
     if warning := strange_shapes(source.card, source.checked.shapes):
@@ -163,6 +168,7 @@ class Source:
     checked: Checked
     sources: Sources  # what lines are made from, found and stored
     deadline: float | None  # seconds in which all should be done
+    fresh: bool = False  # what was rendered before will not do
 
 
 def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest) -> Source:
@@ -197,6 +203,7 @@ def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store
         checked=checked,
         sources=sources,
         deadline=request.deadline,
+        fresh=request.fresh,
     )
 
 
@@ -224,7 +231,7 @@ def open_source(settings: Settings, store: Store, uri: str) -> Generator[BinaryI
 def refuse(messages: Sequence[str], *, count: int = 1, name: str = "BadInput") -> State[Any]:
     """All errors at once, in the UI and in the state's message; nothing was recorded or planned."""
     text = "\n".join(messages)
-    what = "Bad input" if name == "BadInput" else "The rewriter failed"
+    what = {"RewriterFailed": "The rewriter failed", "QuotaExceeded": "Too much at once"}.get(name, "Bad input")
     create_markdown_artifact(f"# {what}: nothing was submitted\n```\n{text}\n```", key="bad-input")
     errors = f"{count} error{'s' * (count != 1)}: nothing was submitted"
     return Failed(message=f"{errors}\n{text}"[:4000], name=name)
@@ -258,6 +265,9 @@ def record(
     if rewriter and (before is None or before.total is None):
         with open_source(settings, store, source.uri) as stream:
             say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
+    seconds = expected_seconds(settings, ledgers, source)
+    say(f"expected: {seconds:,.0f} GPU-seconds")
+    deadline = None if request.deadline is None else datetime.now(UTC) + timedelta(seconds=request.deadline)
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
         opened = ledger.open_request(
@@ -272,6 +282,9 @@ def record(
                 source=source.uri,
                 source_sha256=source.sha256,
                 priority=request.priority,
+                deadline=deadline,
+                clips=checked.clips,
+                gpu_seconds=seconds,
                 flow_run_id=str(this_run.id) if this_run.id else None,
                 carrier=carrier(),
                 trace_id=current_trace_id(),
@@ -287,6 +300,19 @@ def record(
         with ledgers.begin() as session:
             ledger.seal_request(session, opened.id, checked.clips + checked.bad)
     return opened
+
+
+def expected_seconds(settings: Settings, ledgers: sessionmaker[Session], source: Source) -> float:
+    """GPU-seconds that the clips will take, by what such clips took, as if none of them was there already."""
+    partition = partition_for(settings, source.card)
+    with ledgers() as session:
+        cost = cost_model(session, settings, source.card)
+    steps, guided = source.defaults.steps, source.defaults.guidance != 1
+    total = 0.0
+    for shape, clips in source.checked.shapes.items():
+        width, height, frames = map(int, shape.split("x"))
+        total += clips * cost.seconds(plan.Shape(width, height, frames, steps, guided), partition)
+    return total * partition.world
 
 
 def lines_of(stream: BinaryIO, source: Source, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
@@ -325,6 +351,7 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
             solver=line.solver,
             shift=line.shift,
             step_cache=line.step_cache,
+            fresh=source.fresh,
             seed=line.seed_of(sample),
             recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
             mode=ClipMode(made.mode),
@@ -408,6 +435,11 @@ class Planner:
         if not waiting:
             return
         cost = cost_model(session, self.settings, self.source.card)
+        # What failed before is alone in its shard: whatever is wrong with it harms nobody else.
+        for squad, bound in self.squads([clip for clip in waiting if clip.tries], cost):
+            for clip in squad.waiting:
+                self.put_into_shard(session, [clip.clip_id], plan.Shape.of(clip), squad, bound, cost)
+        waiting = [clip for clip in waiting if not clip.tries]
         remaining = ledger.progress(session, self.request_id).counts[ClipStatus.QUEUED]
         for squad, bound in self.squads(waiting, cost):
             for shard in plan.shards(
@@ -417,19 +449,33 @@ class Planner:
                 engines=squad.replicas,
                 remaining=remaining,
             ):
-                ledger.create_shard(
-                    session,
-                    self.request_id,
-                    shard.clip_ids,
-                    carrier=carrier(),
-                    partition=str(squad.partition) if bound else None,
-                    predicted_seconds=shard.seconds,
-                    predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
-                )
+                self.put_into_shard(session, shard.clip_ids, shard.shape, squad, bound, cost)
+
+    def put_into_shard(
+        self,
+        session: Session,
+        clip_ids: Sequence[str],
+        shape: plan.Shape,
+        squad: plan.Squad,
+        bound: bool,
+        cost: plan.CostModel,
+    ) -> None:
+        """Clips of one shape become a shard, with what they are expected to take."""
+        ledger.create_shard(
+            session,
+            self.request_id,
+            clip_ids,
+            carrier=carrier(),
+            partition=str(squad.partition) if bound else None,
+            predicted_seconds=len(clip_ids) * cost.seconds(shape, squad.partition),
+            predicted_bytes=cost.memory(shape, squad.partition, self.settings.micro_batch),
+        )
 
     def squads(self, waiting: Sequence[plan.Waiting], cost: plan.CostModel) -> list[tuple[plan.Squad, bool]]:
         """Who renders what, and whether others may not."""
         settings = self.settings
+        if not waiting:
+            return []
         if settings.partition != AUTO:
             partition = Partition.parse(settings.partition)
             return [(plan.Squad(partition=partition, replicas=settings.engines, waiting=waiting), False)]

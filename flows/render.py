@@ -43,7 +43,7 @@ from infra.tracing import Event, carrier, continued, current_trace_id, flush, se
 from model.conditioning import Frames
 from model.config import Partition
 from model.encode import encode_mp4, encode_png
-from model.engine import ClipSpec, Engine, RankDied, RankHung, RenderedClip, RenderFailed
+from model.engine import ClipSpec, Engine, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed
 from model.media import BadMedia, read_frames
 from model.weights import ModelCard
 
@@ -259,6 +259,7 @@ class Crew:
                     seconds=self.settings.lease_seconds,
                     model_digest=self.card.digest,
                     partition=partition,
+                    ranks=self.partition.world,
                 )
             if claimed is not None:
                 return claimed
@@ -356,7 +357,7 @@ class Shard:
                 specs.append(spec_of(clip, self.fetch))
             except (BadMedia, NoSuchKey, WrongDigest) as error:
                 self.on_step(clip.clip_id, 0, clip.steps)
-                self.settle_failed(clip.clip_id, f"its source {error}")
+                self.settle_failed(clip.clip_id, f"its source {error}", error)
         return specs
 
     def fetch(self, source: NewArtifact) -> bytes:
@@ -407,6 +408,7 @@ class Shard:
                 engine=self.crew.owner,
                 partition=str(self.crew.partition),
                 code_version=code_version(),
+                host=socket.gethostname(),
             )
 
     def unwanted(self) -> set[str]:
@@ -420,7 +422,7 @@ class Shard:
         try:
             data, media_type = as_file(clip, rendered.frames, self.crew.card.name)
         except Exception as error:  # this clip's trouble, not the engine's: the next may well encode
-            self.settle_failed(clip.clip_id, f"encoding failed: {error}")
+            self.settle_failed(clip.clip_id, f"encoding failed: {error}", error)
             return
         encoded = time.time()
         stored = self.patiently(lambda: self.crew.store.put(data, media_type))
@@ -470,16 +472,35 @@ class Shard:
         guilty = {named} if named else self.started - self.settled - self.cancelled
         for clip_id in guilty:
             self.on_step(clip_id, 0, 0)  # one that failed before its turn has an attempt too
-            self.settle_failed(clip_id, str(failure))
+            self.settle_failed(clip_id, str(failure), failure)
 
-    def settle_failed(self, clip_id: str, error: str) -> None:
+    def settle_failed(self, clip_id: str, said: str, error: Exception) -> None:
+        """Input that is bad stays bad, and is not tried again."""
+        kind, permanent = class_of(error), isinstance(error, BadMedia)
         with self.crew.ledgers.begin() as session:
-            leases.fail_clip(session, self.lease, clip_id, error)
+            leases.fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent)
         self.settled.add(clip_id)
 
 
 class WrongDigest(Exception):
     """Stored bytes are not those that the ledger knows. `rushes audit` looks at all of them."""
+
+
+# The first that fits: OutOfMemory is a RankDied.
+ERROR_CLASSES: tuple[tuple[type[Exception], str], ...] = (
+    (OutOfMemory, "out_of_memory"),
+    (RankDied, "rank_died"),
+    (RankHung, "rank_hung"),
+    (RenderFailed, "render_failed"),
+    (BadMedia, "bad_input"),
+    (NoSuchKey, "missing_bytes"),
+    (WrongDigest, "wrong_bytes"),
+)
+
+
+def class_of(error: Exception) -> str:
+    """What kind of failure it was, in the word that `attempts.error_class` holds; `encode_failed` for any other."""
+    return next((name for kind, name in ERROR_CLASSES if isinstance(error, kind)), "encode_failed")
 
 
 def proven(data: bytes, source: NewArtifact) -> bytes:

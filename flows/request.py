@@ -246,6 +246,11 @@ class GenerationRequest(Conditioned):
         title="Idempotency key",
         description="Two requests of one key are one request; empty: made from the prompts and the settings",
     )
+    fresh: bool = Field(
+        default=False,
+        title="Render again",
+        description="Clips that are there already will not do: all of it is rendered anew, as a request of its own",
+    )
     skip_invalid: bool = Field(
         default=False, title="Skip bad lines", description="Record them as rejected, make the others"
     )

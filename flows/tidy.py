@@ -38,6 +38,7 @@ ENDINGS = (
     "Failed",
     "BadInput",
     "RewriterFailed",
+    "QuotaExceeded",
     "Crashed",
     "Cancelled",
     "Cancelling",

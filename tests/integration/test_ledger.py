@@ -63,6 +63,7 @@ from tests.ledger import (
     new_clip,
     new_request,
     opened,
+    pass_time,
     planned,
     render,
     statuses,
@@ -589,6 +590,7 @@ def test_a_request_ends_as_its_clips_did(ledger: Ledger, ends: list[str], expect
                 start_clip(session, lease, clip.clip_id, **ENGINE)
                 fail_clip(session, lease, clip.clip_id, "no", permanent=end == "failed")
             complete_shard(session, lease)
+            pass_time(session, 61)
             planned(session, request)
         assert statuses(session, request) == ends
         assert finish_request(session, request, manifest_key="m") == expected
@@ -637,6 +639,8 @@ def test_retry_gives_what_ended_badly_a_fresh_allowance(ledger: Ledger) -> None:
                 else:
                     assert fail_clip(session, lease, clip.clip_id, "boom\0" * 9000) == expected
             complete_shard(session, lease)
+            assert unplanned(session, request, 5) == []  # it waits a little
+            pass_time(session, 61)
         assert statuses(session, request) == ["quarantined", "done", "rejected"]
         assert finish_request(session, request) == RequestStatus.COMPLETED_WITH_GAPS
         assert retry_request(session, request) == 1

@@ -78,6 +78,7 @@ alter table shards
 alter table shards
     add constraint ck_shards_priority check (priority between 0 and 9),
     add constraint ck_shards_size check (size >= 1 and ranks >= 1)""",
+    "create index ix_shards_claimed_at on shards (request_id, claimed_at)",
     """
 alter table clips
     add fresh boolean default false not null,
@@ -187,6 +188,7 @@ alter table attempts
     """
 create index ix_clips_progress on clips (request_id, status) include (found, seconds, started_at)""",
     "alter table clips drop fresh, drop not_before, drop checkpoint, drop checkpoint_step, drop checkpoint_of",
+    "drop index ix_shards_claimed_at",
     """
 alter table shards
     drop constraint ck_shards_priority,
