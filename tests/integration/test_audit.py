@@ -1,4 +1,4 @@
-"""What the audit says of a ledger that somebody has tampered with: each rule finds its own breach, and a sound one none.
+"""What the audit says of a ledger that was tampered with: each rule finds its own breach, and in a sound one none.
 
 Ledger against store is in tests/end_to_end/test_audit.py.
 """
