@@ -1,17 +1,21 @@
-"""Compares the ledger with the store: every row has its bytes, every blob has its row, every digest is true."""
+"""Compares the ledger with itself and with the store.
+
+No row contradicts another, every row has its bytes, every object has its row, every digest is true.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from db.audit import checkpoints, contradictions
 from db.ledger import known_keys
 from db.tables import Artifact
 from infra.store import Listed, NoSuchKey, Store
@@ -20,14 +24,12 @@ CHUNK = 1 << 20
 BATCH = 500  # rows of one statement
 YOUNG = timedelta(minutes=1)  # bytes are stored before their row is written, so young bytes may have none yet
 
-Problem = Literal["missing", "wrong size", "wrong digest", "orphan"]
-
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """One object about which ledger and store disagree."""
+    """Something that is not as it must be: missing, wrong size, wrong digest, orphan, or a rule of `db.audit`."""
 
-    problem: Problem
+    problem: str
     key: str
     detail: str
 
@@ -41,20 +43,59 @@ class Audited:
     hashed: int = 0  # bytes
 
 
-def audit(session: Session, store: Store, audited: Audited, *, hash_bytes: bool = True) -> Iterator[Breach]:
+def audit(
+    session: Session, store: Store, audited: Audited, *, hash_bytes: bool = True, sample: int | None = None
+) -> Iterator[Breach]:
     """Yields every breach as it is found and counts in `audited`. Raises StoreUnavailable.
 
-    `hash_bytes=False` compares existence and size only. Works while engines run: an object's bytes come first and its
-    row second, so rows are looked at before blobs, and blobs younger than a minute are left alone.
+    `hash_bytes=False` compares existence and size only; `sample` hashes so many objects, drawn at random, of the others
+    size and existence. Works while engines run: an object's bytes come first and its row second, so rows are looked at
+    before objects, and objects younger than a minute are left alone.
     """
+    for found in contradictions(session):
+        yield Breach(found.rule, found.key, "the ledger contradicts itself")
+    session.rollback()
+    drawn = None if sample is None or not hash_bytes else _draw(session, sample)
     for row in _rows(session):
         audited.rows += 1
-        if breach := _look_at(row, store, audited, hash_bytes):
+        if breach := _look_at(row, store, audited, hash_bytes and (drawn is None or row.key in drawn)):
             yield breach
-    listed = (item for item in store.list("blobs/") if item.modified < datetime.now(UTC) - YOUNG)
-    while batch := list(islice(listed, BATCH)):
-        audited.blobs += len(batch)
-        yield from _orphans(session, batch)
+    yield from _checkpoints(session, store, audited)
+    for prefix, known in (("blobs/", known_keys), ("checkpoints/", _wanted)):
+        listed = (item for item in store.list(prefix) if item.modified < datetime.now(UTC) - YOUNG)
+        while batch := list(islice(listed, BATCH)):
+            audited.blobs += len(batch)
+            keys = known(session, [item.key for item in batch])
+            session.rollback()
+            yield from (_orphan(item) for item in batch if item.key not in keys)
+
+
+def _draw(session: Session, count: int) -> set[str]:
+    """Keys of so many artifacts: a reservoir, since the ledger may hold millions."""
+    drawn: list[str] = []
+    for seen, row in enumerate(_rows(session)):
+        if seen < count:
+            drawn.append(row.key)
+        elif (place := random.randrange(seen + 1)) < count:
+            drawn[place] = row.key
+    return set(drawn)
+
+
+def _checkpoints(session: Session, store: Store, audited: Audited) -> Iterator[Breach]:
+    """Latents that a clip would go on from and that are not there, unless it has finished or moved on meanwhile."""
+    named = checkpoints(session)
+    session.rollback()
+    audited.rows += len(named)
+    gone = {key for key in named if not store.exists(key)}
+    if gone:
+        gone &= checkpoints(session)
+        session.rollback()
+    for key in sorted(gone):
+        yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object")
+
+
+def _wanted(session: Session, keys: list[str]) -> set[str]:
+    return checkpoints(session) & set(keys)
 
 
 def _rows(session: Session) -> Iterator[Artifact]:
@@ -91,9 +132,5 @@ def _look_at(row: Artifact, store: Store, audited: Audited, hash_bytes: bool) ->
     return None
 
 
-def _orphans(session: Session, batch: list[Listed]) -> Iterator[Breach]:
-    known = known_keys(session, [item.key for item in batch])
-    session.rollback()
-    for item in batch:
-        if item.key not in known:
-            yield Breach("orphan", item.key, f"{item.bytes} bytes since {item.modified:%Y-%m-%d %H:%M}, and no row")
+def _orphan(item: Listed) -> Breach:
+    return Breach("orphan", item.key, f"{item.bytes} bytes since {item.modified:%Y-%m-%d %H:%M}, and no row")

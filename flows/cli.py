@@ -847,9 +847,16 @@ def _distinct(columns: Sequence[str]) -> list[str]:
 @app.command(rich_help_panel=QUESTIONS)
 def audit(
     quick: Annotated[bool, typer.Option("--quick", help="Compare presence and size, do not hash the bytes.")] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Hash so many objects, drawn at random (default: all).")
+    ] = None,
     format: Format = "table",
 ) -> None:
-    """Compare the ledger with the store: rows without bytes, bytes without rows, wrong digests. Exit code 1 on any."""
+    """Look for lost, doubled and contradictory things, in the ledger and between ledger and store.
+
+    Rows that contradict each other, rows without bytes, bytes without rows,
+    wrong digests. Exit code 1 on any.
+    """
     from flows.audit import Audited
     from flows.audit import audit as compare
     from flows.ledgers import reading
@@ -857,7 +864,8 @@ def audit(
 
     settings, audited = _settings(), Audited()
     with reading(settings) as session:
-        breaches = [asdict(each) for each in compare(session, settings.open_store(), audited, hash_bytes=not quick)]
+        found = compare(session, settings.open_store(), audited, hash_bytes=not quick, sample=sample)
+        breaches = [asdict(each) for each in found]
     if breaches or format != "table":
         show_rows(breaches, ["problem", "key", "detail"], format)
     hashed = "not hashed" if quick else f"{audited.hashed:,} bytes hashed"

@@ -1,0 +1,78 @@
+"""What can never be true of a sound ledger: one query a rule, each returning what breaks it.
+
+Every transition of the ledger is one transaction, so these hold at any moment, while engines run too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Something of which the ledger says two things."""
+
+    rule: str
+    key: str  # of the clip, shard, request, recipe or engine
+
+
+RULES = {
+    "a clip of a closed request is not over": """
+        select c.id from clips c join requests r on r.id = c.request_id
+        where r.status <> 'open' and c.status in ('queued', 'running')""",
+    "a sealed request has another number of clips": """
+        select r.id from requests r left join clips c on c.request_id = r.id
+        where r.total is not null group by r.id having count(c.id) <> r.total""",
+    "the kept counts are not those of the clips": """
+        select coalesce(kept.request_id, there.request_id)
+        from (select request_id, status, sum(clips) as clips from tallies group by 1, 2) kept
+        full join (select request_id, status, count(*) as clips from clips group by 1, 2) there
+        using (request_id, status)
+        where coalesce(kept.clips, 0) <> coalesce(there.clips, 0) group by 1""",
+    "a request ended otherwise than its clips": """
+        select r.id from requests r left join clips c on c.request_id = r.id
+        where r.status not in ('open', 'cancelled') group by r.id, r.status
+        having r.status <> case
+            when count(*) filter (where c.status = 'done') = count(c.id) then 'completed'
+            when count(*) filter (where c.status = 'done') > 0 then 'completed_with_gaps'
+            else 'failed' end::request_status""",
+    "a recipe was rendered twice": """
+        select recipe from clips where status = 'done' and not found and not fresh
+        group by recipe having count(*) > 1""",
+    "a clip was finished twice": """
+        select clip_id from attempts where status = 'done' group by clip_id having count(*) > 1""",
+    "a done clip has other bytes than its recipe's take": """
+        select c.id from clips c left join takes t using (recipe)
+        where c.status = 'done' and not c.fresh and c.artifact is distinct from t.sha256""",
+    "an attempt runs and its clip does not, or the other way": """
+        select c.id from clips c where (c.status = 'running')
+        <> exists (select from attempts a where a.clip_id = c.id and a.status = 'running')""",
+    "a clip has another number of attempts than it counts": """
+        select c.id from clips c left join attempts a on a.clip_id = c.id
+        group by c.id, c.attempts having count(a.clip_id) <> c.attempts""",
+    "an unfinished clip lies in a shard that is over": """
+        select c.id from clips c join shards s on s.id = c.shard_id
+        where c.status in ('queued', 'running') and s.status in ('done', 'cancelled')""",
+    "a clip runs in a shard that nobody leases": """
+        select c.id from clips c join shards s on s.id = c.shard_id
+        where c.status = 'running' and s.status <> 'leased'""",
+    "an engine that has left holds a lease": """
+        select s.id::text from shards s join engines e on e.id = s.owner
+        where s.status = 'leased' and e.closed_at is not null""",
+}
+
+
+def contradictions(session: Session) -> Iterator[Contradiction]:
+    """Everything that breaks a rule, rule by rule, at one moment each."""
+    for rule, query in RULES.items():
+        for key in session.scalars(text(query)).all():
+            yield Contradiction(rule, key)
+
+
+def checkpoints(session: Session) -> set[str]:
+    """The objects that unfinished clips would go on from."""
+    return set(session.scalars(text("select checkpoint from clips where checkpoint is not null")))

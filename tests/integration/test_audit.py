@@ -1,0 +1,87 @@
+"""What the audit says of a ledger that was tampered with: each rule finds its own breach, and in a sound one none.
+
+Ledger against store is in tests/end_to_end/test_audit.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session, sessionmaker
+
+from db.audit import RULES, contradictions
+from db.leases import claim_shard, complete_shard, start_clip
+from db.ledger import finish_request
+from flows.audit import Audited, audit
+from infra.store import FolderStore
+from tests.ledger import ENGINE, MODEL, new_clip, opened, planned, render
+
+# What breaks each rule, in a ledger of one closed request of two clips and of an open one whose first clip runs.
+TAMPER = {
+    "a clip of a closed request is not over": "update requests set status = 'completed', finished_at = now()"
+    " where status = 'open'",
+    "a sealed request has another number of clips": "update requests set total = total + 1 where status = 'open'",
+    "the kept counts are not those of the clips": "update tallies set clips = clips + 1 where id ="
+    " (select min(id) from tallies)",
+    "a request ended otherwise than its clips": "update requests set status = 'failed' where status = 'completed'",
+    "a recipe was rendered twice": "update clips set recipe = (select min(recipe) from clips where status = 'done')"
+    " where status = 'done'",
+    "a clip was finished twice": "insert into attempts (clip_id, number, shard_id, shard_attempt, owner, engine,"
+    " partition, code_version, status, finished_at) select clip_id, 2, shard_id, shard_attempt, owner, engine,"
+    " partition, code_version, status, finished_at from attempts where status = 'done' limit 1",
+    "a done clip has other bytes than its recipe's take": "delete from takes",
+    "an attempt runs and its clip does not, or the other way": "update attempts set status = 'lost',"
+    " finished_at = now() where status = 'running'",
+    "a clip has another number of attempts than it counts": "update clips set attempts = 7 where status = 'done'",
+    "an unfinished clip lies in a shard that is over": "update shards set status = 'cancelled', owner = null,"
+    " leased_until = null, finished_at = now() where status = 'leased'",
+    "a clip runs in a shard that nobody leases": "update shards set status = 'queued', owner = null,"
+    " leased_until = null where status = 'leased'",
+    "an engine that has left holds a lease": "insert into engines (id, host, pid, device, partition, model_digest,"
+    " code_version, closed_at) values ('b', 'h', 1, 'cpu', 'tp=2', 'm', '1', now())",
+}
+
+
+def fill(session: Session) -> None:
+    first = opened(session, [new_clip(0), new_clip(1)], key="closed")
+    planned(session, first)
+    lease, clips = claim_shard(session, "a", seconds=600, model_digest=MODEL) or pytest.fail("nothing to claim")
+    for clip in clips:
+        render(session, lease, clip.clip_id)
+    complete_shard(session, lease)
+    finish_request(session, first)
+    second = opened(session, [new_clip(5), new_clip(6)], key="open")
+    planned(session, second)
+    lease, clips = claim_shard(session, "b", seconds=600, model_digest=MODEL) or pytest.fail("nothing to claim")
+    start_clip(session, lease, clips[0].clip_id, **ENGINE)
+
+
+def test_every_rule_has_a_breach_to_find() -> None:
+    assert TAMPER.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_breach_is_found(ledger: sessionmaker[Session], rule: str) -> None:
+    with ledger.begin() as session:
+        fill(session)
+        assert list(contradictions(session)) == []
+        session.execute(text(TAMPER[rule]))
+        assert rule in {found.rule for found in contradictions(session)}
+
+
+def test_checkpoints_are_looked_for(ledger: sessionmaker[Session], tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    for key in ("checkpoints/kept", "checkpoints/nobodys"):
+        store.put_at(key, b"latents")
+        os.utime(tmp_path / key, (0, 0))
+    with ledger.begin() as session:
+        run = opened(session, [new_clip(0), new_clip(1)])
+        name = "update clips set checkpoint = :key, checkpoint_step = 2, checkpoint_of = 'x' where request_id = :id"
+        for index, key in enumerate(("checkpoints/kept", "checkpoints/gone")):
+            session.execute(text(name + " and index = :at"), {"key": key, "id": run, "at": index})
+    with ledger() as session:
+        found = {(breach.problem, breach.key) for breach in audit(session, store, Audited())}
+    assert found == {("missing", "checkpoints/gone"), ("orphan", "checkpoints/nobodys")}
