@@ -47,7 +47,7 @@ from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStat
 from flows import engines, plan
 from flows.layout import CannotFit, Rates, Work, best_layout
 from flows.ledgers import ledger as ledger_of
-from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of, partition_for
+from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of
 from flows.modes import Conditions
 from flows.prompts import (
     BadFile,
@@ -304,7 +304,7 @@ def record(
 
 def expected_seconds(settings: Settings, ledgers: sessionmaker[Session], source: Source) -> float:
     """GPU-seconds that the clips will take, by what such clips took, as if none of them was there already."""
-    partition = partition_for(settings, source.card)
+    partition = Partition() if settings.partition == AUTO else Partition.parse(settings.partition)
     with ledgers() as session:
         cost = cost_model(session, settings, source.card)
     steps, guided = source.defaults.steps, source.defaults.guidance != 1

@@ -106,10 +106,11 @@ def pass_time(session: Session, seconds: float) -> None:
         "requests": ("created_at",),
         "shards": ("created_at", "claimed_at"),
         "clips": ("not_before", "queued_at"),
-        "usage": ("minute",),
     }.items():
         earlier = ", ".join(f"{name} = {name} - make_interval(secs => :by)" for name in columns)
         session.execute(text(f"update {table} set {earlier}"), ago)
+    moved = "select tenant, minute - make_interval(secs => :by), gpu_seconds from gone"
+    session.execute(text(f"with gone as (delete from usage returning *) insert into usage {moved}"), ago)
 
 
 def statuses(session: Session, request: str) -> list[str]:
