@@ -138,7 +138,7 @@ class LeasedClip:
     step_cache: float | None
     source: NewArtifact | None  # what it is made from
     end_source: NewArtifact | None
-    checkpoint: Checkpoint | None  # where an earlier attempt had come to
+    checkpoint: Checkpoint | None = None  # where an earlier attempt had come to
 
 
 def held(lease: Lease) -> ColumnElement[bool]:

@@ -266,7 +266,6 @@ def record(
         with open_source(settings, store, source.uri) as stream:
             say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
     seconds = expected_seconds(settings, ledgers, source)
-    say(f"expected: {seconds:,.0f} GPU-seconds")
     deadline = None if request.deadline is None else datetime.now(UTC) + timedelta(seconds=request.deadline)
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
