@@ -5,11 +5,13 @@ Every transition of the ledger is one transaction, so these hold at any moment, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
+
+from db.tables import Clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ RULES = {
     "a clip was finished twice": """
         select clip_id from attempts where status = 'done' group by clip_id having count(*) > 1""",
     "a done clip has other bytes than its recipe's take": """
-        select c.id from clips c left join takes t using (recipe)
-        where c.status = 'done' and not c.fresh and c.artifact is distinct from t.sha256""",
+        select c.id from clips c left join takes t using (recipe) left join clips maker on maker.id = t.clip_id
+        where c.status = 'done' and c.artifact is distinct from t.sha256
+        and (c.id = t.clip_id or maker.fresh is not true)  -- a fresh one leaves the others what they had""",
     "an attempt runs and its clip does not, or the other way": """
         select c.id from clips c where (c.status = 'running')
         <> exists (select from attempts a where a.clip_id = c.id and a.status = 'running')""",
@@ -73,6 +76,9 @@ def contradictions(session: Session) -> Iterator[Contradiction]:
             yield Contradiction(rule, key)
 
 
-def checkpoints(session: Session) -> set[str]:
-    """The objects that unfinished clips would go on from."""
-    return set(session.scalars(text("select checkpoint from clips where checkpoint is not null")))
+def checkpoints(session: Session, keys: Sequence[str] | None = None) -> set[str]:
+    """The objects that unfinished clips would go on from; with `keys` those of them."""
+    named = select(Clip.checkpoint).where(Clip.checkpoint.is_not(None))
+    if keys is not None:
+        named = named.where(Clip.checkpoint.in_(keys))
+    return {key for key in session.scalars(named) if key is not None}

@@ -367,7 +367,7 @@ limit 48""",
     "Was anything rendered twice? (no rows: nothing was)": """\
 select recipe, count(*) as renderings, array_agg(clip_id order by clip_id) as clips
 from history
-where status = 'done' and not found
+where status = 'done' and not found and not fresh
 group by 1
 having count(*) > 1""",
     "Where does the time go?": """\

@@ -61,7 +61,7 @@ def audit(
         if breach := _look_at(row, store, audited, hash_bytes and (drawn is None or row.key in drawn)):
             yield breach
     yield from _checkpoints(session, store, audited)
-    for prefix, known in (("blobs/", known_keys), ("checkpoints/", _wanted)):
+    for prefix, known in (("blobs/", known_keys), ("checkpoints/", checkpoints)):
         listed = (item for item in store.list(prefix) if item.modified < datetime.now(UTC) - YOUNG)
         while batch := list(islice(listed, BATCH)):
             audited.blobs += len(batch)
@@ -88,14 +88,10 @@ def _checkpoints(session: Session, store: Store, audited: Audited) -> Iterator[B
     audited.rows += len(named)
     gone = {key for key in named if not store.exists(key)}
     if gone:
-        gone &= checkpoints(session)
+        gone = checkpoints(session, sorted(gone))
         session.rollback()
     for key in sorted(gone):
         yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object")
-
-
-def _wanted(session: Session, keys: list[str]) -> set[str]:
-    return checkpoints(session) & set(keys)
 
 
 def _rows(session: Session) -> Iterator[Artifact]:

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from db.leases import Lease, NewArtifact, record_clip, start_clip
+from db.leases import Lease, LeasedClip, NewArtifact, claim_shard, record_clip, start_clip
 from db.ledger import NewClip, NewRequest, add_clips, create_shard, open_request, seal_request, unplanned
 
 ENGINE = {"engine": "engine-1", "partition": "cfg1xsp1xtp2", "code_version": "1.0"}
@@ -83,6 +83,38 @@ def planned(session: Session, request: str, *, size: int = 100) -> list[int]:
         assert shard is not None
         shards.append(shard)
     return shards
+
+
+def batch(session: Session, key: str, shards: int, **changes: Any) -> str:
+    """A request of so many shards of one clip each; its id."""
+    clips = [new_clip(index, recipe=(key, index)) for index in range(shards)]
+    request = opened(session, clips, key=key, name=key, **changes)
+    planned(session, request, size=1)
+    return request
+
+
+def claim(session: Session, owner: str = "a", **rules: Any) -> tuple[Lease, list[LeasedClip]]:
+    """The next shard, of which there must be one."""
+    leased = claim_shard(session, owner, seconds=600, model_digest=MODEL, **rules)
+    assert leased is not None, "there should be work"
+    return leased
+
+
+def clear(session: Session) -> None:
+    """An empty ledger again, for the next example of a law."""
+    for table in (
+        "edges",
+        "takes",
+        "attempts",
+        "clips",
+        "shards",
+        "tallies",
+        "requests",
+        "artifacts",
+        "usage",
+        "tenants",
+    ):
+        session.execute(text(f"delete from {table}"))
 
 
 def render(session: Session, lease: Lease, clip_id: str, content: object = None) -> bool:

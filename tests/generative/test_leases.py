@@ -51,7 +51,7 @@ from db.ledger import (
     unplanned,
 )
 from db.tables import TERMINAL, ClipStatus, RequestStatus
-from tests.ledger import ENGINE, MODEL, artifact_of, new_clip, new_request, opened, run_out
+from tests.ledger import ENGINE, MODEL, artifact_of, clear, new_clip, new_request, opened, run_out
 
 Result = TypeVar("Result")
 
@@ -83,8 +83,7 @@ class Studio(RuleBasedStateMachine):
         self.cancelled: set[int] = set()  # shards
         self.rendered: dict[str, str] = {}  # recipe -> the clip recorded for it
         with ledger.begin() as session:
-            for table in ("edges", "takes", "attempts", "clips", "shards", "tallies", "requests", "artifacts"):
-                session.execute(text(f"delete from {table}"))
+            clear(session)
 
     # People
 

@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.leases import (
     Lease,
-    LeasedClip,
     LeaseLost,
     claim_shard,
     complete_shard,
@@ -33,6 +32,8 @@ from tests.ledger import (
     ENGINE,
     MODEL,
     artifact_of,
+    batch,
+    claim,
     digest,
     new_clip,
     opened,
@@ -44,12 +45,6 @@ from tests.ledger import (
 )
 
 Ledger = sessionmaker[Session]
-
-
-def claim(session: Session, owner: str = "a") -> tuple[Lease, list[LeasedClip]]:
-    leased = claim_shard(session, owner, seconds=600, model_digest=MODEL)
-    assert leased is not None, "there should be work"
-    return leased
 
 
 def one_shard(session: Session, clips: int = 2, key: str = "batch") -> str:
@@ -206,15 +201,11 @@ def test_an_engine_gets_work_for_its_model_only(ledger: Ledger) -> None:
 
 
 def test_priority_first_then_tenants_and_requests_in_turn(ledger: Ledger) -> None:
-    def shards_of(session: Session, key: str, count: int, tenant: str, priority: int = 5) -> None:
-        clips = [new_clip(index, recipe=(key, index)) for index in range(count)]
-        planned(session, opened(session, clips, key=key, name=key, tenant=tenant, priority=priority), size=1)
-
     with ledger.begin() as session:
-        shards_of(session, "huge", 6, tenant="one")
-        shards_of(session, "mine", 2, tenant="one")
-        shards_of(session, "theirs", 3, tenant="two")
-        shards_of(session, "urgent", 1, tenant="one", priority=9)
+        batch(session, "huge", 6, tenant="one")
+        batch(session, "mine", 2, tenant="one")
+        batch(session, "theirs", 3, tenant="two")
+        batch(session, "urgent", 1, tenant="one", priority=9)
         turns: list[str] = []
         while leased := claim_shard(session, f"engine-{len(turns)}", seconds=600, model_digest=MODEL):
             name = text("select name from requests where id = :id")
@@ -228,8 +219,7 @@ def test_many_engines_at_once_get_every_shard_once(ledger: Ledger) -> None:
     engines, shards = 8, 48
     with ledger.begin() as session:
         for number in range(3):
-            clips = [new_clip(index, recipe=(number, index)) for index in range(shards // 3)]
-            planned(session, opened(session, clips, key=f"batch-{number}"), size=1)
+            batch(session, f"batch-{number}", shards // 3)
     gate = threading.Barrier(engines)
 
     def claim_all(number: int) -> list[int]:

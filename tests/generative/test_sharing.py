@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from db.audit import contradictions
+from db.history import QUERIES
 from db.leases import (
     Checkpoint,
     Lease,
-    LeasedClip,
     LeaseLost,
     claim_shard,
     complete_shard,
@@ -42,6 +43,9 @@ from tests.ledger import (
     ENGINE,
     MODEL,
     artifact_of,
+    batch,
+    claim,
+    clear,
     new_clip,
     new_request,
     opened,
@@ -54,25 +58,6 @@ from tests.ledger import (
 
 Ledger = sessionmaker[Session]
 LAW = settings(max_examples=4, suppress_health_check=list(HealthCheck))
-
-
-def batch(session: Session, key: str, shards: int, tenant: str = "studio", **changes: object) -> str:
-    """A request of so many shards of one clip each."""
-    clips = [new_clip(index, recipe=(key, index)) for index in range(shards)]
-    request = opened(session, clips, key=key, name=key, tenant=tenant, **changes)
-    planned(session, request, size=1)
-    return request
-
-
-def claim(session: Session, owner: str = "a", **rules: float) -> tuple[Lease, list[LeasedClip]]:
-    leased = claim_shard(session, owner, seconds=600, model_digest=MODEL, **rules)
-    assert leased is not None, "there should be work"
-    return leased
-
-
-def clear(session: Session) -> None:
-    for table in ("edges", "takes", "attempts", "clips", "shards", "tallies", "requests", "usage", "tenants"):
-        session.execute(text(f"delete from {table}"))
 
 
 def begun_earlier(session: Session, lease: Lease, seconds: float) -> None:
@@ -292,6 +277,9 @@ def test_what_is_to_be_fresh_is_rendered_again_and_once(ledger: Ledger) -> None:
         assert {made[f"{old}-00000{n}-0"] for n in (0, 1)} == {artifact_of("old").sha256}
         assert {made[f"{each}-00000{n}-0"] for each in (again, third) for n in (0, 1)} == {artifact_of("new").sha256}
         assert session.scalar(text("select count(*) from history where not found")) == 2
+        assert list(contradictions(session)) == []
+        twice = QUERIES["Was anything rendered twice? (no rows: nothing was)"]
+        assert session.execute(text(twice)).all() == [], "nothing was that nobody asked for"
 
 
 def test_twenty_who_submit_the_same_at_once_make_one_request(ledger: Ledger) -> None:
