@@ -251,16 +251,12 @@ def save_checkpoint(session: Session, lease: Lease, clip_id: str, checkpoint: Ch
     runs (it was cancelled, or has ended). Raises LeaseLost.
     """
     _hold(session, lease)
-    row = session.execute(
-        select(Clip.status, Clip.checkpoint)
-        .where(Clip.id == clip_id, Clip.shard_id == lease.shard_id)
-        .with_for_update(key_share=True)
-    ).one_or_none()
-    if row is None or row.status != ClipStatus.RUNNING:
+    clip = _lock_clip(session, lease, clip_id)
+    if clip is None or clip.status != ClipStatus.RUNNING:
         return checkpoint.key
     kept = {"checkpoint": checkpoint.key, "checkpoint_step": checkpoint.step, "checkpoint_of": checkpoint.of}
     change(session, update(Clip).where(Clip.id == clip_id).values(kept))
-    return row.checkpoint if row.checkpoint != checkpoint.key else None
+    return clip.checkpoint if clip.checkpoint != checkpoint.key else None
 
 
 def record_clip(
@@ -361,12 +357,13 @@ def fail_clip(
 
 def complete_shard(session: Session, lease: Lease) -> None:
     """The shard is worked off. Clips that went back to the queue leave it, to be planned again. Raises LeaseLost."""
-    _hold(session, lease)
+    status = _hold(session, lease)
     _end_running(session, [lease.shard_id], AttemptStatus.LOST)  # started and never told of again
     waiting = (Clip.shard_id == lease.shard_id) & (Clip.status == ClipStatus.QUEUED)
     change(session, update(Clip).where(waiting).values(shard_id=None))
-    done = {"status": ShardStatus.DONE, "owner": None, "leased_until": None, "finished_at": _now()}
-    _end_lease(session, lease, done)
+    if status == ShardStatus.LEASED:  # else it was cancelled, which has ended the lease
+        done = {"status": ShardStatus.DONE, "owner": None, "leased_until": None, "finished_at": _now()}
+        end_leases(session, [lease.shard_id], done)
 
 
 def release_shard(session: Session, lease: Lease) -> None:
@@ -374,9 +371,10 @@ def release_shard(session: Session, lease: Lease) -> None:
 
     Checkpoints stay: whoever claims it goes on from there.
     """
-    _hold(session, lease)
+    status = _hold(session, lease)
     _end_running(session, [lease.shard_id], AttemptStatus.RELEASED)
-    _end_lease(session, lease, {"status": ShardStatus.QUEUED, "owner": None, "leased_until": None})
+    if status == ShardStatus.LEASED:
+        end_leases(session, [lease.shard_id], _BACK)
 
 
 def outranked(session: Session, lease: Lease) -> bool:
@@ -583,11 +581,13 @@ def _as_value(stored: Artifact | None) -> NewArtifact | None:
 # The fence and what it guards
 
 
-def _hold(session: Session, lease: Lease) -> None:
+def _hold(session: Session, lease: Lease) -> ShardStatus:
     """Keeps the shard ours until the end of this transaction: a claim skips or waits for a row that is locked."""
-    mine = select(Shard.id).where(held(lease)).with_for_update(key_share=True)
-    if session.execute(mine).one_or_none() is None:
+    mine = select(Shard.status).where(held(lease)).with_for_update(key_share=True)
+    status = session.execute(mine).scalar_one_or_none()
+    if status is None:
         raise _lost(lease)
+    return status
 
 
 def _lost(lease: Lease) -> LeaseLost:
@@ -600,16 +600,17 @@ class _Locked:
     attempts: int
     recipe: str
     fresh: bool
+    checkpoint: str | None
 
 
 def _lock_clip(session: Session, lease: Lease, clip_id: str) -> _Locked | None:
     """The clip while it belongs to the leased shard; None once it was cancelled away from it."""
     row = session.execute(
-        select(Clip.status, Clip.attempts, Clip.recipe, Clip.fresh)
+        select(Clip.status, Clip.attempts, Clip.recipe, Clip.fresh, Clip.checkpoint)
         .where(Clip.id == clip_id, Clip.shard_id == lease.shard_id)
         .with_for_update(key_share=True)
     ).one_or_none()
-    return None if row is None else _Locked(row.status, row.attempts, row.recipe or "", row.fresh)
+    return None if row is None else _Locked(row.status, row.attempts, row.recipe or "", row.fresh, row.checkpoint)
 
 
 def _end_running(session: Session, shard_ids: Sequence[int], outcome: AttemptStatus) -> None:
@@ -644,11 +645,13 @@ def _put_back(session: Session, which: ColumnElement[bool]) -> int:
     shard_ids = list(session.scalars(overdue.with_for_update(key_share=True)))
     if shard_ids:
         _end_running(session, shard_ids, AttemptStatus.LOST)
-        end_leases(session, shard_ids, {"status": ShardStatus.QUEUED, "owner": None, "leased_until": None})
+        end_leases(session, shard_ids, _BACK)
     return len(shard_ids)
 
 
 # What leases took
+
+_BACK: dict[str, Any] = {"status": ShardStatus.QUEUED, "owner": None, "leased_until": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -671,12 +674,6 @@ def end_leases(session: Session, shard_ids: Sequence[int], change_to: Mapping[st
     ended = [_Ended.of(row) for row in session.execute(before.where(Shard.id.in_(shard_ids))) if row.leased_until]
     change(session, update(Shard).where(Shard.id.in_(shard_ids)).values(change_to))
     _charge(session, *ended)
-
-
-def _end_lease(session: Session, lease: Lease, change_to: Mapping[str, Any]) -> None:
-    """The lease ends, unless its shard was cancelled: that has ended it already."""
-    if session.scalar(select(Shard.status).where(held(lease))) == ShardStatus.LEASED:
-        end_leases(session, [lease.shard_id], change_to)
 
 
 def _charge(session: Session, *ended: _Ended) -> None:

@@ -71,7 +71,7 @@ from db.tables import (
 
 CHUNK = 1000  # clips in one insert
 _ANALYZE_FROM = 2000  # clips at which a request changes the statistics that plans are made from
-ALIVE = 45.0  # seconds since an engine's last sign of life within which work is left to it
+ALIVE = 45.0  # seconds since its last sign of life after which an engine counts as gone
 _PLANNING = 0x506C616E  # advisory lock: "Plan"
 
 
@@ -527,9 +527,9 @@ def _failed_on(session: Session, clip_ids: Sequence[str], model_digest: str) -> 
     failed = select(Attempt.owner).distinct().where(Attempt.clip_id.in_(clip_ids))
     failed = failed.where(Attempt.status.in_((AttemptStatus.FAILED, AttemptStatus.LOST))).order_by(Attempt.owner)
     owners = list(session.scalars(failed))
-    others = select(Engine.id).where(Engine.model_digest == model_digest, Engine.id.not_in(owners))
-    alive = others.where(Engine.closed_at.is_(None), _silent_for() < ALIVE)
-    return owners if owners and session.scalar(select(alive.exists())) else None
+    if owners and any(engine.id not in owners for engine in live_engines(session, ALIVE, model_digest=model_digest)):
+        return owners
+    return None
 
 
 def unbind_shards(session: Session, request_id: str, partitions: Sequence[str] | None = None) -> int:

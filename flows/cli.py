@@ -607,8 +607,8 @@ def retry(
         if old is None:
             fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
         with sessions.begin() as session:
-            only = [ClipStatus.FAILED] * failed + [ClipStatus.QUARANTINED] * quarantined
-            count = retry_request(session, row.id, only or AGAIN)
+            asked = {ClipStatus.FAILED: failed, ClipStatus.QUARANTINED: quarantined}
+            count = retry_request(session, row.id, [status for status in asked if asked[status]] or AGAIN)
         if not count:
             typer.echo(f"{row.id}: nothing to retry")
             return

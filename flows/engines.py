@@ -30,7 +30,6 @@ from model.config import Partition
 
 DEPLOYMENT = "render/engine"
 ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
-SILENT = 45.0  # seconds without a heartbeat in the ledger after which a running engine counts as gone
 STARTING = 120.0  # seconds that an engine may take to load before its first heartbeat
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def ensure(
     with ledgers() as session:
         work = ledger.progress(session, request_id)
         shards = watching.open_shards(session, request_id)
-        living = ledger.live_engines(session, SILENT)
+        living = ledger.live_engines(session, ledger.ALIVE)
     alive = {engine.flow_run_id for engine in living}
     by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]

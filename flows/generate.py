@@ -265,7 +265,7 @@ def record(
     if rewriter and (before is None or before.total is None):
         with open_source(settings, store, source.uri) as stream:
             say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
-    seconds = expected_seconds(settings, ledgers, source)
+    seconds = 0.0 if before else expected_seconds(settings, ledgers, source)
     deadline = None if request.deadline is None else datetime.now(UTC) + timedelta(seconds=request.deadline)
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
@@ -434,47 +434,37 @@ class Planner:
         if not waiting:
             return
         cost = cost_model(session, self.settings, self.source.card)
-        # What failed before is alone in its shard: whatever is wrong with it harms nobody else.
-        for squad, bound in self.squads([clip for clip in waiting if clip.tries], cost):
-            for clip in squad.waiting:
-                self.put_into_shard(session, [clip.clip_id], plan.Shape.of(clip), squad, bound, cost)
-        waiting = [clip for clip in waiting if not clip.tries]
         remaining = ledger.progress(session, self.request_id).counts[ClipStatus.QUEUED]
         for squad, bound in self.squads(waiting, cost):
-            for shard in plan.shards(
-                squad.waiting,
-                lambda shape, on=squad.partition: cost.seconds(shape, on),
-                seconds=self.settings.shard_seconds,
-                engines=squad.replicas,
-                remaining=remaining,
-            ):
-                self.put_into_shard(session, shard.clip_ids, shard.shape, squad, bound, cost)
+            for shard in self.cut(squad, cost, remaining):
+                ledger.create_shard(
+                    session,
+                    self.request_id,
+                    shard.clip_ids,
+                    carrier=carrier(),
+                    partition=str(squad.partition) if bound else None,
+                    predicted_seconds=shard.seconds,
+                    predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
+                )
 
-    def put_into_shard(
-        self,
-        session: Session,
-        clip_ids: Sequence[str],
-        shape: plan.Shape,
-        squad: plan.Squad,
-        bound: bool,
-        cost: plan.CostModel,
-    ) -> None:
-        """Clips of one shape become a shard, with what they are expected to take."""
-        ledger.create_shard(
-            session,
-            self.request_id,
-            clip_ids,
-            carrier=carrier(),
-            partition=str(squad.partition) if bound else None,
-            predicted_seconds=len(clip_ids) * cost.seconds(shape, squad.partition),
-            predicted_bytes=cost.memory(shape, squad.partition, self.settings.micro_batch),
+    def cut(self, squad: plan.Squad, cost: plan.CostModel, remaining: int) -> list[plan.PlannedShard]:
+        """The squad's shards. What failed before is alone in its own: whatever is wrong with it harms nobody else."""
+
+        def seconds(shape: plan.Shape) -> float:
+            return cost.seconds(shape, squad.partition)
+
+        failed = [(plan.Shape.of(clip), clip.clip_id) for clip in squad.waiting if clip.tries]
+        return [plan.PlannedShard(shape, (clip_id,), seconds(shape)) for shape, clip_id in failed] + plan.shards(
+            [clip for clip in squad.waiting if not clip.tries],
+            seconds,
+            seconds=self.settings.shard_seconds,
+            engines=squad.replicas,
+            remaining=remaining,
         )
 
     def squads(self, waiting: Sequence[plan.Waiting], cost: plan.CostModel) -> list[tuple[plan.Squad, bool]]:
         """Who renders what, and whether others may not."""
         settings = self.settings
-        if not waiting:
-            return []
         if settings.partition != AUTO:
             partition = Partition.parse(settings.partition)
             return [(plan.Squad(partition=partition, replicas=settings.engines, waiting=waiting), False)]

@@ -66,6 +66,8 @@ class Waiting(Sized, Protocol):
 
     @property
     def clip_id(self) -> str: ...
+    @property
+    def tries(self) -> int: ...  # that failed
 
 
 class Finished(Sized, Protocol):

@@ -125,7 +125,7 @@ def heartbeat_automation() -> AutomationCore:
 def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
     """Closes the rows of engines that have not been heard of, and their runs if Prefect still calls them running."""
     with ledgers.begin() as session:
-        silent = ledger.silent_engines(session, engines.SILENT * 4)
+        silent = ledger.silent_engines(session, ledger.ALIVE * 4)
         for engine in silent:
             ledger.close_engine(session, engine.id)
     for engine in silent:

@@ -30,6 +30,19 @@ def downgrade() -> None:
     op.execute(HISTORY.format(columns=""))
 
 
+# What changed, put into `tallies`: a row for every status of every request that has more or fewer clips now.
+SUMMED = """
+        insert into tallies (request_id, status, clips, found, rendered, seconds, started_at)
+        select each.request_id, each.status, sum(each.clips), sum(each.found), sum(each.rendered), sum(each.seconds),
+               min(each.started_at)
+        from {changes} each
+        group by each.request_id, each.status
+        having sum(each.clips) <> 0 or sum(each.found) <> 0 or sum(each.rendered) <> 0 or sum(each.seconds) <> 0"""
+_CAME = "select now.* from after, tally(false, after) now"
+_WENT = "select was.* from before, tally(true, before) was"
+INSERTED, DELETED = SUMMED.format(changes=f"({_CAME})"), SUMMED.format(changes=f"({_WENT})")
+UPDATED = SUMMED.format(changes=f"({_WENT} union all {_CAME})")
+
 UP = (
     """
 create table tenants (
@@ -125,32 +138,15 @@ create function tally(was boolean, clip clips) returns table (
     from (select case when was then -1 else 1 end, (clip.status = 'done' and not clip.found)::integer)
         as of_it (sign, rendered)
 $$""",
-    """
+    f"""
 create function tally_clips() returns trigger language plpgsql as $$
 begin
     if tg_op = 'INSERT' then
-        insert into tallies (request_id, status, clips, found, rendered, seconds, started_at)
-        select each.request_id, each.status, sum(each.clips), sum(each.found), sum(each.rendered), sum(each.seconds),
-               min(each.started_at)
-        from after, tally(false, after) each
-        group by each.request_id, each.status;
+        {INSERTED};
     elsif tg_op = 'DELETE' then
-        insert into tallies (request_id, status, clips, found, rendered, seconds, started_at)
-        select each.request_id, each.status, sum(each.clips), sum(each.found), sum(each.rendered), sum(each.seconds),
-               min(each.started_at)
-        from before, tally(true, before) each
-        group by each.request_id, each.status;
+        {DELETED};
     else
-        insert into tallies (request_id, status, clips, found, rendered, seconds, started_at)
-        select each.request_id, each.status, sum(each.clips), sum(each.found), sum(each.rendered), sum(each.seconds),
-               min(each.started_at)
-        from (
-            select was.* from before, tally(true, before) was
-            union all
-            select now.* from after, tally(false, after) now
-        ) each
-        group by each.request_id, each.status
-        having sum(each.clips) <> 0 or sum(each.found) <> 0 or sum(each.rendered) <> 0 or sum(each.seconds) <> 0;
+        {UPDATED};
     end if;
     return null;
 end $$""",
@@ -163,12 +159,7 @@ create trigger tally_updated after update on clips referencing old table as befo
     """
 create trigger tally_deleted after delete on clips referencing old table as before
     for each statement execute function tally_clips()""",
-    """
-insert into tallies (request_id, status, clips, found, rendered, seconds, started_at)
-select each.request_id, each.status, sum(each.clips), sum(each.found), sum(each.rendered), sum(each.seconds),
-       min(each.started_at)
-from clips, tally(false, clips) each
-group by each.request_id, each.status""",
+    SUMMED.format(changes="(select now.* from clips, tally(false, clips) now)"),
 )
 
 DOWN = (
