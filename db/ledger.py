@@ -809,7 +809,9 @@ def register_engine(
 
 
 def engine_heartbeat(session: Session, owner: str) -> None:
-    change(session, update(Engine).where(Engine.id == owner).values(heartbeat_at=func.statement_timestamp()))
+    """The engine lives: also one that was closed since it was silent for long, and has come back."""
+    alive = {"heartbeat_at": func.statement_timestamp(), "closed_at": None}
+    change(session, update(Engine).where(Engine.id == owner).values(alive))
 
 
 def close_engine(session: Session, owner: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import CursorResult, Delete, Engine, Insert, Update, create_engine, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 # No transaction of ours thinks for minutes; one that does belongs to a stalled process and must not hold its locks.
@@ -15,6 +17,15 @@ from sqlalchemy.orm import Session, sessionmaker
 _SERVER_OPTIONS = (
     "-c timezone=UTC -c jit=off -c plan_cache_mode=force_custom_plan -c idle_in_transaction_session_timeout=10min"
 )
+
+# A cut network answers nothing, and a connection may wait for it for hours: seconds until that counts as an error.
+_NETWORK = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
 
 
 def connect(url: str, *, application: str = "rushes") -> Engine:
@@ -27,7 +38,20 @@ def connect(url: str, *, application: str = "rushes") -> Engine:
     return create_engine(
         parsed.set(drivername="postgresql+psycopg"),
         pool_pre_ping=True,
-        connect_args={"application_name": application, "options": _SERVER_OPTIONS, "connect_timeout": 10},
+        connect_args={"application_name": application, "options": _SERVER_OPTIONS, **_NETWORK},
+    )
+
+
+def is_away(error: BaseException) -> bool:
+    """True where an error says nothing of what was asked: the server is gone, starting, full, or chose a victim.
+
+    The transaction is undone then and may be begun again from its start.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    cause = error.orig
+    return error.connection_invalidated or (
+        isinstance(cause, psycopg.OperationalError) and not isinstance(cause, psycopg.errors.QueryCanceled)
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -49,6 +50,7 @@ from flows.layout import CannotFit, Rates, Work, best_layout
 from flows.ledgers import ledger as ledger_of
 from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of
 from flows.modes import Conditions
+from flows.patience import if_there, patiently, transact
 from flows.prompts import (
     BadFile,
     BadLine,
@@ -90,9 +92,13 @@ def name_run() -> str:
 
 def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     """Cancelling the run in the UI cancels its clips; engines stop at their next denoising step."""
-    with ledger_of(load_settings()) as ledgers, ledgers.begin() as session:
+
+    def cancel(session: Session) -> None:
         for request in watching.open_requests(session, flow_run_id=str(flow_run.id)):
             ledger.cancel_request(session, request.id)
+
+    with ledger_of(load_settings()) as ledgers:
+        transact(ledgers, cancel, seconds=60)
 
 
 @flow(
@@ -119,7 +125,7 @@ def make_clips(
     if request.fresh and request.key is None:  # a request of its own, and the same one when this run is tried again
         request = request.model_copy(update={"key": f"fresh-{this_run.id}"})
     try:
-        source = find_source(settings, ledgers, store, request)
+        source = patiently(lambda: find_source(settings, ledgers, store, request))
     except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
         return refuse([str(error)])
     checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
@@ -131,7 +137,7 @@ def make_clips(
 
     try:
         with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
-            opened = record(settings, ledgers, store, source, request, rewriter, say=log.info)
+            opened = patiently(lambda: record(settings, ledgers, store, source, request, rewriter, say=log.info))
     except RewriterFailed as error:
         return refuse([str(error)], name="RewriterFailed")
     except ledger.QuotaExceeded as error:
@@ -382,9 +388,12 @@ def parents_of(made: Conditions) -> tuple[tuple[str, EdgeKind], ...]:
 
 def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
     """Where the request stands before this run renders anything: what it made earlier is done, and what others made."""
-    with ledgers.begin() as session:
+
+    def found(session: Session) -> Progress:
         ledger.adopt_takes(session, request_id)
         return ledger.progress(session, request_id)
+
+    return transact(ledgers, found)
 
 
 # --- until every clip has come to an end ------------------------------------------------------------------------------
@@ -392,25 +401,36 @@ def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
 
 def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> Progress:
     """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
-    planner, report = Planner(settings, request_id, source), Report(request_id)
+    planner, report = Planner(settings, ledgers, request_id, source), Report(request_id)
     next_report = 0.0
+
+    def look(session: Session) -> Progress:
+        ledger.adopt_takes(session, request_id)
+        planner.plan(session)
+        ledger.compact(session, request_id)
+        return ledger.progress(session, request_id)
+
     while True:
-        with ledgers.begin() as session:
-            ledger.adopt_takes(session, request_id)
-            planner.plan(session)
-            ledger.compact(session, request_id)
-            progress = ledger.progress(session, request_id)
+        progress = transact(ledgers, look)
         if progress.finished:
-            report.send(ledgers, progress)
+            if_there(partial(report.send, ledgers, progress))
             return progress
         if time.monotonic() >= next_report:
             next_report = time.monotonic() + REPORT
-            report.send(ledgers, progress)
-            with ledgers.begin() as session:
-                for owner in engines.dead_owners(watching.lease_owners(session)):
-                    leases.expire_owner(session, owner)
-            planner.staff(ledgers)
+            # Without Prefect engines go on, and what it is told and asked here waits for the next round.
+            send = partial(report.send, ledgers, progress)
+            all(if_there(step) for step in (send, partial(end_leases_of_the_dead, ledgers), planner.staff))
         time.sleep(POLL)
+
+
+def end_leases_of_the_dead(ledgers: sessionmaker[Session]) -> None:
+    """An engine whose run has ended will never write again: others need not wait for its lease to run out."""
+    with ledgers() as session:
+        owners = watching.lease_owners(session)
+    dead = engines.dead_owners(owners)
+    with ledgers.begin() as session:
+        for owner in dead:
+            leases.expire_owner(session, owner)
 
 
 class Planner:
@@ -420,8 +440,8 @@ class Planner:
     plan gives them, and are released from it when others keep the GPUs: nothing waits for a better engine for ever.
     """
 
-    def __init__(self, settings: Settings, request_id: str, source: Source) -> None:
-        self.settings, self.request_id, self.source = settings, request_id, source
+    def __init__(self, settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> None:
+        self.settings, self.ledgers, self.request_id, self.source = settings, ledgers, request_id, source
         self.began = time.monotonic()
         self.gpus: int | None = None  # that the plan needs; None: all there are
         self.short_since: float | None = None  # when no GPUs were left for the shards whose turn it is
@@ -483,12 +503,12 @@ class Planner:
             )
         return [(squad, True) for squad in found.squads]
 
-    def staff(self, ledgers: sessionmaker[Session]) -> None:
+    def staff(self) -> None:
         """Starts engines; shards that have waited too long for theirs may be rendered by any."""
         source = self.source
         short = engines.ensure(
             self.settings,
-            ledgers,
+            self.ledgers,
             self.request_id,
             model=source.model,
             model_digest=source.card.digest,
@@ -499,7 +519,7 @@ class Planner:
             return
         self.short_since = self.short_since or time.monotonic()
         if time.monotonic() - self.short_since > SHORT:
-            with ledgers.begin() as session:
+            with self.ledgers.begin() as session:
                 freed = ledger.unbind_shards(session, self.request_id, [short])
             get_run_logger().info("no GPUs are free for %s: %s shards may be rendered by any engine", short, freed)
 
@@ -526,18 +546,19 @@ class Report:
         said = tuple(sorted(progress.counts.items()))
         if said == self.last:
             return
-        self.last = said
         with ledgers() as session:
             rows = [as_line(row) for row in ledger.shard_table(session, self.request_id, limit=TABLE_ROWS)]
         table = rows or [{"shard": "none: every clip was found"}]
         if self.bar is None:
             bar = f"Clips of {self.request_id} that have come to an end"
             self.bar = create_progress_artifact(share, key=f"{self.key}-progress", description=bar)
+        if self.table is None:
             self.table = create_table_artifact(table, key=f"{self.key}-shards", description="Shards, the newest last")
-            return
-        update_progress_artifact(self.bar, share)
-        with get_client(sync_client=True) as client:  # each new artifact would be one more card on the page
-            client.update_artifact(self.table, ArtifactUpdate(data=json.dumps(table)))
+        else:
+            update_progress_artifact(self.bar, share)
+            with get_client(sync_client=True) as client:  # each new artifact would be one more card on the page
+                client.update_artifact(self.table, ArtifactUpdate(data=json.dumps(table)))
+        self.last = said
 
 
 def as_line(row: ledger.ShardRow) -> dict[str, str | int | float]:
@@ -569,12 +590,18 @@ def publish(
     found: int,
 ) -> State[Any]:
     """Writes manifest and contact sheet, closes the request, and says how it ended."""
-    with ledgers() as session, trace.get_tracer(__name__).start_as_current_span("publish"):
-        manifest = publish_manifest(session, store, request_id)
-        sheet = publish_sheet(session, store, request_id)
-    with ledgers.begin() as session:
-        status = ledger.finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet)
-    summarise(store, request_id, progress, status, found, manifest, sheet)
+
+    def files() -> tuple[str, str | None]:
+        with ledgers() as session:
+            return publish_manifest(session, store, request_id), publish_sheet(session, store, request_id)
+
+    with trace.get_tracer(__name__).start_as_current_span("publish"):
+        manifest, sheet = patiently(files)
+    status = transact(
+        ledgers,
+        lambda session: ledger.finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet),
+    )
+    patiently(lambda: summarise(store, request_id, progress, status, found, manifest, sheet))
     counts = ", ".join(f"{count} {status}" for status, count in sorted(progress.counts.items()) if count)
     message = f"{request_id}: {counts} ({found} found, not rendered again)"
     if status == RequestStatus.COMPLETED:

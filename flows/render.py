@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import platform
 import socket
@@ -37,8 +38,9 @@ from flows.devices import hold_devices
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
 from flows.models import gpus_of, partition_for, resolve
+from flows.patience import away, patiently, transact
 from flows.settings import AUTO, Settings, load_settings
-from infra.store import NoSuchKey, Store, StoreUnavailable
+from infra.store import NoSuchKey, Store
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
 from model.conditioning import Frames
 from model.config import Partition
@@ -50,6 +52,7 @@ from model.weights import ModelCard
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
+LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `tidy` closes it as well
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
 log = logging.getLogger("rushes.engine")
@@ -126,7 +129,7 @@ def run_engine(
 
     planned: the partition for which a plan wants it, in place of the settings'.
     """
-    card = resolve(settings, settings.model)
+    card = patiently(lambda: resolve(settings, settings.model))
     partition = Partition.parse(planned) if planned else partition_for(settings, card)
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
@@ -142,8 +145,7 @@ def run_engine(
                 crew.serve(done, work)
         finally:
             engine.close()
-            with ledgers.begin() as session:
-                ledger.close_engine(session, owner)
+            transact(ledgers, lambda session: ledger.close_engine(session, owner), seconds=LEAVING)
     done.alive = time.monotonic() - born
     return done
 
@@ -177,7 +179,7 @@ def register(
     owner: str,
     flow_run_id: str | None,
 ) -> None:
-    with ledgers.begin() as session:
+    def known(session: Session) -> None:
         ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
         ledger.register_engine(
             session,
@@ -190,6 +192,8 @@ def register(
             code_version=code_version(),
             flow_run_id=flow_run_id,
         )
+
+    transact(ledgers, known)
 
 
 class Heart:
@@ -252,25 +256,30 @@ class Crew:
     def claim(self) -> tuple[Lease, list[LeasedClip]] | None:
         """A shard that is for any engine or for this partition; to an engine started by hand, at last, any at all."""
         for partition in (str(self.partition), None) if self.by_hand else (str(self.partition),):
-            with self.ledgers.begin() as session:
-                claimed = leases.claim_shard(
-                    session,
-                    self.owner,
-                    seconds=self.settings.lease_seconds,
-                    model_digest=self.card.digest,
-                    partition=partition,
-                    ranks=self.partition.world,
-                )
+            claimed = transact(self.ledgers, lambda session, planned=partition: self.claim_of(session, planned))
             if claimed is not None:
                 return claimed
         return None
+
+    def claim_of(self, session: Session, partition: str | None) -> tuple[Lease, list[LeasedClip]] | None:
+        ledger.engine_heartbeat(session, self.owner)  # so that one thought dead is alive before it has a lease
+        return leases.claim_shard(
+            session,
+            self.owner,
+            seconds=self.settings.lease_seconds,
+            model_digest=self.card.digest,
+            partition=partition,
+            ranks=self.partition.world,
+        )
 
     def in_the_way(self) -> bool:
         """True when this engine, which has no work, has GPUs that engines of another partition are waiting for."""
         if self.by_hand or self.settings.partition != AUTO:
             return False
-        with self.ledgers() as session:
-            return leases.others_wait(session, model_digest=self.card.digest, partition=str(self.partition))
+        digest, partition = self.card.digest, str(self.partition)
+        return transact(
+            self.ledgers, lambda session: leases.others_wait(session, model_digest=digest, partition=partition)
+        )
 
     def restart_ranks(self, reason: str) -> None:
         """Raises RankDied when the ranks die again and again without a clip between."""
@@ -308,8 +317,7 @@ class Shard:
             ):
                 self.span, self.trace_id = carrier(), current_trace_id()
                 self.render_all(publisher)
-            with self.crew.ledgers.begin() as session:
-                leases.complete_shard(session, self.lease)
+            self.transact(lambda session: leases.complete_shard(session, self.lease))
         except LeaseLost as error:
             self.crew.say(f"shard {self.lease.shard_id}: {error}")
         except BaseException:
@@ -400,8 +408,8 @@ class Shard:
         if clip_id in self.started:
             return
         self.started.add(clip_id)
-        with self.crew.ledgers.begin() as session:
-            leases.start_clip(
+        self.transact(
+            lambda session: leases.start_clip(
                 session,
                 self.lease,
                 clip_id,
@@ -410,6 +418,7 @@ class Shard:
                 code_version=code_version(),
                 host=socket.gethostname(),
             )
+        )
 
     def unwanted(self) -> set[str]:
         """Clips that need not be rendered any further: cancelled ones, or all of them when the lease is lost."""
@@ -420,15 +429,17 @@ class Shard:
         clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
         began = time.time()
         try:
-            data, media_type = as_file(clip, rendered.frames, self.crew.card.name)
+            data, media_type = self.patiently(lambda: as_file(clip, rendered.frames, self.crew.card.name))
+        except LeaseLost:
+            raise
         except Exception as error:  # this clip's trouble, not the engine's: the next may well encode
             self.settle_failed(clip.clip_id, f"encoding failed: {error}", error)
             return
         encoded = time.time()
         stored = self.patiently(lambda: self.crew.store.put(data, media_type))
         ended = time.time()
-        with self.crew.ledgers.begin() as session:
-            kept = leases.record_clip(
+        kept = self.transact(
+            lambda session: leases.record_clip(
                 session,
                 self.lease,
                 clip.clip_id,
@@ -440,6 +451,7 @@ class Shard:
                 peak_bytes=rendered.peak_bytes,
                 skipped_steps=rendered.skipped_steps,
             )
+        )
         self.settled.add(clip.clip_id)
         self.finished += kept
         self.crew.restarts = 0
@@ -454,17 +466,22 @@ class Shard:
             span_between(stage, began, ended, parent=clip, events=within)
 
     def patiently(self, ask: Callable[[], T]) -> T:
-        """What the store answers: a rendered clip is worth waiting for as long as the lease is ours."""
-        wait = 1.0
-        while True:
-            try:
-                return ask()
-            except StoreUnavailable:
-                if self.lost is not None:
-                    raise
-                log.warning("the store is away; trying again in %.0f s", wait)
-                time.sleep(wait)
-                wait = min(30.0, 2 * wait)
+        """What a server answers: a rendered clip is worth waiting while the lease is ours. Raises LeaseLost."""
+        try:
+            return patiently(ask, seconds=math.inf, abandoned=lambda: self.lost is not None)
+        except Exception as error:
+            if self.lost is not None and away(error):
+                raise self.lost from error
+            raise
+
+    def transact(self, work: Callable[[Session], T]) -> T:
+        """One transaction of the ledger, for whose return it waits as long as the lease is ours. Raises LeaseLost."""
+
+        def once() -> T:
+            with self.crew.ledgers.begin() as session:
+                return work(session)
+
+        return self.patiently(once)
 
     def fail(self, failure: Exception) -> None:
         """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
@@ -477,8 +494,9 @@ class Shard:
     def settle_failed(self, clip_id: str, said: str, error: Exception) -> None:
         """Input that is bad stays bad, and is not tried again."""
         kind, permanent = class_of(error), isinstance(error, BadMedia)
-        with self.crew.ledgers.begin() as session:
-            leases.fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent)
+        self.transact(
+            lambda session: leases.fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent)
+        )
         self.settled.add(clip_id)
 
 

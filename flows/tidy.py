@@ -5,11 +5,14 @@ Every step is safe to repeat and to run beside living engines, since each asks t
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import psutil
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -128,9 +131,11 @@ def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Sessio
         silent = ledger.silent_engines(session, ledger.ALIVE * 4)
         for engine in silent:
             ledger.close_engine(session, engine.id)
+            leases.expire_owner(session, engine.id)
     for engine in silent:
         if engine.flow_run_id is None:
             continue
+        end_hung(engine)
         try:
             run = client.read_flow_run(UUID(engine.flow_run_id))
         except ObjectNotFound:
@@ -141,6 +146,16 @@ def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Sessio
             )
             client.set_flow_run_state(run.id, state, force=True)
     return len(silent)
+
+
+def end_hung(engine: ledger.EngineRow) -> None:
+    """A process that hangs keeps its memory and GPUs: on this host it is ended, and its ranks follow it."""
+    if engine.host != socket.gethostname():
+        return
+    with suppress(psutil.Error):
+        process = psutil.Process(engine.pid)
+        if process.environ().get("PREFECT__FLOW_RUN_ID") == engine.flow_run_id:  # else the number is another's now
+            process.kill()
 
 
 def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
