@@ -8,7 +8,7 @@ JOBS   ?= 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo eval bench up down test lint types clean
+.PHONY: help demo eval bench chaos up down test lint types clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,6 +21,9 @@ eval: $(VENV)/.set-up   ## set up, measure what mini can do, print the tables (A
 
 bench: $(VENV)/.set-up  ## set up, measure engine, platform and planner, print the tables (ARGS='step')
 	@$(BIN)/python -m flows.bench $(ARGS)
+
+chaos: $(VENV)/.set-up-dev  ## break a stack a hundred times and check it, an hour (ARGS='--faults 8 --seed 7')
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.end_to_end.chaos $(ARGS)
 
 up: $(VENV)/.set-up     ## start the local stack (or mend it)
 	@$(BIN)/rushes up

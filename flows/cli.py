@@ -7,6 +7,7 @@ asking never load torch. Errors that a person can mend are one line on standard 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -979,6 +980,7 @@ def engine(
     from infra.tracing import flush, setup_tracing
 
     setup_tracing("rushes-engine")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, shards are given back
     try:
         done = run_engine(settings, say=typer.echo)
     finally:

@@ -29,6 +29,23 @@ class S3Server:
     access_key: str
     secret_key: str
     secure: bool
+    gateway: "Gateway | None" = None  # None: a server that is not ours to kill
+
+
+class Gateway:
+    """The process that answers requests: it may be killed and started again, and keeps what it has stored."""
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], wait: Callable[[], None]) -> None:
+        self._start, self._wait = start, wait
+        self._process = start()
+        wait()
+
+    def kill(self) -> None:
+        _end(self._process)
+
+    def start(self) -> None:
+        self._process = self._start()
+        self._wait()
 
 
 @contextmanager
@@ -66,7 +83,7 @@ def _radosgw(folder: Path) -> Generator[S3Server]:
 
     with ExitStack() as stack:
 
-        def daemon(*command: str) -> None:
+        def daemon(*command: str) -> subprocess.Popen[bytes]:
             # The kernel ends a daemon with this process, even when that is killed.
             log = stack.enter_context((folder / f"{command[0]}.out").open("wb"))
             process = subprocess.Popen(
@@ -74,6 +91,7 @@ def _radosgw(folder: Path) -> Generator[S3Server]:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_env(conf), cwd=folder,
             )  # fmt: skip
             stack.callback(_end, process)
+            return process
 
         every = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"]
         call("ceph-authtool", "--create-keyring", folder / "mon.keyring", "--gen-key", "-n", "mon.", *every[:3])
@@ -90,13 +108,15 @@ def _radosgw(folder: Path) -> Generator[S3Server]:
         call("ceph", "auth", "add", "osd.0", *caps, "-i", folder / "osd" / "keyring")
         daemon("ceph-osd", "-i", "0", "-f")
         _until(lambda: json.loads(call("ceph", "osd", "stat", "-f", "json"))["num_up_osds"] == 1, "ceph-osd", folder)
-        daemon("radosgw", "-n", "client.rgw", "-f")
+        pool = urllib3.PoolManager(retries=False, timeout=2)
+        gateway = Gateway(
+            lambda: daemon("radosgw", "-n", "client.rgw", "-f"),
+            lambda: _until(lambda: pool.request("GET", f"http://127.0.0.1:{port}/").status == 200, "radosgw", folder),
+        )
         keys = f"key{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
         user = ["--uid=test", "--display-name=test", f"--access-key={keys[0]}", f"--secret={keys[1]}"]
         call("radosgw-admin", "user", "create", *user)
-        pool = urllib3.PoolManager(retries=False, timeout=2)
-        _until(lambda: pool.request("GET", f"http://127.0.0.1:{port}/").status == 200, "radosgw", folder)
-        yield S3Server(f"127.0.0.1:{port}", *keys, secure=False)
+        yield S3Server(f"127.0.0.1:{port}", *keys, secure=False, gateway=gateway)
 
 
 def _free_ports(count: int) -> list[int]:

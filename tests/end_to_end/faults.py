@@ -1,0 +1,401 @@
+"""What may go wrong in the middle of a batch, done for real to a whole stack, and what must be true after it.
+
+A fault strikes and, where a person would have to mend something (start what was killed), mends it. Then a clip that was
+begun after it must be finished. Everything is drawn from one seed, which is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+
+from infra.store import S3Store
+from tests.end_to_end.house import RUSHES, House, wait_for
+from tests.integration.s3 import S3Server, s3_server
+
+LEASE = 10.0  # seconds
+CLIPS = 48  # of a request
+STEPS = 8  # a clip takes about a second of two cores
+RECOVERY = 180.0  # seconds, on a machine that does other work as well
+
+
+@dataclass
+class Ground:
+    """A stack to be broken: mini on two ranks, its store a real S3 server."""
+
+    house: House
+    server: S3Server
+    random: random.Random
+    requests: dict[str, str] = field(default_factory=dict[str, str])  # to the run that was given for it
+
+    def submit(self, clips: int = CLIPS, **settings: Any) -> str:
+        """A request that nothing of is known; its id."""
+        seed = self.house.seed()
+        colours, shapes = ("red", "blue", "green", "yellow"), ("sphere", "cube", "cone")
+        lines: list[str | dict[str, Any]] = [
+            {"prompt": f"a {colours[k % 4]} {shapes[k % 3]} slides to the left on grass", "seed": seed + k}
+            for k in range(clips)
+        ]
+        run = self.house.submit(request=self.house.request(lines, **{"steps": STEPS, "frames": 9} | settings))
+        request = self.house.request_of(run)
+        self.requests[request] = run
+        return request
+
+    def waiting(self) -> int:
+        """Clips of all requests that have not come to an end."""
+        query = "select count(*) as clips from clips where status in ('queued', 'running')"
+        return int(self.house.sql(query)[0]["clips"])
+
+    def up(self) -> None:
+        """What a person does, or an init system: starts what is not there. Again, while it says that it cannot yet."""
+
+        def tried() -> bool:
+            with self.house.start("up") as process:
+                process.communicate(timeout=120)
+            return process.returncode == 0
+
+        wait_for(tried, "`rushes up` to mend the stack", every=1.0)
+
+    def part(self, name: str) -> list[psutil.Process]:
+        """The process of a part of the stack itself, not what it has started."""
+        pid = self.house.stack()["pids"].get(name)
+        return [psutil.Process(pid)] if pid and psutil.pid_exists(pid) else []
+
+    def engine(self) -> tuple[str, list[psutil.Process]]:
+        """An engine of the pool that holds a lease: its flow run, and its processes without the ranks."""
+        leased = "select distinct owner from shards where status = 'leased'"
+
+        def look() -> list[tuple[str, list[psutil.Process]]]:
+            runs = [str(row["owner"]).rpartition("/")[2] for row in self.house.sql(leased)]
+            return [(run, found) for run in runs if (found := self.house.processes_of(run))]
+
+        return self.random.choice(wait_for(look, "an engine at work", seconds=RECOVERY))
+
+    def rendering(self) -> None:
+        """Waits until clips are under way and more are to come, so that a fault has something to hit."""
+        running = "select 1 from clips where status = 'running'"
+        wait_for(lambda: self.house.sql(running), "a clip to be rendered", seconds=RECOVERY)
+        time.sleep(self.random.uniform(0, 1.5))
+
+    def now(self) -> Any:
+        return wait_for(lambda: self.tried("select clock_timestamp() as now"), "the ledger")[0]["now"]
+
+    def tried(self, query: str, *values: Any) -> list[dict[str, Any]]:
+        """Rows, or none while the ledger is away."""
+        try:
+            return self.house.sql(query, *values)
+        except psycopg.OperationalError:
+            return []
+
+    def recovered(self, since: Any) -> None:
+        """Waits for a clip that was begun after the fault, and finished."""
+        query = "select 1 from attempts where status = 'done' and started_at > %s"
+        wait_for(lambda: self.tried(query, since), "a clip after the fault", seconds=RECOVERY)
+
+    # What must be true
+
+    def ended(self, request: str) -> None:
+        """The request ends by itself, at most after a round of `tidy`, all of its clips there, its run's state true."""
+
+        def over() -> bool:
+            return bool(self.tried("select 1 from requests where id = %s and status <> 'open'", request))
+
+        deadline = time.monotonic() + 900
+        while not over():
+            assert time.monotonic() < deadline, f"{request} does not end: {self.house.statuses(request)}"
+            self.tidy()  # as its schedule does every ten minutes
+            for _ in range(20):
+                if over():
+                    break
+                time.sleep(1)
+        assert set(self.house.statuses(request)) == {"done"}, self.house.statuses(request)
+        assert self.house.status_of(request) == "completed"
+        (row,) = self.house.sql("select flow_run_id from requests where id = %s", request)
+        self.house.ended(row["flow_run_id"])
+
+    def tidy(self) -> None:
+        self.house.ended(self.house.submit("tidy/scheduled"))
+
+    def check(self) -> dict[str, int]:
+        """After every request has ended: how many clips and attempts there are. Asserts the promise."""
+        for request in self.requests:
+            self.ended(request)
+        said = self.house.rushes("audit")
+        assert "no breaches" in said, said
+        store = S3Store(self.server.endpoint, self.server.access_key, self.server.secret_key, self.bucket, secure=False)
+        objects = {listed.key for listed in store.list("blobs/")}
+        rows = {row["key"] for row in self.house.sql("select key from artifacts")}
+        assert objects == rows, f"objects without a row: {objects - rows}; rows without bytes: {rows - objects}"
+        assert not list(store.list("checkpoints/")), "of clips that have ended"
+        assert not self.house.sql("select 1 from shards where status = 'leased'"), "capacity is not given back"
+        twice = "select recipe from attempts a join clips c on c.id = a.clip_id where a.status = 'done'"
+        assert not self.house.sql(f"{twice} group by 1 having count(*) > 1"), "a recipe was rendered twice"
+        clips = self.house.sql("select count(*) as n from clips")[0]["n"]
+        attempts = self.house.sql("select count(*) as n from attempts")[0]["n"]
+        return {"clips": clips, "attempts": attempts}
+
+    @property
+    def bucket(self) -> str:
+        return self.house.settings["RUSHES_STORE_URL"].removeprefix("s3://").partition("?")[0]
+
+
+@contextmanager
+def ground(folder: Path, seed: int) -> Iterator[Ground]:
+    """A stack of its own, ended after."""
+    with s3_server() as server:
+        house = House(
+            home=folder / "home",
+            model=Path("mini"),
+            settings={
+                "RUSHES_STORE_URL": f"s3://chaos-{os.getpid()}?endpoint={server.endpoint}&secure=false",
+                "RUSHES_STORE_ACCESS_KEY": server.access_key,
+                "RUSHES_STORE_SECRET_KEY": server.secret_key,
+                "RUSHES_PARTITION": "tp=2",
+                "RUSHES_LINGER": "600",
+                "RUSHES_LEASE_SECONDS": str(LEASE),
+                "RUSHES_SHARD_SECONDS": "8",
+            },
+        )
+        with house.up():
+            yield Ground(house, server, random.Random(seed))
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def kill_a_rank(on: Ground) -> None:
+    ranks = on.house.ranks()
+    assert ranks, "no rank runs"
+    on.random.choice(ranks).kill()
+
+
+def kill_the_engine(on: Ground) -> None:
+    _, processes = on.engine()
+    on.house.kill(processes)
+
+
+def kill_a_worker(on: Ground) -> None:
+    on.house.kill(on.part(on.random.choice(("gpu", "control"))))
+    time.sleep(2)
+    on.up()
+
+
+def kill_prefect(on: Ground) -> None:
+    on.house.kill(on.part("prefect"))
+    time.sleep(on.random.uniform(1, 8))
+    on.up()
+
+
+def kill_postgres(on: Ground) -> None:
+    on.house.kill(on.part("postgres"))
+    time.sleep(on.random.uniform(0, 5))
+    on.up()
+
+
+def kill_the_store(on: Ground) -> None:
+    gateway = on.server.gateway
+    assert gateway is not None, "RUSHES_TEST_S3 names a server that is not ours to kill"
+    gateway.kill()
+    time.sleep(on.random.uniform(1, 8))
+    gateway.start()
+
+
+def stop_the_engine(on: Ground) -> None:
+    """SIGSTOP for longer than its lease, while `tidy` and another engine go on; then it wakes up, and may not write."""
+    house, (run, processes) = on.house, on.engine()
+    (lease,) = house.sql("select id, attempt, owner from shards where status = 'leased' and owner like %s", f"%{run}")
+    stopped = [*processes, *(rank for rank in house.ranks() if {p.pid for p in processes} & {rank.ppid()})]
+    for process in stopped:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(LEASE + 1)
+        on.tidy()
+        (now,) = house.sql("select status, attempt from shards where id = %s", lease["id"])
+        assert now["status"] != "leased" or now["attempt"] > lease["attempt"], "the lease outlived its end"
+        with house.start("engine", "--linger", "1") as other:
+            made = "select 1 from attempts where status = 'done' and owner <> %s and shard_id = %s"
+            wait_for(lambda: house.sql(made, lease["owner"], lease["id"]), "another engine to take the shard")
+            other.send_signal(signal.SIGTERM)
+            other.communicate(timeout=60)
+    finally:
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+    late = "select 1 from attempts where owner = %s and status = 'done' and shard_id = %s and shard_attempt < %s"
+    (now,) = house.sql("select attempt from shards where id = %s", lease["id"])
+    before = house.sql("select clock_timestamp() as now")[0]["now"]
+    time.sleep(2)
+    wrote = house.sql(late + " and finished_at > %s", lease["owner"], lease["id"], now["attempt"], before)
+    assert not wrote, f"engine {run} wrote under a lease that it had lost"
+
+
+def end_the_stack(on: Ground) -> None:
+    """SIGTERM to everything at once, as when a host shuts down."""
+    processes = on.house.processes()
+    for process in processes:
+        process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=30)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=10)
+    on.up()
+    on.tidy()
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    strike: Callable[[Ground], None]
+
+
+FAULTS = (
+    Fault("a rank is killed", kill_a_rank),
+    Fault("the engine is killed", kill_the_engine),
+    Fault("a Prefect worker is killed", kill_a_worker),
+    Fault("the Prefect server is killed", kill_prefect),
+    Fault("Postgres is killed", kill_postgres),
+    Fault("the S3 server is killed", kill_the_store),
+    Fault("the engine is stopped for longer than its lease", stop_the_engine),
+    Fault("everything is sent SIGTERM", end_the_stack),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """One fault that came and went."""
+
+    what: str
+    seconds: float  # until a clip was finished that had been begun after it
+    repeated: int  # attempts that it cost
+
+
+def campaign(on: Ground, faults: Sequence[Fault], *, clips: int = CLIPS) -> list[Struck]:
+    """Strikes with each in turn, at random moments of requests that are being rendered."""
+    struck: list[Struck] = []
+    on.submit(clips)
+    for fault in faults:
+        if on.waiting() < 12:
+            on.submit(clips)
+        on.rendering()
+        began, since = time.monotonic(), on.now()
+        print(f"{time.strftime('%H:%M:%S')} {fault.what}", flush=True)
+        fault.strike(on)
+        on.recovered(since)
+        lost = "select count(*) as n from attempts where status in ('lost', 'failed', 'released') and finished_at > %s"
+        struck.append(Struck(fault.what, time.monotonic() - began, int(on.house.sql(lost, since)[0]["n"])))
+    return struck
+
+
+# --- a namespace of its own, whose cable can be pulled --------------------------------------------------------------
+
+
+def may_make_namespaces() -> bool:
+    """True for root with the tools, and a kernel that lets it."""
+    name = f"rushes-{os.getpid()}-try"
+    try:
+        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    except OSError:
+        return False
+    if made:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    return made
+
+
+@dataclass
+class Cable:
+    """A network namespace `name`, joined to ours by a pair of devices; hosts are ours and theirs."""
+
+    name: str
+    ours: str
+    theirs: str
+    device: str
+
+    def pull(self) -> None:
+        """From now on whatever is sent is lost, and nobody is told."""
+        _ip("link", "set", self.device, "down")
+
+    def plug(self) -> None:
+        _ip("link", "set", self.device, "up")
+
+    def start(self, house: House, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+        """A command of Rushes at the other end."""
+        command = ["ip", "netns", "exec", self.name, str(RUSHES), *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=house.home.parent,
+            env=house.environment | settings,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def cable() -> Iterator[Cable]:
+    """Two ends of a cable, with addresses of a net that nobody else here uses."""
+    number = os.getpid() % 250 + 1
+    name, device, peer = f"rushes-{os.getpid()}", f"ru{os.getpid()}a", f"ru{os.getpid()}b"
+    made = Cable(name, f"10.213.{number}.1", f"10.213.{number}.2", device)
+    _ip("netns", "add", name)
+    try:
+        _ip("link", "add", device, "type", "veth", "peer", "name", peer, "netns", name)
+        _ip("addr", "add", f"{made.ours}/30", "dev", device)
+        _ip("link", "set", device, "up")
+        for command in (
+            ("addr", "add", f"{made.theirs}/30", "dev", peer),
+            ("link", "set", peer, "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            _ip("-n", name, *command)
+        yield made
+    finally:
+        _ip("netns", "del", name)  # takes its end of the cable with it, and so ours
+
+
+# --- a small disk ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of so many megabytes at `folder`; root alone may have one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def may_mount(folder: Path) -> bool:
+    try:
+        with small_disk(folder, 1):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def fill(folder: Path) -> Path:
+    """Takes all the room that is left there; remove the file to give it back."""
+    file = folder / "filler"
+    with file.open("wb", buffering=0) as out:
+        try:
+            while True:
+                out.write(b"\0" * 65536)
+        except OSError:
+            pass
+    return file
