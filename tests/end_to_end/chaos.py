@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import platform
 import random
+import signal
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the stack is ended on the way out
     chosen = [fault for fault in FAULTS if not asked.only or asked.only in fault.what]
     order = [chosen[k % len(chosen)] for k in range(asked.faults)]
     random.Random(asked.seed).shuffle(order)

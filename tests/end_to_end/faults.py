@@ -218,24 +218,23 @@ def stop_the_engine(on: Ground) -> None:
     stopped = [*processes, *(rank for rank in house.ranks() if {p.pid for p in processes} & {rank.ppid()})]
     for process in stopped:
         process.send_signal(signal.SIGSTOP)
+    since = on.now()
     try:
         time.sleep(LEASE + 1)
         on.tidy()
         (now,) = house.sql("select status, attempt from shards where id = %s", lease["id"])
         assert now["status"] != "leased" or now["attempt"] > lease["attempt"], "the lease outlived its end"
         with house.start("engine", "--linger", "1") as other:
-            made = "select 1 from attempts where status = 'done' and owner <> %s and shard_id = %s"
-            wait_for(lambda: house.sql(made, lease["owner"], lease["id"]), "another engine to take the shard")
+            made = "select 1 from attempts where status = 'done' and owner <> %s and started_at > %s"
+            wait_for(lambda: house.sql(made, lease["owner"], since), "another engine to go on")
             other.send_signal(signal.SIGTERM)
             other.communicate(timeout=60)
     finally:
         for process in stopped:
             process.send_signal(signal.SIGCONT)
-    late = "select 1 from attempts where owner = %s and status = 'done' and shard_id = %s and shard_attempt < %s"
-    (now,) = house.sql("select attempt from shards where id = %s", lease["id"])
-    before = house.sql("select clock_timestamp() as now")[0]["now"]
     time.sleep(2)
-    wrote = house.sql(late + " and finished_at > %s", lease["owner"], lease["id"], now["attempt"], before)
+    late = "select 1 from attempts where owner = %s and shard_id = %s and shard_attempt = %s and status = 'done'"
+    wrote = house.sql(late + " and finished_at > %s", lease["owner"], lease["id"], lease["attempt"], since)
     assert not wrote, f"engine {run} wrote under a lease that it had lost"
 
 
