@@ -175,9 +175,7 @@ def ground(folder: Path, seed: int) -> Iterator[Ground]:
 
 
 def kill_a_rank(on: Ground) -> None:
-    ranks = on.house.ranks()
-    assert ranks, "no rank runs"
-    on.random.choice(ranks).kill()
+    on.random.choice(wait_for(on.house.ranks, "a rank", seconds=RECOVERY)).kill()
 
 
 def kill_the_engine(on: Ground) -> None:
@@ -214,8 +212,9 @@ def kill_the_store(on: Ground) -> None:
 def stop_the_engine(on: Ground) -> None:
     """SIGSTOP for longer than its lease, while `tidy` and another engine go on; then it wakes up, and may not write."""
     house, (run, processes) = on.house, on.engine()
-    (lease,) = house.sql("select id, attempt, owner from shards where status = 'leased' and owner like %s", f"%{run}")
-    stopped = [*processes, *(rank for rank in house.ranks() if {p.pid for p in processes} & {rank.ppid()})]
+    of_run = "select id, attempt, owner from shards where status = 'leased' and owner like %s"
+    (lease,) = wait_for(lambda: house.sql(of_run, f"%{run}"), "its lease", seconds=RECOVERY)
+    stopped = [*processes, *(child for process in processes for child in process.children(recursive=True))]
     for process in stopped:
         process.send_signal(signal.SIGSTOP)
     since = on.now()
