@@ -62,6 +62,21 @@ def open_shards(session: Session, request_id: str) -> list[OpenShards]:
     return [OpenShards(*row) for row in rows]
 
 
+def work_ahead(session: Session, model_digest: str, priority: int) -> dict[str | None, float]:
+    """Predicted engine seconds of shards that are queued or leased, by the partition that they were planned for.
+
+    Those of open requests of this model that have at least this priority. A shard that nobody predicted counts nothing.
+    """
+    rows = session.execute(
+        select(Shard.partition, func.coalesce(func.sum(Shard.predicted_seconds), 0.0))
+        .join(Request, Request.id == Shard.request_id)
+        .where(Request.status == RequestStatus.OPEN, Request.model_digest == model_digest)
+        .where(Shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED)), Shard.priority >= priority)
+        .group_by(Shard.partition)
+    )
+    return {partition: seconds for partition, seconds in rows}
+
+
 def lease_owners(session: Session) -> list[str]:
     """Who holds leases now."""
     owners = session.scalars(select(Shard.owner).where(Shard.status == ShardStatus.LEASED).distinct())

@@ -20,7 +20,9 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from flows.settings import Settings
+    from flows.submit import Good
     from infra.local import Stack
+    from model.weights import ModelCard
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 CONTROL_RUNS = 100  # requests that the control pool watches at once
@@ -394,7 +396,9 @@ def submit(
         bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Render all of it anew, also what is there already.")] = False,
-    deadline: Annotated[float | None, typer.Option(help="Seconds in which all should be done.")] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="In what time all should be done: 45m, 2h30m, or seconds. Says if it cannot be.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
     """Check a prompt file and submit it.
@@ -435,7 +439,7 @@ def submit(
         "overlap": overlap,
         "rewrite": rewrite,
         "fresh": fresh or None,
-        "deadline": deadline,
+        "deadline": None if deadline is None else _seconds(deadline),
     }
     if fresh and key is None:  # known here, so that the request can be watched
         given["key"] = f"fresh-{uuid.uuid4()}"
@@ -490,7 +494,26 @@ def _submit(settings: Settings, file: str, options: dict[str, Any], *, skip_inva
     skipped = f"; {_count(checked.bad, 'bad line')} recorded as rejected" if checked.bad else ""
     typer.echo(f"{sent.request_id}  {'is under way already' if sent.already else clips}{skipped}")
     typer.echo(f"{sent.url}")
+    if good.request.deadline is not None and not sent.already:
+        _tell_deadline(settings, card, good)
     return sent.request_id, sent.flow_run_id
+
+
+def _tell_deadline(settings: Settings, card: ModelCard, good: Good) -> None:
+    """Before anybody waits: when all will be done, and whether that is in time."""
+    if settings.database_url is None:  # the run's page says it
+        return
+    from flows.estimates import as_duration, estimate
+    from flows.ledgers import reading
+
+    request, shapes = good.request, good.checked.shapes
+    assert request.deadline is not None
+    with reading(settings) as session:
+        expected = estimate(session, settings, card, request.resolve(card), shapes, request.priority)
+    if warning := expected.misses(request.deadline):
+        typer.echo(f"rushes: warning: {warning}", err=True)
+    else:
+        typer.echo(f"expected to be done in {as_duration(expected.seconds)}")
 
 
 def _count(number: int, what: str) -> str:
@@ -524,7 +547,9 @@ def plan_(
     """Say how a file would best be divided over GPUs, and how long it would take.
 
     Nothing is submitted, and neither GPUs nor weights need to be here. Speeds
-    are assumed from data sheets and from what was published of Wan 2.2.
+    are those of clips that this model rendered here on such devices; where
+    there are none, they are assumed from data sheets and from what was
+    published of Wan 2.2.
     """
     from flows.forecast import forecast
     from flows.show import show_rows
@@ -539,10 +564,10 @@ def plan_(
     show_rows(rows, list(rows[0]), format)
     if format == "table":
         layout = planned.layout
-        typer.echo(
-            f"{_count(planned.clips, 'clip')}: {layout.seconds / 3600:.2f} hours, {layout.gpu_hours:.1f} GPU-hours. "
-            "Assumed, not measured: half of the stated speed, and what Wan 2.2's table shows beside the denoising"
-        )
+        assumed = "Assumed, not measured: half of the stated speed, and what Wan 2.2's table shows beside the denoising"
+        by = "By what clips of this model took here" if planned.measured else assumed
+        took = f"{layout.seconds / 3600:.2f} hours, {layout.gpu_hours:.1f} GPU-hours"
+        typer.echo(f"{_count(planned.clips, 'clip')}: {took}. {by}")
     if planned.bad:
         fail(f"{_count(planned.bad, 'line')} cannot be read as prompts and were left out of the plan", BAD_INPUT)
 
@@ -762,6 +787,20 @@ def history(
             limit=limit,
         )
     show_rows((asdict(row) for row in found), wanted, format)
+
+
+def _seconds(text: str) -> float:
+    """2h30m, 45m, 90s, or a number of seconds."""
+    import re
+
+    text = text.strip()
+    parts = re.fullmatch(r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?", text)
+    if text and parts:
+        return sum(int(part or 0) * size for part, size in zip(parts.groups(), (86400, 3600, 60, 1), strict=True))
+    try:
+        return float(text)
+    except ValueError:
+        fail(f"--deadline {text!r} must be a time like 45m or 2h30m, or a number of seconds", BAD_INPUT)
 
 
 def _duration(text: str) -> Any:

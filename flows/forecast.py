@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flows.estimates import cost_model
 from flows.layout import (
     GIB,
     GPUS,
@@ -16,14 +17,16 @@ from flows.layout import (
     Gpu,
     Layout,
     Network,
+    Predictor,
     Rates,
     Work,
     best_layout,
     parse_gpus,
     partition_of,
 )
-from flows.models import card_of, network_of
-from flows.plan import Shape
+from flows.ledgers import reading
+from flows.models import card_of, gpu_of, network_of
+from flows.plan import ByReplica, Shape
 from flows.prompts import Prompt, open_file, read_prompts
 from flows.request import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat
 from flows.settings import Settings
@@ -39,7 +42,8 @@ class Forecast:
 
     layout: Layout
     network: Network
-    rates: Rates
+    rates: Predictor
+    measured: bool  # by what clips of this model took on such devices; else rates are assumed
     gpu: Gpu
     clips: int
     bad: int  # lines that cannot be read as prompts
@@ -91,9 +95,26 @@ def forecast(
     work = [replace(each, clips=count) for each, count in clips.items()]
     if not work:
         raise CannotFit(f"{path.name} has no prompts to plan")
-    rates = Rates.of(GPUS[kind])
+    rates = _rates(settings, card, GPUS[kind])
     layout = best_layout(work, network, rates, GPUS[kind], how_many)
-    return Forecast(layout=layout, network=network, rates=rates, gpu=GPUS[kind], clips=clips.total(), bad=bad)
+    return Forecast(
+        layout=layout,
+        network=network,
+        rates=rates,
+        measured=isinstance(rates, ByReplica),
+        gpu=GPUS[kind],
+        clips=clips.total(),
+        bad=bad,
+    )
+
+
+def _rates(settings: Settings, card: ModelCard, gpu: Gpu) -> Predictor:
+    """By what clips of this model took on such devices, where the ledger has some; else by data sheets."""
+    if settings.database_url is None or gpu_of(settings) != gpu:
+        return Rates.of(gpu)
+    with reading(settings) as session:
+        cost = cost_model(session, settings, card)
+    return ByReplica(cost, gpu) if cost.measured else Rates.of(gpu)
 
 
 def _work(line: Prompt) -> Work:

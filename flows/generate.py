@@ -46,9 +46,10 @@ from db import leases, ledger, watching
 from db.ledger import NewClip, NewRequest, Progress
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus
 from flows import engines, plan
+from flows.estimates import Estimate, as_duration, cost_model, estimate
 from flows.layout import CannotFit, Rates, Work, best_layout
 from flows.ledgers import ledger as ledger_of
-from flows.models import BrokenModel, card_of, gpu_of, gpus_of, network_like, network_of
+from flows.models import BrokenModel, card_of, gpus_of, network_of
 from flows.modes import Conditions
 from flows.patience import if_there, patiently, transact
 from flows.prompts import (
@@ -151,6 +152,10 @@ def make_clips(
             "ask about it with: rushes sql \"select status, count(*) from history where request_id = '%s' group by 1\"",
             request_id,
         )
+
+    if opened.created and request.deadline is not None:
+        expected = patiently(lambda: forecast(settings, ledgers, source, request))
+        if_there(partial(tell_deadline, request_id, request.deadline, expected))
 
     before = adopt(ledgers, request_id)
     progress = watch(settings, ledgers, request_id, source)
@@ -271,7 +276,7 @@ def record(
     if rewriter and (before is None or before.total is None):
         with open_source(settings, store, source.uri) as stream:
             say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
-    seconds = 0.0 if before else expected_seconds(settings, ledgers, source)
+    seconds = 0.0 if before else forecast(settings, ledgers, source, request).gpu_seconds
     deadline = None if request.deadline is None else datetime.now(UTC) + timedelta(seconds=request.deadline)
     with ledgers.begin() as session:
         ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
@@ -307,17 +312,21 @@ def record(
     return opened
 
 
-def expected_seconds(settings: Settings, ledgers: sessionmaker[Session], source: Source) -> float:
-    """GPU-seconds that the clips will take, by what such clips took, as if none of them was there already."""
-    partition = Partition() if settings.partition == AUTO else Partition.parse(settings.partition)
+def forecast(
+    settings: Settings, ledgers: sessionmaker[Session], source: Source, request: GenerationRequest
+) -> Estimate:
     with ledgers() as session:
-        cost = cost_model(session, settings, source.card)
-    steps, guided = source.defaults.steps, source.defaults.guidance != 1
-    total = 0.0
-    for shape, clips in source.checked.shapes.items():
-        width, height, frames = map(int, shape.split("x"))
-        total += clips * cost.seconds(plan.Shape(width, height, frames, steps, guided), partition)
-    return total * partition.world
+        return estimate(session, settings, source.card, source.defaults, source.checked.shapes, request.priority)
+
+
+def tell_deadline(request_id: str, deadline: float, expected: Estimate) -> None:
+    """On the run's page and in its log, before anything is rendered."""
+    if (warning := expected.misses(deadline)) is None:
+        get_run_logger().info("expected to be done in %s, in time", as_duration(expected.seconds))
+        return
+    get_run_logger().warning("%s", warning)
+    key = f"{request_id.replace('_', '-')}-deadline"
+    create_markdown_artifact(f"# The deadline will not be met\n{warning}.", key=key, description="Told at submission")
 
 
 def lines_of(stream: BinaryIO, source: Source, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
@@ -522,13 +531,6 @@ class Planner:
             with self.ledgers.begin() as session:
                 freed = ledger.unbind_shards(session, self.request_id, [short])
             get_run_logger().info("no GPUs are free for %s: %s shards may be rendered by any engine", short, freed)
-
-
-def cost_model(session: Session, settings: Settings, card: ModelCard) -> plan.CostModel:
-    """What clips of this model take, by what they took so far on devices of this kind."""
-    network = network_like(card, settings.bytes_each)
-    measured = watching.measured_costs(session, card.digest, settings.device, compiled=settings.compile)
-    return plan.CostModel.from_history(measured, network, Rates.of(gpu_of(settings)))
 
 
 class Report:

@@ -95,7 +95,7 @@ def batch(session: Session, key: str, shards: int, **changes: Any) -> str:
 
 def claim(session: Session, owner: str = "a", **rules: Any) -> tuple[Lease, list[LeasedClip]]:
     """The next shard, of which there must be one."""
-    leased = claim_shard(session, owner, seconds=600, model_digest=MODEL, **rules)
+    leased = claim_shard(session, owner, seconds=600, **{"model_digest": MODEL, **rules})
     assert leased is not None, "there should be work"
     return leased
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.end_to_end.house import House, decode
+from tests.end_to_end.house import PATIENCE, House, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -96,3 +96,16 @@ def test_the_page_of_the_run_shows_it(house: House, runs: dict[str, str], way: s
     assert Path(unquote(urlsplit(link).path)) == house.blob(f"requests/{request}/manifest.jsonl")
     picture = base64.b64decode(data["contact-sheet"].removeprefix("data:image/png;base64,"))
     assert picture == house.blob(f"requests/{request}/contact_sheet.png").read_bytes()
+
+
+def test_a_deadline_that_cannot_be_met_is_told(house: House, tmp_path: Path) -> None:
+    """By the command before anybody waits, and on the run's page; the clips are made all the same."""
+    file = tmp_path / "late.jsonl"
+    file.write_text(json.dumps({"prompt": "a red ball moves right", "seed": house.seed(), "samples": 3}) + "\n")
+    process = house.start("submit", str(file), "--deadline", "1s", "--watch")
+    said, warned = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, warned
+    assert "the deadline of 1s cannot be met: all is done in about " in warned
+    (run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
+    assert "The deadline will not be met" in house.artifacts(run)["deadline"]["data"]
+    assert house.statuses(house.request_of(run)) == ["done"] * 3

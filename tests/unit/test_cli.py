@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from flows.cli import _seconds as seconds_of  # pyright: ignore[reportPrivateUsage]
 from flows.cli import app
 from flows.show import plain, printable, show_one, show_rows
 
@@ -388,3 +389,17 @@ def test_one_thing_is_printed_in_all_formats(capsys: pytest.CaptureFixture[str])
 def test_plain_values() -> None:
     assert plain({"a": (1, float("nan"), b"\x00")}) == {"a": [1, "nan", "00"]}
     assert printable("a\tb\nc\x07") == "a\\tb\nc\\x07"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5", 1.5), ("45m", 2700), ("2h30m", 9000), ("1d2h3m4s", 93784), (" 10s ", 10)]
+)
+def test_a_deadline_is_a_time_as_people_say_it(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "2h 30m", "30m2h", "m", "", "-"])
+def test_another_deadline_is_refused(text: str, home: Path) -> None:
+    (home.parent / "p.txt").write_text("a red ball\n")
+    said = CliRunner().invoke(app, ["submit", "p.txt", "--deadline", text])
+    assert said.exit_code == 2 and "must be a time like 45m or 2h30m" in said.output
