@@ -28,7 +28,6 @@ from opentelemetry import trace
 from prefect import flow, get_run_logger
 from prefect.artifacts import (
     create_image_artifact,
-    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -71,7 +70,7 @@ from flows.request import Defaults, GenerationRequest, Mode, request_id, request
 from flows.rewriting import Rewriter, RewriterFailed, rewrite_all, rewriter_of, with_new_words
 from flows.settings import AUTO, Settings, load_settings
 from flows.sources import Sources, of_run
-from infra.store import NoSuchKey, Store
+from infra.store import LINK_SECONDS, NoSuchKey, Store
 from infra.tracing import carrier, continued, current_trace_id, flush, setup_tracing
 from model.config import Partition, Shape
 from model.weights import TRANSFORMER, ModelCard, ModelNotFound
@@ -671,18 +670,21 @@ Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CL
         key=f"{key}-summary",
         description="How it went, and how to ask more",
     )
-    create_link_artifact(
-        store.link(manifest, 7 * 86400), key=f"{key}-outputs", link_text="Manifest of all clips", description="Outputs"
+    create_markdown_artifact(
+        f"""[Manifest of all clips]({store.link(manifest)}), in the store as `{manifest}`.
+
+A signed link ends after {LINK_SECONDS // 60} minutes. After that: `rushes export {request_id} FOLDER` brings clips and manifest,
+`rushes show CLIP_ID` prints a new link.
+""",
+        key=f"{key}-outputs",
+        description="Outputs",
     )
     if sheet:
-        create_image_artifact(picture_url(store, sheet), key=f"{key}-contact-sheet", description="Contact sheet")
+        create_image_artifact(picture(store, sheet), key=f"{key}-contact-sheet", description="Contact sheet")
 
 
-def picture_url(store: Store, key: str) -> str:
-    """An address that a browser on the UI's page can load: a signed link, or, from a folder, the picture itself."""
-    link = store.link(key, 7 * 86400)
-    if not link.startswith("file:"):
-        return link
+def picture(store: Store, key: str) -> str:
+    """The picture itself as an address, which lives as long as the page: a signed link would not, and is a secret."""
     from PIL import Image
 
     data = store.get(key)

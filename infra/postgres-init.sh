@@ -5,8 +5,12 @@ psql --no-psqlrc -v ON_ERROR_STOP=1 -v ledger="$LEDGER_PASSWORD" -v prefect="$PR
     --username "${POSTGRES_USER:-postgres}" --dbname postgres <<'SQL'
 CREATE ROLE rushes LOGIN PASSWORD :'ledger';
 CREATE ROLE prefect LOGIN PASSWORD :'prefect';
+-- Groups that the first migration would make itself, had it the right to: who runs the platform, and who reads `history`.
+CREATE ROLE rushes_app NOLOGIN;
+CREATE ROLE rushes_reader NOLOGIN;
 CREATE DATABASE rushes OWNER rushes;
 CREATE DATABASE prefect OWNER prefect;
 -- Each role keeps to its own database.
 REVOKE CONNECT ON DATABASE rushes, prefect FROM PUBLIC;
+GRANT CONNECT ON DATABASE rushes TO rushes_app, rushes_reader;
 SQL

@@ -37,6 +37,7 @@ from urllib3.exceptions import HTTPError
 
 BLOBS = "blobs/sha256/"
 OCTETS = "application/octet-stream"
+LINK_SECONDS = 900  # that a signed link lives at most: whoever has it may read the object, and links get about
 CHUNK = 1 << 20  # bytes read at a time: bounds memory, large enough to keep the disk and the hash busy
 PART = 8 << 20  # S3: larger objects are sent in parts of this size; the client holds up to six of them in memory
 MAX_PARTS = 10_000  # S3's own bound
@@ -106,7 +107,7 @@ class Store(Protocol):
         """All objects whose key begins with `prefix`, in the order of their keys."""
         ...
 
-    def link(self, key: str, seconds: int = 900) -> str:
+    def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
         """A URL that a browser can open for that long (a folder's is a file:// one). Does not look for the object."""
         ...
 
@@ -254,7 +255,7 @@ class FolderStore:
         folder = _check_prefix(prefix).rpartition("/")[0]
         yield from self._walk(folder + "/" if folder else "", prefix)
 
-    def link(self, key: str, seconds: int = 900) -> str:
+    def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
         del seconds  # a file:// link does not end
         return self._path(key).as_uri()
 
@@ -491,9 +492,9 @@ class S3Store:
         except NoSuchKey:
             return  # no bucket yet
 
-    def link(self, key: str, seconds: int = 900) -> str:
-        if not 1 <= seconds <= 7 * 86400:
-            raise ValueError(f"a link of {seconds} s must last between 1 s and 7 days (604800 s)")
+    def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
+        if not 1 <= seconds <= LINK_SECONDS:
+            raise ValueError(f"a link of {seconds} s must last between 1 s and {LINK_SECONDS} s: who has it may read")
         address = urlsplit(self.public) if self.public else None
         signer = (
             self._client

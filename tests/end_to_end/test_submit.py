@@ -82,7 +82,7 @@ def test_the_page_of_the_run_shows_it(house: House, runs: dict[str, str], way: s
         "progress": "progress",
         "shards": "table",
         "summary": "markdown",
-        "outputs": "markdown",  # which is what Prefect makes of a link
+        "outputs": "markdown",
         "contact-sheet": "image",
     }
     data: dict[str, Any] = {name: artifact["data"] for name, artifact in artifacts.items()}
@@ -92,7 +92,7 @@ def test_the_page_of_the_run_shows_it(house: House, runs: dict[str, str], way: s
     assert request in data["summary"]
     queries = re.findall(r"^select .*;$", data["summary"], re.MULTILINE)
     assert queries and all(house.sql(query) for query in queries), "the SQL that the page offers can be asked"
-    (link,) = re.findall(r"\((.*)\)", data["outputs"])
+    (link,) = re.findall(r"\]\((.*)\),", data["outputs"])
     assert Path(unquote(urlsplit(link).path)) == house.blob(f"requests/{request}/manifest.jsonl")
     picture = base64.b64decode(data["contact-sheet"].removeprefix("data:image/png;base64,"))
     assert picture == house.blob(f"requests/{request}/contact_sheet.png").read_bytes()
