@@ -12,10 +12,11 @@ from sqlalchemy import CursorResult, Delete, Engine, Insert, Update, create_engi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-# No transaction of ours thinks for minutes; one that does belongs to a stalled process and must not hold its locks.
+IDLE = 600.0  # seconds: no transaction of ours thinks for so long, so it belongs to a stalled process
+
 # jit costs more than it gives for statements this short; a generic plan cannot use the partial indexes.
 _SERVER_OPTIONS = (
-    "-c timezone=UTC -c jit=off -c plan_cache_mode=force_custom_plan -c idle_in_transaction_session_timeout=10min"
+    "-c timezone=UTC -c jit=off -c plan_cache_mode=force_custom_plan -c idle_in_transaction_session_timeout={idle:.0f}"
 )
 
 # A cut network answers nothing, and a connection may wait for it for hours: seconds until that counts as an error.
@@ -28,8 +29,12 @@ _NETWORK = {
 }
 
 
-def connect(url: str, *, application: str = "rushes") -> Engine:
-    """An engine for `url` (postgresql://… or postgresql+psycopg://…); connects at first use."""
+def connect(url: str, *, application: str = "rushes", idle: float = IDLE) -> Engine:
+    """An engine for `url` (postgresql://… or postgresql+psycopg://…); connects at first use.
+
+    idle: seconds after which the server ends a transaction that does nothing, and gives back the locks it held.
+    """
+    options = _SERVER_OPTIONS.format(idle=1000 * idle)
     parsed = make_url(url)
     if parsed.get_backend_name() != "postgresql":
         raise ValueError(
@@ -38,7 +43,7 @@ def connect(url: str, *, application: str = "rushes") -> Engine:
     return create_engine(
         parsed.set(drivername="postgresql+psycopg"),
         pool_pre_ping=True,
-        connect_args={"application_name": application, "options": _SERVER_OPTIONS, **_NETWORK},
+        connect_args={"application_name": application, "options": options, **_NETWORK},
     )
 
 

@@ -673,7 +673,7 @@ Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CL
     create_markdown_artifact(
         f"""[Manifest of all clips]({store.link(manifest)}), in the store as `{manifest}`.
 
-A signed link ends after {LINK_SECONDS // 60} minutes. After that: `rushes export {request_id} FOLDER` brings clips and manifest,
+A signed link ends after {LINK_SECONDS // 60} minutes. Then `rushes export {request_id} FOLDER` brings all of it, and
 `rushes show CLIP_ID` prints a new link.
 """,
         key=f"{key}-outputs",

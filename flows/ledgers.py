@@ -9,14 +9,14 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.ledger import RequestNotFound, RequestRow, request_by
-from db.session import connect, sessions
+from db.session import IDLE, connect, sessions
 from flows.settings import Settings
 
 
 @contextmanager
-def database(settings: Settings) -> Generator[Engine]:
+def database(settings: Settings, *, application: str = "rushes", idle: float = IDLE) -> Generator[Engine]:
     """The ledger's database, closed at the end. Raises NotRunning."""
-    engine = connect(settings.database, application="rushes-cli")
+    engine = connect(settings.database, application=application, idle=idle)
     try:
         yield engine
     finally:
@@ -24,9 +24,9 @@ def database(settings: Settings) -> Generator[Engine]:
 
 
 @contextmanager
-def ledger(settings: Settings) -> Generator[sessionmaker[Session]]:
-    """Sessions on the ledger, for several transactions. Raises NotRunning."""
-    with database(settings) as engine:
+def ledger(settings: Settings, *, application: str = "rushes", idle: float = IDLE) -> Generator[sessionmaker[Session]]:
+    """Sessions on the ledger, for several transactions; `idle` as `connect` has it. Raises NotRunning."""
+    with database(settings, application=application, idle=idle) as engine:
         yield sessions(engine)
 
 

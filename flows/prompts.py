@@ -77,6 +77,7 @@ NUMERICS = 2
 
 MAX_LINE = 1_000_000  # bytes of one line
 CHUNK = 1 << 18
+MAX_HEADER_FAULTS = 50  # of a CSV header that are named one by one
 MAX_UNKNOWN = 5  # unknown keys of one line that are named one by one
 EXAMPLE = '{"prompt": "a red ball spins"}'
 
@@ -427,6 +428,11 @@ def _split_header(text: str) -> tuple[str, list[str]]:
 def _check_header(names: list[str], source: str) -> list[str]:
     wrong: list[str] = []
     for place, name in enumerate(names, 1):
+        if len(wrong) == MAX_HEADER_FAULTS:
+            wrong.append(
+                f"{source}:1: the header has {len(names) - place + 1:,} more columns, which were not looked at"
+            )
+            break
         if not name:
             wrong.append(f"{source}:1: column {place} of the header has no name")
         elif name not in _KNOWN:

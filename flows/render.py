@@ -52,6 +52,7 @@ from model.weights import ModelCard
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
+IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
 LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `tidy` closes it as well
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
@@ -134,7 +135,12 @@ def run_engine(
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
     work = work or (lambda shard: shard.run())
-    with ledger_of(settings) as ledgers, devices_of(settings, partition) as gpus:
+    # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
+    idle = min(IDLE_MOST, settings.lease_seconds)
+    with (
+        ledger_of(settings, application="rushes-engine", idle=idle) as ledgers,
+        devices_of(settings, partition) as gpus,
+    ):
         register(ledgers, settings, card, partition, owner, flow_run_id)
         engine = engine_of(settings, card, partition, gpus)
         crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)

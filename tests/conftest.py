@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 # A law that holds slowly holds: how long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("rushes", deadline=None)
-hypothesis.settings.load_profile("rushes")
+hypothesis.settings.register_profile("chaos", deadline=None, max_examples=10_000)  # what `make chaos` fuzzes with
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rushes"))
 
 _numbers = itertools.count()
 
