@@ -206,7 +206,7 @@ class Endpoint:
 
     def __init__(self, settings: Settings, card: ModelCard) -> None:
         assert settings.rewriter_url is not None and settings.rewriter_model is not None
-        key = settings.rewriter_password()
+        key = settings.rewriter_key.get_secret_value() if settings.rewriter_key else None
         self._chat = Chat(settings.rewriter_url, settings.rewriter_model, key, timeout=TIMEOUT)
         self._in_captions = card.rewriter is not None
         self._style = lexicon.instructions() if self._in_captions else CINEMATIC

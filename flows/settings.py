@@ -3,6 +3,9 @@
 A value comes from `RUSHES_<NAME>` if that is set, else from `RUSHES_HOME/stack.json` (written by the embedded stack
 while it runs), else from the default here. Everything else in the program takes these values as arguments.
 Wrong settings stop the program at start, with the name of the setting in the message.
+
+Secrets (SECRETS) may lie in files instead, which `RUSHES_<NAME>_FILE` names: a value in the environment is seen by all
+who may look at the process, and by its children.
 """
 
 from __future__ import annotations
@@ -95,7 +98,6 @@ class Settings(BaseSettings):
     )
     rewriter_model: str | None = Field(default=None, min_length=1, description="Name of the model it is to use")
     rewriter_key: SecretStr | None = Field(default=None, description="Its API key, if it asks for one")
-    rewriter_key_file: Path | None = Field(default=None, description="A file that holds the key, in place of it")
     vision_url: str | None = Field(
         default=None,
         description="OpenAI-compatible endpoint of a vision-language model that recaptions: http://host/v1",
@@ -225,17 +227,6 @@ class Settings(BaseSettings):
         except ValueError as error:
             raise WrongSetting(f"{PREFIX}STORE_URL={self.store}: {error}") from None
 
-    def rewriter_password(self) -> str | None:
-        """The API key of the rewriter's endpoint, or None. Raises WrongSetting for a file that cannot be read."""
-        if self.rewriter_key_file is None:
-            return self.rewriter_key.get_secret_value() if self.rewriter_key else None
-        try:
-            return self.rewriter_key_file.expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise WrongSetting(
-                f"{PREFIX}REWRITER_KEY_FILE={self.rewriter_key_file}: cannot be read ({error})"
-            ) from None
-
     def child_environment(self) -> dict[str, str]:
         """The environment of a Prefect or engine process that is to work with these settings."""
         env = {**os.environ, f"{PREFIX}HOME": str(self.home)}
@@ -290,13 +281,34 @@ def load_settings(**given: Any) -> Settings:
     """
     _refuse_misspelt_names()
     home = _make_home(Path(given.get("home") or os.environ.get(f"{PREFIX}HOME") or DEFAULT_HOME))
+    from_files = {name: value for name, value in _secrets_in_files().items() if name not in given}
     named = {name for name in Settings.model_fields if name in given or os.environ.get(PREFIX + name.upper())}
+    named |= from_files.keys()
     from_stack = {name: value for name, value in _read_stack(home / STACK_FILE).items() if name not in named}
-    values: dict[str, Any] = {**from_stack, **given, "home": home}
+    values: dict[str, Any] = {**from_stack, **from_files, **given, "home": home}
     try:
         return Settings(**values)
     except ValidationError as error:
         raise WrongSetting("; ".join(_say(e, home, from_stack) for e in error.errors())) from None
+
+
+def _secrets_in_files() -> dict[str, str]:
+    """The secrets whose files the environment names, without the white space around them."""
+    found: dict[str, str] = {}
+    for name in SECRETS:
+        variable = f"{PREFIX}{name.upper()}"
+        file = os.environ.get(f"{variable}_FILE")
+        if not file:
+            continue
+        if os.environ.get(variable):
+            raise WrongSetting(f"{variable} and {variable}_FILE={file} are both set: keep one of them")
+        try:
+            found[name] = Path(file).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise WrongSetting(f"{variable}_FILE={file}: cannot be read ({error})") from None
+        if not found[name]:
+            raise WrongSetting(f"{variable}_FILE={file}: is empty")
+    return found
 
 
 def _say(error: Any, home: Path, from_stack: dict[str, Any]) -> str:
@@ -351,6 +363,7 @@ def _make_home(home: Path) -> Path:
 def _refuse_misspelt_names() -> None:
     """A misspelt setting would silently do nothing. Names that resemble none of ours may be somebody else's."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known |= {f"{PREFIX}{name.upper()}_FILE" for name in SECRETS}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)

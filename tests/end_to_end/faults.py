@@ -16,17 +16,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import psycopg
 
 from infra.store import S3Store
+from tests.collector import Collector
 from tests.end_to_end.house import RUSHES, House, wait_for
 from tests.integration.s3 import S3Server, s3_server
 
 LEASE = 10.0  # seconds
 CLIPS = 48  # of a request
 STEPS = 8  # a clip takes about a second of two cores
+PLANTED = "planted-3b9d51f0c2e84a76"  # a secret that nothing needs, and so nothing may show
 RECOVERY = 180.0  # seconds, on a machine that does other work as well
 
 
@@ -37,6 +40,7 @@ class Ground:
     house: House
     server: S3Server
     random: random.Random
+    collector: Collector  # of the traces
     requests: dict[str, str] = field(default_factory=dict[str, str])  # to the run that was given for it
 
     def submit(self, clips: int = CLIPS, **settings: Any) -> str:
@@ -141,9 +145,26 @@ class Ground:
         assert not self.house.sql("select 1 from shards where status = 'leased'"), "capacity is not given back"
         twice = "select recipe from attempts a join clips c on c.id = a.clip_id where a.status = 'done'"
         assert not self.house.sql(f"{twice} group by 1 having count(*) > 1"), "a recipe was rendered twice"
+        assert not self.leaks(), "secrets were written down"
         clips = self.house.sql("select count(*) as n from clips")[0]["n"]
         attempts = self.house.sql("select count(*) as n from attempts")[0]["n"]
         return {"clips": clips, "attempts": attempts}
+
+    def leaks(self) -> list[str]:
+        """Where secrets can be read that belong nowhere but into the environment and the stack's own file."""
+        password = urlsplit(self.house.stack()["database_url"]).password
+        secrets = [self.server.secret_key, PLANTED, password or ""]
+        assert all(len(secret) >= 16 for secret in secrets)
+        home, places = self.house.home, dict[str, bytes]()
+        for file in (*(home / "logs").rglob("*"), *(home / "prefect").rglob("*")):  # parameters, logs, artifacts
+            if file.is_file():
+                places[str(file.relative_to(home))] = file.read_bytes()
+        for table in self.house.sql("select tablename from pg_tables where schemaname = 'public'"):
+            rows = self.house.sql(f'select t::text as row from "{table["tablename"]}" t')
+            places[table["tablename"]] = "\n".join(row["row"] for row in rows).encode()
+        places["traces"] = "".join(str(span) for _, span in self.collector.spans).encode()
+        assert {"logs/gpu.log", "prefect/prefect.db", "attempts"} <= places.keys() and places["traces"]
+        return [f"{place}: {secret}" for place, data in places.items() for secret in secrets if secret.encode() in data]
 
     @property
     def bucket(self) -> str:
@@ -153,7 +174,7 @@ class Ground:
 @contextmanager
 def ground(folder: Path, seed: int) -> Iterator[Ground]:
     """A stack of its own, ended after."""
-    with s3_server() as server:
+    with s3_server() as server, Collector() as collector:
         house = House(
             home=folder / "home",
             model=Path("mini"),
@@ -165,10 +186,13 @@ def ground(folder: Path, seed: int) -> Iterator[Ground]:
                 "RUSHES_LINGER": "600",
                 "RUSHES_LEASE_SECONDS": str(LEASE),
                 "RUSHES_SHARD_SECONDS": "8",
+                "RUSHES_VISION_KEY": PLANTED,
+                "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
             },
         )
         with house.up():
-            yield Ground(house, server, random.Random(seed))
+            yield Ground(house, server, random.Random(seed), collector)
+        collector.shutdown()
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -257,9 +257,6 @@ def test_settings_of_the_endpoint_are_checked(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert KEY not in repr(settings)
-    (tmp_path / "key").write_text("from-file\n")
-    monkeypatch.setenv("RUSHES_REWRITER_KEY_FILE", str(tmp_path / "key"))
-    assert load_settings(home=settings.home).rewriter_password() == "from-file"
     monkeypatch.setenv("RUSHES_REWRITER_URL", "http://me:secret@host/v1")
     with pytest.raises(WrongSetting, match="must not hold a password"):
         load_settings(home=settings.home)

@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from db.history import COLUMNS, QUERIES
 from flows.cli import app
-from flows.settings import PREFIX, Settings
+from flows.settings import PREFIX, SECRETS, Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,8 @@ def test_readme_holds_the_queries_that_are_tested(question: str) -> None:
 def test_settings_in_readme_exist() -> None:
     named = set(re.findall(rf"{PREFIX}[A-Z_]+", README))
     assert len(named) > 5
-    assert named <= {PREFIX + name.upper() for name in Settings.model_fields}
+    files = {f"{PREFIX}{name.upper()}_FILE" for name in SECRETS}
+    assert named <= {PREFIX + name.upper() for name in Settings.model_fields} | files
 
 
 def test_commands_in_readme_exist() -> None:
