@@ -38,10 +38,7 @@ def test_a_secret_is_taken_and_never_shown(
     monkeypatch.setenv(*((variable, value) if way == "value" else (f"{variable}_FILE", str(tmp_path / "secret"))))
     settings = load_settings(home=tmp_path / "home")
     assert plain(getattr(settings, name)) == value
-    assert (
-        PLANTED
-        not in f"{settings!r} {settings} {settings.model_dump_json(exclude={'database_url', 'store_access_key'})}"
-    )
+    assert PLANTED not in f"{settings!r} {settings}"
 
 
 @pytest.mark.parametrize("what", ["both", "missing", "empty", "binary"])
