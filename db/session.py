@@ -52,12 +52,10 @@ def is_away(error: BaseException) -> bool:
 
     The transaction is undone then and may be begun again from its start.
     """
-    if not isinstance(error, DBAPIError):
-        return False
-    cause = error.orig
-    return error.connection_invalidated or (
-        isinstance(cause, psycopg.OperationalError) and not isinstance(cause, psycopg.errors.QueryCanceled)
-    )
+    invalidated = isinstance(error, DBAPIError) and error.connection_invalidated
+    cause = error.orig if isinstance(error, DBAPIError) else error  # a COPY raises the driver's own
+    refused = isinstance(cause, psycopg.OperationalError) and not isinstance(cause, psycopg.errors.QueryCanceled)
+    return invalidated or refused
 
 
 def sessions(engine: Engine) -> sessionmaker[Session]:
