@@ -145,6 +145,16 @@ class RenderedClip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedClip:
+    """How far a clip has come. With `data` as its `unfinished` it goes on from there where it is `alike`."""
+
+    clip_id: str
+    step: int  # over all windows
+    of: str  # what `alike` said
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
     """What a rank said when it was ready."""
 
@@ -162,6 +172,7 @@ class _Job:
     place: int  # among the clips to render
     spec: ClipSpec
     slot: int
+    of: str  # what must be alike where it goes on; empty where nobody asks
     dropped: bool = False  # the ranks know that nobody wants it any more
     leaves: bool = False  # they know that it is to make room
     steps: list[float] = field(default_factory=list[float])
@@ -300,7 +311,7 @@ class Engine:
         on_step: Callable[[str, int, int], None] = lambda clip_id, step, steps: None,
         cancelled: Callable[[], set[str]] = set,
         on_failure: Callable[[RenderFailed], None] | None = None,
-        on_checkpoint: Callable[[str, int, bytes], None] | None = None,
+        on_checkpoint: Callable[[UnfinishedClip], None] | None = None,
         checkpoint_every: tuple[int, float] = (0, 0.0),
         leave: Callable[[], bool] = lambda: False,
     ) -> Generator[RenderedClip]:
@@ -311,11 +322,10 @@ class Engine:
         many times a second for the ids that nobody wants any more: a running one stops at its next step, and none of
         them is yielded. `on_failure` is told of a clip that the model cannot make; the others go on. Without it, that
         is raised.
-        `on_checkpoint(clip_id, step, data)` is given how far a running clip has come after so many steps and after so
-        many seconds (`checkpoint_every`; 0: never). With these bytes as its `unfinished` a clip goes on from there, on
-        another engine too, if that is `alike`; `on_step` is then called with that step first. When `leave()` says so,
-        clips under way are given to `on_checkpoint` at their next step and dropped, and no other one begins. A clip
-        with a step cache has no checkpoints.
+        `on_checkpoint` is given how far a running clip has come after so many steps and after so many seconds
+        (`checkpoint_every`; 0: never). A clip that goes on from there is told to `on_step` with that step first. When
+        `leave()` says so, clips under way are given to `on_checkpoint` at their next step and dropped, and no other
+        one begins. A clip with a step cache has no checkpoints, and is finished before the engine is left.
         Out of memory, the engine starts again with half as many clips at a time, down to one.
         Raises RenderFailed. Raises RankDied or RankHung; the ranks are gone then.
         """
@@ -344,7 +354,7 @@ class Engine:
         specs: Mapping[int, ClipSpec],
         on_step: Callable[[str, int, int], None],
         cancelled: Callable[[], set[str]],
-        on_checkpoint: Callable[[str, int, bytes], None] | None,
+        on_checkpoint: Callable[[UnfinishedClip], None] | None,
         every: tuple[int, float],
         leave: Callable[[], bool],
     ) -> Generator[tuple[int, RenderedClip | RenderFailed]]:
@@ -383,7 +393,8 @@ class Engine:
                 elif message["type"] == "checkpoint":
                     data, job = _all_of(message["file"]), jobs.get(message["job"])
                     if job and not job.dropped and on_checkpoint is not None:
-                        on_checkpoint(job.spec.clip_id, message["step"], data)
+                        clip_id, step = job.spec.clip_id, message["step"]
+                        on_checkpoint(UnfinishedClip(clip_id=clip_id, step=step, of=job.of, data=data))
                 elif (slot := self._left.pop(message["job"], None)) is not None:
                     self._free.append(slot)
                 else:
@@ -404,9 +415,9 @@ class Engine:
                         self._drop(job)
 
     def _submit(self, place: int, spec: ClipSpec, save: bool, every: tuple[int, float]) -> _Job:
-        job = _Job(self._next_job, place, spec, self._free.pop(0))
-        self._next_job += 1
         of = self.alike(spec) if save or spec.unfinished else ""
+        job = _Job(self._next_job, place, spec, self._free.pop(0), of)
+        self._next_job += 1
         message = {"type": "render", "job": job.number, "slot": job.slot, "clip": _without_pixels(spec)}
         message |= {"of": of, "every": every}
         file = _pixels_file(spec)

@@ -319,7 +319,8 @@ class Rank:
         elif message["type"] == "cancel" and number in self.jobs:
             self.jobs[number].dropped = True
         elif message["type"] == "leave" and number in self.jobs:
-            self.jobs[number].leaves = True
+            job = self.jobs[number]  # with a step cache it cannot go on elsewhere, and is finished
+            job.leaves = job.spec.step_cache is None or not job.begun
         elif message["type"] == "over":
             del self.jobs[number]
 

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +67,17 @@ def alike(spec: ClipSpec, model_digest: str, numerics: Sequence[str]) -> str:
     digest = hashlib.sha256()
     apart = ("clip_id", "unfinished", *BROUGHT)
     said = {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in apart}
-    code = [FORMAT, *(f"{name} {version(name)}" for name in ("rushes", "torch"))]
     shapes = [None if (frames := getattr(spec, name)) is None else frames.shape for name in BROUGHT]
-    digest.update(json.dumps([code, model_digest, [*numerics], said, shapes], sort_keys=True).encode())
+    digest.update(json.dumps([_code(), model_digest, [*numerics], said, shapes], sort_keys=True).encode())
     for name in BROUGHT:
         if (frames := getattr(spec, name)) is not None:
             digest.update(np.ascontiguousarray(frames).data)
     return digest.hexdigest()
+
+
+@cache
+def _code() -> list[str]:
+    return [f"format {FORMAT}", *(f"{name} {version(name)}" for name in ("rushes", "torch"))]
 
 
 def to_bytes(unfinished: Unfinished, of: str) -> bytes:

@@ -77,7 +77,7 @@ def test_a_rank_is_killed_and_a_new_engine_goes_on(
             engine.render(
                 [spec, many],
                 on_step=on_step,
-                on_checkpoint=lambda clip_id, step, data: saved.__setitem__(clip_id, (step, data)),
+                on_checkpoint=lambda clip: saved.__setitem__(clip.clip_id, (clip.step, clip.data)),
                 checkpoint_every=(steps, 0.0),
             )
         )
@@ -99,7 +99,7 @@ def test_who_must_leave_is_saved_at_the_next_step_and_nothing_else_begins(
     made = engine.render(
         specs,
         on_step=lambda clip_id, step, _: steps.append((clip_id, step)),
-        on_checkpoint=lambda clip_id, step, data: saved.__setitem__(clip_id, (step, data)),
+        on_checkpoint=lambda clip: saved.__setitem__(clip.clip_id, (clip.step, clip.data)),
         leave=lambda: ("one", 3) in steps,
     )
     assert list(made) == []
@@ -111,9 +111,9 @@ def test_who_must_leave_is_saved_at_the_next_step_and_nothing_else_begins(
 def test_seconds_make_checkpoints_too_and_none_is_made_unasked(engine: Engine) -> None:
     saved: list[int] = []
     long = replace(CLIP, steps=200)
-    list(engine.render([long], on_checkpoint=lambda _, step, __: saved.append(step)))
+    list(engine.render([long], on_checkpoint=lambda clip: saved.append(clip.step)))
     assert saved == []
-    list(engine.render([long], on_checkpoint=lambda _, step, __: saved.append(step), checkpoint_every=(0, 0.05)))
+    list(engine.render([long], on_checkpoint=lambda clip: saved.append(clip.step), checkpoint_every=(0, 0.05)))
     assert 1 <= len(saved) < 100 and saved == sorted(saved)
 
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_no_use_means_to_begin_anew(engine: Engine, wanted: dict
     """Of another clip, of another engine, broken, or nothing at all: never an error, and never other pixels."""
     saved: list[bytes] = []
     other = replace(WHOLE, seed=8)
-    list(engine.render([other], on_checkpoint=lambda *said: saved.append(said[2]), checkpoint_every=(3, 0.0)))
+    list(engine.render([other], on_checkpoint=lambda clip: saved.append(clip.data), checkpoint_every=(3, 0.0)))
     for data in (saved[0], saved[0][:100], b"", b"\0" * 1000, os.urandom(1000)):
         made, began = go_on(engine, replace(WHOLE, unfinished=data))
         assert made["one"] == wanted["one"] and began == {"one": 0}
@@ -131,7 +131,16 @@ def test_a_checkpoint_of_no_use_means_to_begin_anew(engine: Engine, wanted: dict
 def test_a_clip_with_a_step_cache_is_left_alone(engine: Engine) -> None:
     saved: list[int] = []
     cached = replace(WHOLE, step_cache=0.1)
-    list(engine.render([cached], on_checkpoint=lambda _, step, __: saved.append(step), checkpoint_every=(1, 0.0)))
+    (whole,) = rendered(engine, cached).values()
+    steps: list[int] = []
+    made = engine.render(
+        [cached, WHOLE],
+        on_step=lambda _, step, __: steps.append(step),
+        on_checkpoint=lambda clip: saved.append(clip.step),
+        checkpoint_every=(1, 0.0),
+        leave=lambda: 3 in steps,
+    )
+    assert [clip.frames.tobytes() for clip in made] == [whole], "it is finished, and nothing else begins"
     assert saved == []
 
 
