@@ -50,7 +50,7 @@ from model.media import BadMedia, read_frames
 from model.weights import ModelCard
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
-RANKS = 2  # beats between two looks whether work of a higher priority waits
+LOOK = 2  # beats between two looks whether work of a higher priority waits
 SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and then got the same shard
 IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
@@ -359,7 +359,7 @@ class Shard:
                 with self.crew.ledgers.begin() as session:
                     self.cancelled |= leases.renew(session, self.lease, self.crew.settings.lease_seconds)
                 until = time.monotonic() + self.crew.settings.lease_seconds
-                if beat % RANKS == 0 and not self.outranked:
+                if beat % LOOK == 0 and not self.outranked:
                     self.outranked = self.crew.outranked(self.lease)
             except LeaseLost as error:
                 self.lost = error

@@ -55,7 +55,11 @@ def rendered(engine: Engine, *specs: ClipSpec) -> dict[str, bytes]:
 def go_on(engine: Engine, *specs: ClipSpec) -> tuple[dict[str, bytes], dict[str, int]]:
     """The frames, and the step that each clip began at."""
     began: dict[str, int] = {}
-    made = engine.render(specs, on_step=lambda clip_id, step, _: began.setdefault(clip_id, step) and None)
+
+    def on_step(clip_id: str, step: int, _: int) -> None:
+        began.setdefault(clip_id, step)
+
+    made = engine.render(specs, on_step=on_step)
     return {clip.clip_id: clip.frames.tobytes() for clip in made}, began
 
 
@@ -104,8 +108,9 @@ def test_who_must_leave_is_saved_at_the_next_step_and_nothing_else_begins(
     )
     assert list(made) == []
     assert "later" not in saved and 3 <= saved["one"][0] <= 8
-    finished, began = go_on(engine, *(replace(each, unfinished=saved[each.clip_id][1]) for each in specs[:1]))
-    assert finished["one"] == wanted["one"] and began == {"one": saved["one"][0]}
+    finished, began = go_on(engine, *(replace(each, unfinished=saved[each.clip_id][1]) for each in specs[:2]))
+    assert began == {clip_id: step for clip_id, (step, _) in saved.items()}
+    assert finished == {clip_id: wanted[clip_id] for clip_id in ("one", "film")}
 
 
 def test_seconds_make_checkpoints_too_and_none_is_made_unasked(engine: Engine) -> None:

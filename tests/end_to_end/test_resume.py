@@ -62,6 +62,21 @@ def test_a_killed_engine_s_clip_goes_on_in_another(keeps: House) -> None:
     assert_as_if_undisturbed(keeps, clip)
 
 
+def test_a_store_that_takes_no_checkpoints_costs_no_clip(keeps: House) -> None:
+    folder = keeps.home / "store" / "checkpoints"
+    if folder.exists():
+        folder.rename(folder.with_name("aside"))
+    folder.write_text("not a folder")
+    try:
+        run = keeps.submit(request=keeps.request(["a green cube"], steps=60, seed=keeps.seed()))
+        keeps.ended(run)
+    finally:
+        folder.unlink()
+    (clip,) = keeps.clips(keeps.request_of(run))
+    assert (clip["status"], clip["attempts"], clip["resumed_step"]) == ("done", 1, None)
+    keeps.rushes("audit")
+
+
 def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(keeps: House) -> None:
     low = keeps.submit(request=keeps.request(["a blue cube"], **LONG | {"frames": 65}, priority=1, seed=keeps.seed()))
     low_request = keeps.request_of(low)
