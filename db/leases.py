@@ -377,8 +377,10 @@ def release_shard(session: Session, lease: Lease) -> None:
         end_leases(session, [lease.shard_id], _BACK)
 
 
-def outranked(session: Session, lease: Lease) -> bool:
+def outranked(session: Session, lease: Lease, *, partition: str | None = None) -> bool:
     """True when this lease should give way: shards of a higher priority of the same tenant and model wait for a GPU.
+
+    `partition`: of the engine, which can do nothing for shards that are for another one. None takes any.
 
     As many leases give way as shards wait, those of the lowest priority first, and of these the youngest. Priorities
     are taken as they were given: a request that has waited long goes first when a GPU is free, but takes none away.
@@ -392,6 +394,8 @@ def outranked(session: Session, lease: Lease) -> bool:
     same = (Request.tenant == mine.c.tenant) & (Request.model_digest == mine.c.model_digest)
     theirs = select(func.count()).select_from(Shard).join(Request, Request.id == Shard.request_id).join(mine, same)
     waiting = theirs.where(Shard.status == ShardStatus.QUEUED, Request.status == RequestStatus.OPEN)
+    if partition is not None:
+        waiting = waiting.where(Shard.partition.is_(None) | (Shard.partition == partition))
     waiting = waiting.where(Shard.priority > mine.c.priority).scalar_subquery()
     younger = or_(
         Shard.priority < mine.c.priority,

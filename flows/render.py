@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import count
 from typing import Any, TypeVar
 
 from prefect import flow, get_run_logger, task
@@ -32,7 +33,8 @@ from prefect.states import Completed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import leases, ledger
-from db.leases import Lease, LeasedClip, LeaseLost, NewArtifact
+from db.audit import checkpoints
+from db.leases import Checkpoint, Lease, LeasedClip, LeaseLost, NewArtifact
 from db.tables import ClipDirection, ClipMode
 from flows.devices import hold_devices
 from flows.engines import owner_name
@@ -45,11 +47,13 @@ from infra.tracing import Event, carrier, continued, current_trace_id, flush, se
 from model.conditioning import Frames
 from model.config import Partition
 from model.encode import encode_mp4, encode_png
-from model.engine import ClipSpec, Engine, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed
+from model.engine import ClipSpec, Engine, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, UnfinishedClip
 from model.media import BadMedia, read_frames
 from model.weights import ModelCard
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
+LOOK = 2  # beats between two looks whether work of a higher priority waits
+SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and then got the same shard
 IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
@@ -241,6 +245,8 @@ class Crew:
     say: Callable[[str], None]
     by_hand: bool = True  # nobody would start another in its place
     restarts: int = 0  # in a row without a finished clip
+    gave_way: int | None = None  # with which shard, a moment ago
+    looks_from: float = 0.0  # the time from which it would give way again
 
     def serve(self, done: Done, work: Callable[[Shard], int]) -> None:
         idle_since = time.monotonic()
@@ -253,6 +259,9 @@ class Crew:
                 time.sleep(IDLE)
                 continue
             began = time.monotonic()
+            if claimed[0].shard_id == self.gave_way:  # what waits is not for this engine, or not yet
+                self.looks_from = began + SAME_AGAIN
+            self.gave_way = None
             done.clips += work(Shard(self, *claimed))
             done.shards += 1
             idle_since = time.monotonic()
@@ -277,6 +286,13 @@ class Crew:
             partition=partition,
             ranks=self.partition.world,
         )
+
+    def outranked(self, lease: Lease) -> bool:
+        """True when work of a higher priority waits for an engine, and this is the one to take it."""
+        if time.monotonic() < self.looks_from:
+            return False
+        with self.ledgers() as session:
+            return leases.outranked(session, lease, partition=None if self.by_hand else str(self.partition))
 
     def in_the_way(self) -> bool:
         """True when this engine, which has no work, has GPUs that engines of another partition are waiting for."""
@@ -305,11 +321,14 @@ class Shard:
     clips: Sequence[LeasedClip]
     cancelled: set[str] = field(default_factory=set[str])
     lost: LeaseLost | None = None
-    started: set[str] = field(default_factory=set[str])
+    outranked: bool = False  # it is to give way
+    started: dict[str, int] = field(default_factory=dict[str, int])  # the numbers of the attempts
     settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
     span: dict[str, str] = field(default_factory=dict[str, str])  # the carrier of the shard's span
     trace_id: str | None = None
     finished: int = 0
+    saving: dict[str, Future[None]] = field(default_factory=dict[str, "Future[None]"])  # of each clip the last one
+    objects: set[str] = field(default_factory=set[str])  # checkpoints that there may be of its clips
 
     def run(self) -> int:
         """Renders the clips and records them; returns how many were finished. A lost lease ends it without a word."""
@@ -323,7 +342,12 @@ class Shard:
             ):
                 self.span, self.trace_id = carrier(), current_trace_id()
                 self.render_all(publisher)
-            self.transact(lambda session: leases.complete_shard(session, self.lease))
+            if self.outranked and self.left(self.clips):
+                self.crew.say(f"shard {self.lease.shard_id}: gives way to a higher priority")
+                self.crew.gave_way = self.lease.shard_id
+                self.give_back()
+            else:
+                self.transact(lambda session: leases.complete_shard(session, self.lease))
         except LeaseLost as error:
             self.crew.say(f"shard {self.lease.shard_id}: {error}")
         except BaseException:
@@ -332,16 +356,25 @@ class Shard:
         finally:
             stop.set()
             keeper.join(timeout=10)
+            self.sweep()
         return self.finished
 
+    def left(self, clips: Sequence[LeasedClip]) -> list[LeasedClip]:
+        """Those still to render."""
+        return [clip for clip in clips if clip.clip_id not in self.settled | self.cancelled]
+
     def keep_lease(self, stop: threading.Event) -> None:
-        """Renews the lease and learns what was cancelled; the render loop looks at what it found."""
+        """Renews the lease, learns what was cancelled and who goes first; the render loop looks at what it found."""
         until = time.monotonic() + self.crew.settings.lease_seconds
-        while not stop.wait(BEAT):
+        for beat in count(1):
+            if stop.wait(BEAT):
+                return
             try:
                 with self.crew.ledgers.begin() as session:
                     self.cancelled |= leases.renew(session, self.lease, self.crew.settings.lease_seconds)
                 until = time.monotonic() + self.crew.settings.lease_seconds
+                if beat % LOOK == 0 and not self.outranked:
+                    self.outranked = self.crew.outranked(self.lease)
             except LeaseLost as error:
                 self.lost = error
                 return
@@ -368,11 +401,26 @@ class Shard:
         specs: list[ClipSpec] = []
         for clip in clips:
             try:
-                specs.append(spec_of(clip, self.fetch))
+                specs.append(self.gone_on(clip, spec_of(clip, self.fetch)))
             except (BadMedia, NoSuchKey, WrongDigest) as error:
                 self.on_step(clip.clip_id, 0, clip.steps)
                 self.settle_failed(clip.clip_id, f"its source {error}", error)
         return specs
+
+    def gone_on(self, clip: LeasedClip, spec: ClipSpec) -> ClipSpec:
+        """The clip with what an earlier attempt left, if it can be had and comes to the same bits on this engine."""
+        if clip.checkpoint is None:
+            return spec
+        key = clip.checkpoint.key
+        self.objects.add(key)
+        if clip.checkpoint.of != self.crew.engine.alike(spec):
+            log.info("clip %s begins anew: its checkpoint %s is of another kind of engine", clip.clip_id, key)
+            return spec
+        try:
+            return replace(spec, unfinished=self.patiently(lambda: self.crew.store.get(key)))
+        except Exception as error:
+            log.warning("clip %s begins anew: its checkpoint %s cannot be had (%s)", clip.clip_id, key, error)
+            return spec
 
     def fetch(self, source: NewArtifact) -> bytes:
         """The bytes of a source, proven by their digest. Waits for the store for as long as the lease is ours."""
@@ -386,35 +434,43 @@ class Shard:
         """
         fresh = [clip for clip in self.clips if clip.attempt_no == 1]
         for some in (fresh, *([clip] for clip in self.clips if clip.attempt_no > 1)):
-            self.render_some(some, publisher)
+            if not self.outranked:
+                self.render_some(some, publisher)
 
     def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> None:
-        while left := [clip for clip in clips if clip.clip_id not in self.settled | self.cancelled]:
+        settings = self.crew.settings
+        while left := self.left(clips):
             pending: list[Future[None]] = []
             failure: Exception | None = None
             try:
                 for rendered in self.crew.engine.render(
-                    self.specs(left), on_step=self.on_step, cancelled=self.unwanted, on_failure=self.fail
+                    self.specs(left),
+                    on_step=self.on_step,
+                    cancelled=self.unwanted,
+                    on_failure=self.fail,
+                    on_checkpoint=lambda clip: self.on_checkpoint(clip, publisher),
+                    checkpoint_every=(settings.checkpoint_steps, settings.checkpoint_seconds),
+                    leave=lambda: self.outranked,
                 ):
                     pending.append(publisher.submit(self.publish, rendered))
                     pending = [f for f in pending if not f.done() or f.result()]
             except (RankDied, RankHung, RenderFailed) as error:
                 failure = error
-            for future in pending:
+            for future in (*pending, *self.saving.values()):
                 future.result()
             if self.lost is not None:
                 raise self.lost
             if failure is None:
-                return  # what is left was cancelled
+                return  # what is left was cancelled, or gives way
             self.fail(failure)
             self.crew.restart_ranks(str(failure))
 
     def on_step(self, clip_id: str, step: int, steps: int) -> None:
-        """The engine calls this with step 0 when a clip begins, then after every denoising step."""
+        """The engine calls this with the step at which a clip begins, then after every denoising step."""
         if clip_id in self.started:
             return
-        self.started.add(clip_id)
-        self.transact(
+        self.started[clip_id] = 0
+        self.started[clip_id] = self.transact(
             lambda session: leases.start_clip(
                 session,
                 self.lease,
@@ -423,8 +479,42 @@ class Shard:
                 partition=str(self.crew.partition),
                 code_version=code_version(),
                 host=socket.gethostname(),
+                resumed_step=step or None,
             )
         )
+
+    def on_checkpoint(self, clip: UnfinishedClip, publisher: ThreadPoolExecutor) -> None:
+        """Has it stored beside the steps, unless the store, which may be slower than they, is still at the last one."""
+        last = self.saving.get(clip.clip_id)
+        if last is None or last.done() or self.outranked:
+            self.saving[clip.clip_id] = publisher.submit(self.save, clip)
+
+    def save(self, clip: UnfinishedClip) -> None:
+        """Bytes first, row second. What goes wrong here costs some steps if the engine dies, and never the clip."""
+        key = f"checkpoints/{clip.clip_id}/{self.started[clip.clip_id]}-{clip.step}.safetensors"
+        self.objects.add(key)
+        try:
+            self.crew.store.put_at(key, clip.data)
+            with self.crew.ledgers.begin() as session:
+                kept = Checkpoint(key=key, step=clip.step, of=clip.of)
+                leases.save_checkpoint(session, self.lease, clip.clip_id, kept)
+        except Exception as error:
+            log.warning("checkpoint %s was not kept: %s", key, error)
+        else:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Deletes the checkpoints of its clips to which none refers any more; what cannot be deleted, `tidy` will."""
+        if not self.objects:
+            return
+        try:
+            with self.crew.ledgers() as session:
+                gone = self.objects - checkpoints(session, sorted(self.objects))
+            for key in gone:
+                self.crew.store.delete(key)
+            self.objects -= gone
+        except Exception as error:
+            log.warning("checkpoints of shard %s were not deleted: %s", self.lease.shard_id, error)
 
     def unwanted(self) -> set[str]:
         """Clips that need not be rendered any further: cancelled ones, or all of them when the lease is lost."""
@@ -459,6 +549,7 @@ class Shard:
             )
         )
         self.settled.add(clip.clip_id)
+        self.sweep()
         self.finished += kept
         self.crew.restarts = 0
         self.trace(rendered, (("encode", began, encoded), ("put", encoded, ended), ("record", ended, time.time())))
@@ -492,7 +583,7 @@ class Shard:
     def fail(self, failure: Exception) -> None:
         """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
         named = getattr(failure, "clip_id", None)
-        guilty = {named} if named else self.started - self.settled - self.cancelled
+        guilty = {named} if named else self.started.keys() - self.settled - self.cancelled
         for clip_id in guilty:
             self.on_step(clip_id, 0, 0)  # one that failed before its turn has an attempt too
             self.settle_failed(clip_id, str(failure), failure)
@@ -562,7 +653,7 @@ def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec
     start, end = frames_of(clip.source), frames_of(clip.end_source)
     if clip.direction is ClipDirection.BACKWARD:
         start, end = None, start
-    return ClipSpec(
+    spec = ClipSpec(
         clip_id=clip.clip_id,
         prompt=clip.prompt,
         negative_prompt=clip.negative_prompt or "",
@@ -581,5 +672,5 @@ def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec
         strength=clip.strength,
         window=clip.window or 0,
         step_cache=clip.step_cache,
-        **({"overlap": clip.overlap} if clip.overlap else {}),
     )
+    return replace(spec, overlap=clip.overlap) if clip.overlap else spec

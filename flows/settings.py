@@ -105,6 +105,12 @@ class Settings(BaseSettings):
     vision_model: str | None = Field(default=None, description="The model's name on that endpoint")
     vision_key: SecretStr | None = Field(default=None, description="Its API key, if it asks for one")
     lease_seconds: float = Field(default=60, ge=1, le=3600, description="A silent engine loses its shard after so long")
+    checkpoint_steps: int = Field(
+        default=0, ge=0, le=10_000, description="Denoising steps between two checkpoints of a clip; 0: by seconds alone"
+    )
+    checkpoint_seconds: float = Field(
+        default=30, ge=0, le=86400, description="Seconds between two checkpoints of a clip; 0: by steps alone"
+    )
     shard_seconds: float = Field(default=20, ge=1, le=3600, description="Engine seconds that one shard should take")
     ports: dict[str, int] = Field(default_factory=dict, description="Ports of the embedded stack's parts")
 

@@ -9,6 +9,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -25,13 +26,15 @@ from prefect.states import Completed, Crashed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import leases, ledger, watching
+from db.audit import checkpoints
 from flows import engines
 from flows.ledgers import ledger as ledger_of
 from flows.settings import load_settings
-from infra.store import Listed, Store
+from infra.store import Store
 from infra.tracing import flush, setup_tracing
 
 ORPHAN_AGE = timedelta(days=1)  # a blob without a row may belong to a clip that is being recorded right now
+CHECKPOINT_AGE = timedelta(hours=1)  # the same of unfinished clips, which are many and of no use to anybody else
 HEARTBEATS = "Runs without a heartbeat have crashed"
 SILENCE = timedelta(seconds=90)
 # A run in one of these states is over or was never started: silence then means nothing.
@@ -189,24 +192,18 @@ def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) 
 
 
 def sweep_orphans(ledgers: sessionmaker[Session], store: Store) -> tuple[int, int]:
-    """Deletes blobs older than a day that no row knows; (objects, bytes). A killed engine leaves such a blob."""
+    """Deletes old objects that no row knows; (objects, bytes). A killed engine leaves such a blob, or a checkpoint."""
     objects = size = 0
-    before = datetime.now(UTC) - ORPHAN_AGE
-    batch: list[Listed] = []
-
-    def sweep() -> None:
-        nonlocal objects, size
-        old = [listed for listed in batch if listed.modified < before]
-        with ledgers() as session:
-            known = ledger.known_keys(session, [listed.key for listed in old])
-        for listed in old:
-            if listed.key not in known and store.delete_stale(listed.key, before):
-                objects, size = objects + 1, size + listed.bytes
-        batch.clear()
-
-    for listed in store.list("blobs/"):
-        batch.append(listed)
-        if len(batch) == 1000:
-            sweep()
-    sweep()
+    for prefix, names, age in (
+        ("blobs/", ledger.known_keys, ORPHAN_AGE),
+        ("checkpoints/", checkpoints, CHECKPOINT_AGE),
+    ):
+        before = datetime.now(UTC) - age
+        old = (listed for listed in store.list(prefix) if listed.modified < before)
+        while batch := list(islice(old, 1000)):
+            with ledgers() as session:
+                known = names(session, [listed.key for listed in batch])
+            for listed in batch:
+                if listed.key not in known and store.delete_stale(listed.key, before):
+                    objects, size = objects + 1, size + listed.bytes
     return objects, size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ THOUSAND = 1000  # times that Wan was trained at
 NEARLY = 1 - 1e-6  # the last time before 1 of which a logarithm can be taken
 Velocity = Callable[[Tensor, float], Tensor]  # (x, time) -> d x / d time
 Walk = Generator[tuple[Tensor, float], Tensor, Tensor]  # yields (x, time), is sent the velocity there, returns the end
+
+
+@dataclass(slots=True)
+class Here:
+    """Where a walk is between two steps: all it takes to go on from there, in another process too."""
+
+    x: Tensor  # where the solver wants to know the velocity
+    step: int = 0  # steps that were taken
+    past: tuple[Tensor, ...] = ()  # what the solver remembers of them, as many as `remembered` says, each like x
+
+
+def remembered(solver: str, step: int) -> int:
+    """How many tensors a solver remembers after so many steps."""
+    return 0 if not step else {"euler": 0, "ab2": 1, "unipc": 1 + min(step, 2)}[solver]
 
 
 def blend(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -76,8 +90,11 @@ def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str =
         yield x
 
 
-def walk(x: Tensor, times: Sequence[float], solver: str = "euler") -> Walk:
+def walk(begin: Tensor | Here, times: Sequence[float], solver: str = "euler") -> Walk:
     """The way from times[0] to times[-1] as a conversation, so that whoever answers may answer for several at once.
+
+    begin: where to, or where an earlier walk with these times and this solver had come; it is kept up to date, so that
+    between two steps it says where this one is.
 
     euler: first order. ab2: the two-step Adams-Bashforth method for uneven steps (second order; Hairer, Nørsett and
     Wanner, "Solving Ordinary Differential Equations I", III.5), whose first step is Euler's. unipc: UniPC-2 in its
@@ -85,36 +102,42 @@ def walk(x: Tensor, times: Sequence[float], solver: str = "euler") -> Walk:
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(SOLVERS)}")
-    return (yield from _unipc(x, times) if solver == "unipc" else _adams_bashforth(x, times, 1 + (solver == "ab2")))
+    here = begin if isinstance(begin, Here) else Here(begin)
+    return (yield from _unipc(here, times) if solver == "unipc" else _adams_bashforth(here, times, solver == "ab2"))
 
 
-def _adams_bashforth(x: Tensor, times: Sequence[float], order: int) -> Walk:
-    last: Tensor | None = None
-    last_step = 0.0
-    for now, after in pairwise(times):
-        slope, step = (yield x, now), after - now
-        if order == 2 and last is not None:
+def _adams_bashforth(here: Here, times: Sequence[float], second: bool) -> Walk:
+    x = here.x
+    while here.step < len(times) - 1:
+        k = here.step
+        slope, step = (yield x, times[k]), times[k + 1] - times[k]
+        if here.past:
+            (last,), last_step = here.past, times[k] - times[k - 1]
             x = x + step * (slope + (slope - last) * (step / (2 * last_step)))
         else:
             x = x + step * slope
-        last, last_step = slope, step
+        here.x, here.step, here.past = x, k + 1, (slope,) if second else ()
     return x
 
 
-def _unipc(x: Tensor, times: Sequence[float]) -> Walk:
+def _unipc(here: Here, times: Sequence[float]) -> Walk:
     """Every step predicts from what was seen at the last two times; what is seen on arrival corrects it afterwards.
 
     The network is not asked again about the corrected point: a step costs one call.
     """
     sigmas = [min(time, NEARLY) for time in times]
-    start, seen = x, list[Tensor]()  # where the last step began; the clean clip as it was predicted there, and before
-    for k, now in enumerate(times[:-1]):
-        clean = x - sigmas[k] * (yield x, now)
+    x = here.x
+    while here.step < len(times) - 1:
+        k = here.step
+        clean = x - sigmas[k] * (yield x, times[k])
+        seen: Sequence[Tensor] = ()  # the clean clip as it was predicted where the last step began, and before
         if k:
+            start, *seen = here.past
             x = _corrected(start, seen, clean, sigmas[max(0, k - 2) : k + 1])
         seen, start = [*seen[-1:], clean], x
         two = 0 < k < len(times) - 2  # the last step leads to where the signal is infinitely stronger than the noise
         x = _predicted(x, seen[-2:] if two else [clean], sigmas[k - two : k + 2])
+        here.x, here.step, here.past = x, k + 1, (start, *seen)
     return x
 
 

@@ -36,6 +36,7 @@ import numpy as np
 from model.checkpoint import NotEnoughMemory, check_memory, free_bytes
 from model.conditioning import Frames, Given
 from model.config import Partition
+from model.unfinished import BROUGHT, alike
 from model.weights import find_model
 
 Message: TypeAlias = "dict[str, Any]"
@@ -98,6 +99,7 @@ class ClipSpec:
     window: int = 0  # most frames to make at once; 0: all of them
     overlap: int = 5  # frames that a window takes over from the one before
     step_cache: float | None = None  # in (0, 1]: steps that change less are not computed (`model.stepcache`)
+    unfinished: bytes | None = field(default=None, compare=False, repr=False)  # from where to go on, if it is of use
 
     def __post_init__(self) -> None:
         for name, frames in (("start", self.start), ("end", self.end)):
@@ -143,6 +145,16 @@ class RenderedClip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedClip:
+    """How far a clip has come. With `data` as its `unfinished` it goes on from there where it is `alike`."""
+
+    clip_id: str
+    step: int  # over all windows
+    of: str  # what `alike` said
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
     """What a rank said when it was ready."""
 
@@ -150,6 +162,7 @@ class RankInfo:
     pid: int
     parameter_bytes: int  # of the transformer, on this rank
     self_test: float  # largest difference between the partitioned and the whole network, relative
+    device: str  # its kind: what a GPU calls itself, or what a CPU can do
     seconds: dict[str, float]  # import, connect, load, self_test
 
 
@@ -159,7 +172,9 @@ class _Job:
     place: int  # among the clips to render
     spec: ClipSpec
     slot: int
+    of: str  # what must be alike where it goes on; empty where nobody asks
     dropped: bool = False  # the ranks know that nobody wants it any more
+    leaves: bool = False  # they know that it is to make room
     steps: list[float] = field(default_factory=list[float])
 
 
@@ -249,6 +264,15 @@ class Engine:
     def running(self) -> bool:
         return bool(self._ranks)
 
+    def alike(self, spec: ClipSpec) -> str:
+        """The digest of all that must be the same where this clip goes on from a checkpoint, to the same bits."""
+        numerics = [
+            *(str(self.partition), self.device, self.dtype),
+            *(f"{self.threads_per_rank} threads", f"{self.micro_batch} at a time", f"compile {self.compile}"),
+            *(info.device for info in self.ready),
+        ]
+        return alike(spec, self.card.digest, numerics)
+
     def start(self) -> None:
         """Starts the ranks and waits until every one has loaded and tested its part. Nothing to do if they run.
 
@@ -287,6 +311,9 @@ class Engine:
         on_step: Callable[[str, int, int], None] = lambda clip_id, step, steps: None,
         cancelled: Callable[[], set[str]] = set,
         on_failure: Callable[[RenderFailed], None] | None = None,
+        on_checkpoint: Callable[[UnfinishedClip], None] | None = None,
+        checkpoint_every: tuple[int, float] = (0, 0.0),
+        leave: Callable[[], bool] = lambda: False,
     ) -> Generator[RenderedClip]:
         """Yields clip by clip as they are done; the ranks work on while the caller looks at one.
 
@@ -295,6 +322,10 @@ class Engine:
         many times a second for the ids that nobody wants any more: a running one stops at its next step, and none of
         them is yielded. `on_failure` is told of a clip that the model cannot make; the others go on. Without it, that
         is raised.
+        `on_checkpoint` is given how far a running clip has come after so many steps and after so many seconds
+        (`checkpoint_every`; 0: never). A clip that goes on from there is told to `on_step` with that step first. When
+        `leave()` says so, clips under way are given to `on_checkpoint` at their next step and dropped, and no other
+        one begins. A clip with a step cache has no checkpoints, and is finished before the engine is left.
         Out of memory, the engine starts again with half as many clips at a time, down to one.
         Raises RenderFailed. Raises RankDied or RankHung; the ranks are gone then.
         """
@@ -303,7 +334,7 @@ class Engine:
         left = dict(enumerate(specs))
         while True:
             try:
-                for place, made in self._render(left, on_step, cancelled):
+                for place, made in self._render(left, on_step, cancelled, on_checkpoint, checkpoint_every, leave):
                     del left[place]
                     if isinstance(made, RenderedClip):
                         yield made
@@ -323,20 +354,28 @@ class Engine:
         specs: Mapping[int, ClipSpec],
         on_step: Callable[[str, int, int], None],
         cancelled: Callable[[], set[str]],
+        on_checkpoint: Callable[[UnfinishedClip], None] | None,
+        every: tuple[int, float],
+        leave: Callable[[], bool],
     ) -> Generator[tuple[int, RenderedClip | RenderFailed]]:
         waiting, jobs = deque(specs.items()), dict[int, _Job]()
         heard = time.monotonic()
         try:
             while waiting or jobs:
                 dropped = cancelled()
+                if leaves := leave():
+                    waiting.clear()
                 while waiting and self._free:
                     place, spec = waiting.popleft()
                     if spec.clip_id not in dropped:
-                        job = self._submit(place, spec)
+                        job = self._submit(place, spec, on_checkpoint is not None, every)
                         jobs[job.number] = job
                 for job in jobs.values():
                     if job.spec.clip_id in dropped:
                         self._drop(job)
+                    elif leaves and not job.leaves:
+                        job.leaves = True
+                        self._tell(0, {"type": "leave", "job": job.number})
                 message = self._next_message(list(jobs.values()))
                 if message is None:
                     if time.monotonic() - heard > self.step_timeout:
@@ -350,7 +389,12 @@ class Engine:
                             on_step(job.spec.clip_id, step, steps)
                 elif message["type"] == "begin":
                     if job := jobs.get(message["job"]):
-                        on_step(job.spec.clip_id, 0, job.spec.steps)
+                        on_step(job.spec.clip_id, message["step"], job.spec.steps)
+                elif message["type"] == "checkpoint":
+                    data, job = _all_of(message["file"]), jobs.get(message["job"])
+                    if job and not job.dropped and on_checkpoint is not None:
+                        clip_id, step = job.spec.clip_id, message["step"]
+                        on_checkpoint(UnfinishedClip(clip_id=clip_id, step=step, of=job.of, data=data))
                 elif (slot := self._left.pop(message["job"], None)) is not None:
                     self._free.append(slot)
                 else:
@@ -370,10 +414,12 @@ class Engine:
                         self._left[job.number] = job.slot
                         self._drop(job)
 
-    def _submit(self, place: int, spec: ClipSpec) -> _Job:
-        job = _Job(self._next_job, place, spec, self._free.pop(0))
+    def _submit(self, place: int, spec: ClipSpec, save: bool, every: tuple[int, float]) -> _Job:
+        of = self.alike(spec) if save or spec.unfinished else ""
+        job = _Job(self._next_job, place, spec, self._free.pop(0), of)
         self._next_job += 1
         message = {"type": "render", "job": job.number, "slot": job.slot, "clip": _without_pixels(spec)}
+        message |= {"of": of, "every": every}
         file = _pixels_file(spec)
         try:
             for number in range(len(self._ranks)):
@@ -510,9 +556,12 @@ class Engine:
     def _listen(self, number: int) -> Message | None:
         """What a rank says, None if it is gone."""
         try:
-            return self._ranks[number].wire.receive()
+            message = self._ranks[number].wire.receive()
         except (EOFError, OSError):
             return None
+        if message["file"] is not None:
+            os.close(message["file"])
+        return message
 
     def _trouble(self, number: int, message: Message | None, jobs: Sequence[_Job]) -> EngineError:
         """Finds the cause: the peers of a rank that died report broken collectives, which mean nothing."""
@@ -565,25 +614,23 @@ class Engine:
         self._ranks, self._slots, self._free, self._left, self.ready = [], [], [], {}, ()
 
 
-PIXELS = ("start", "end")
-
-
 def _without_pixels(spec: ClipSpec) -> Message:
-    """A clip as a rank is told of it; of frames their number, since they come in a memory file."""
-    counts = {name: len(frames) for name in PIXELS if (frames := getattr(spec, name)) is not None}
-    return {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in PIXELS} | counts
+    """A clip as a rank is told of it; of what comes in a memory file the length: frames, or bytes."""
+    apart = (*BROUGHT, "unfinished")
+    lengths = {name: len(brought) for name in apart if (brought := getattr(spec, name)) is not None and len(brought)}
+    return {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in apart} | lengths
 
 
 def _pixels_file(spec: ClipSpec) -> int | None:
-    """A memory file with the frames that a clip brings, one after the other; None if it brings none."""
-    parts = [np.ascontiguousarray(frames) for frames in (spec.start, spec.end) if frames is not None]
+    """A memory file with all that a clip brings, one after the other; None if it brings nothing."""
+    parts = [np.ascontiguousarray(frames).reshape(-1).data for frames in (spec.start, spec.end) if frames is not None]
+    parts += [memoryview(spec.unfinished)] if spec.unfinished else []
     if not parts:
         return None
     with ExitStack() as unless_whole:
         file = os.memfd_create("rushes-sources")
         unless_whole.callback(os.close, file)
-        for part in parts:
-            view = part.reshape(-1).data
+        for view in parts:
             while view:
                 view = view[os.write(file, view) :]
         unless_whole.pop_all()
@@ -596,11 +643,20 @@ def clip_in(message: Message) -> ClipSpec:
     if message["file"] is not None:
         with open(message["file"], "rb") as file:
             pixels = np.frombuffer(mmap(file.fileno(), 0, prot=PROT_READ), np.uint8)
-        for name in PIXELS:
+        for name in BROUGHT:
             if name in clip:
                 shape = clip[name], clip["height"], clip["width"], 3
                 clip[name], pixels = pixels[: math.prod(shape)].reshape(shape), pixels[math.prod(shape) :]
+        if "unfinished" in clip:
+            clip["unfinished"] = pixels.tobytes()
     return ClipSpec(**clip)
+
+
+def _all_of(file: int) -> bytes:
+    """What a memory file holds; it is closed."""
+    with open(file, "rb") as stream:
+        stream.seek(0)
+        return stream.read()
 
 
 def _ending(code: int | None) -> str:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model.batch import Kind
+    from model.diffusion import Here
     from model.stepcache import StepCache
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
@@ -77,17 +78,22 @@ class Job:
     number: int
     spec: ClipSpec
     slot: int  # which memory file its frames go to
+    of: str = ""  # what must be alike where it goes on from a checkpoint; without it there are none
+    every: tuple[int, float] = (0, 0.0)  # steps and seconds between two checkpoints; 0: as many as you like
     plan: list[Window] = field(default_factory=list[Window])
     window: int = 0  # the one under way
     step: int = 0  # over all windows
     cache: StepCache | None = None  # of the window under way
     skipped: int = 0  # steps, over all windows
-    # Of rank 0, until the clip joins:
+    here: Here | None = None  # where the window under way is; of rank 0 before it joins, too
+    # Of rank 0:
     canvas: Canvas | None = None
     text: Tensor | None = None  # [2, L, Dt] prompt and negative prompt
-    begin: Tensor | None = None  # [C, T, H, W] what the window begins with
     kind: Kind | None = None  # whom it may sit beside
+    begun: bool = False  # its turn has come
     dropped: bool = False  # nobody wants it any more
+    leaves: bool = False  # it is to make room, and to go on elsewhere from where it is
+    saved: tuple[int, float] = (0, 0.0)  # step and time of its last checkpoint, or of its beginning here
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     spans: list[tuple[str, float, float]] = field(default_factory=list[tuple[str, float, float]])
 
@@ -102,6 +108,12 @@ class Job:
     def steps(self) -> int:
         """Of all windows."""
         return len(self.plan) * (len(self.times) - 1)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        (steps, seconds), (step, when) = self.every, self.saved
+        return 0 < steps <= self.step - step or 0 < seconds <= time.monotonic() - when
 
     def spent(self, stage: str, began: float, now: float | None = None, share: int = 1) -> None:
         """From `began` to `now` (unix seconds) it was in this stage, one of so many clips."""
@@ -243,6 +255,7 @@ class Rank:
             "pid": os.getpid(),
             "parameter_bytes": sum(map(partition.parameter_bytes, experts)),
             "self_test": max(tested),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else cpu_kind(),
             "seconds": {name: round(value, 3) for name, value in laps.items()},
         }
         wire.send({"type": "ready", "info": info})
@@ -277,13 +290,13 @@ class Rank:
                 wait = False
         turn: list[int] = []
         for number in self.batch:
-            if self.jobs[number].dropped:
-                self._end(self.jobs[number], "dropped")
+            if self.jobs[number].dropped or self.jobs[number].leaves:
+                self._drop(self.jobs[number])
             else:
                 turn.append(number)
         while self.ready and len(turn) < self.batch.seats:
-            if self.ready[0].dropped:
-                self._end(self.ready.popleft(), "dropped")
+            if self.ready[0].dropped or self.ready[0].leaves:
+                self._drop(self.ready.popleft())
             elif not turn or self.ready[0].kind == self.jobs[turn[0]].kind:
                 turn.append(self.ready.popleft().number)
             else:
@@ -294,16 +307,20 @@ class Rank:
         """Rank 0: a message of the parent, or of the side thread."""
         number = message["job"]
         if message["type"] == "render":
-            self.jobs[number] = Job(number, clip_in(message), message["slot"])
+            steps, seconds = message["every"]
+            self.jobs[number] = Job(number, clip_in(message), message["slot"], message["of"], (steps, seconds))
             self._beside(partial(self._prepare, self.jobs[number]), self.jobs[number].spec.clip_id)
         elif message["type"] == "ready":
             job = self.jobs[number]
-            if job.window:  # it has waited its turn
+            if job.begun:  # it has waited its turn
                 self.ready.appendleft(job)
             else:
                 self.ready.append(job)
         elif message["type"] == "cancel" and number in self.jobs:
             self.jobs[number].dropped = True
+        elif message["type"] == "leave" and number in self.jobs:
+            job = self.jobs[number]  # with a step cache it cannot go on elsewhere, and is finished
+            job.leaves = job.spec.step_cache is None or not job.begun
         elif message["type"] == "over":
             del self.jobs[number]
 
@@ -328,30 +345,33 @@ class Rank:
         import torch
         import torch.distributed as dist
 
-        from model.diffusion import told_times, walk
+        from model.diffusion import Here, told_times, walk
         from model.partition import total
         from model.stepcache import StepCache
 
         if self.rank == 0:
             job = self.jobs[number]
-            text, x, window = job.text, job.begin, job.window
-            assert text is not None and x is not None
-            job.begin = None
-            if not window:
-                self._say(job, "begin")
+            text, here, window = job.text, job.here, job.window
+            assert text is not None and here is not None
+            x, step = torch.stack([here.x, *here.past]), here.step
+            if not job.begun:
+                job.begun, job.saved = True, (job.step, time.monotonic())
+                self._say(job, "begin", step=job.step)
         else:
-            job, text, x, window = self._job(number), torch.zeros(0), torch.zeros(0), 0
+            job, text, x, window, step = self._job(number), torch.zeros(0), torch.zeros(0), 0, 0
         if self.world > 1:
-            sizes = torch.tensor([window, *text.shape, *x.shape] if self.rank == 0 else [0] * 8)
+            sizes = torch.tensor([window, step, *text.shape, *x.shape] if self.rank == 0 else [0] * 10)
             dist.broadcast(sizes, 0)
-            window, *shape = sizes.tolist()
+            window, step, *shape = sizes.tolist()
             if self.rank:
                 text, x = torch.empty(shape[:3]), torch.empty(shape[3:])
             dist.broadcast(text, 0)
             dist.broadcast(x, 0)
         spec, job.window = job.spec, window
         known = job.plan[window].known(self.frame_step)
-        way = told_times(walk(x.to(self.device), job.times, spec.solver), spec.solver)
+        x, *past = x.to(self.device)
+        job.here = Here(x, step, tuple(past))
+        way = told_times(walk(job.here, job.times, spec.solver), spec.solver)
         if spec.step_cache is not None:
             guided = spec.guidance != 1
             job.cache = StepCache(spec.step_cache, len(job.times) - 1, lambda x: total(x, self.batch.groups, guided))
@@ -367,7 +387,7 @@ class Rank:
             if message["type"] == "render":
                 spec = clip_in(message)
                 if message["job"] == number:
-                    self.jobs[number] = Job(number, spec, message["slot"], windows(spec.given, self.frame_step))
+                    self.jobs[number] = Job(number, spec, message["slot"], plan=windows(spec.given, self.frame_step))
         return self.jobs[number]
 
     # --- what is done -------------------------------------------------------------------------------------------------
@@ -388,6 +408,8 @@ class Rank:
             self.wire.send({"type": "steps", "steps": steps, "time": ended})
         for job in going:
             if (latents := arrived.get(job.number)) is None:
+                if self.rank == 0 and job.due:
+                    self._save(job)
                 continue
             job.skipped += job.cache.skipped if job.cache else 0
             if bool(latents.isfinite().all()):
@@ -412,6 +434,33 @@ class Rank:
         self._say(job, how, reason=reason)
         del self.jobs[job.number]
 
+    def _drop(self, job: Job) -> None:
+        """Rank 0: it takes no further step here. Where it is to go on elsewhere, the parent gets what that takes."""
+        if job.begun and not job.dropped:
+            self._save(job)
+        self._end(job, "dropped")
+
+    def _save(self, job: Job) -> None:
+        """Rank 0 sends the parent how far a clip has come, in a memory file. All ranks have the same latents."""
+        from model.diffusion import Here
+        from model.unfinished import Unfinished, to_bytes
+
+        here = job.here
+        job.saved = job.step, time.monotonic()
+        if here is None or not job.of or job.spec.step_cache is not None:
+            return
+        here = Here(here.x.cpu(), here.step, tuple(tensor.cpu() for tensor in here.past))
+        if not all(bool(tensor.isfinite().all()) for tensor in (here.x, *here.past)):
+            return  # its end will say so
+        assert job.canvas is not None
+        pixels = job.canvas.pixels[0] if job.window else None
+        file = os.memfd_create("rushes-unfinished")
+        try:
+            write_all(file, to_bytes(Unfinished(job.window, here, pixels), job.of))
+            self.wire.send({"type": "checkpoint", "job": job.number, "step": job.step, "time": time.time()}, file)
+        finally:
+            os.close(file)
+
     def _prepare(self, job: Job) -> None:
         """Rank 0: prompts are encoded, and what the clip begins with."""
         import torch
@@ -422,22 +471,57 @@ class Rank:
             job.text = torch.stack([self._encode(spec.prompt), self._encode(spec.negative_prompt)])
             job.spent("text", began)
             job.canvas = Canvas(spec.given, *given_frames(spec), self.frame_step)
-            if job.plan:
-                self._begin(job)
-            else:  # all its frames are given
-                self._say(job, "begin")
+            if not job.plan:  # all its frames are given
+                self._say(job, "begin", step=0)
                 self._finish(job, self.peak.own())
+            elif not self._go_on(job):
+                self._begin(job)
         except Exception as problem:
             if out_of_memory(problem):
                 raise
             self._over(job, "failed", reason=f"{type(problem).__name__}: {problem}")
 
+    def _go_on(self, job: Job) -> bool:
+        """Rank 0: the clip will go on from where an earlier attempt had come. False: there is nothing of use."""
+        from model.unfinished import Due, Unusable, from_bytes
+
+        spec = job.spec
+        if spec.unfinished is None or spec.step_cache is not None:
+            return False
+        assert job.canvas is not None
+
+        def latents(window: int) -> tuple[int, ...]:
+            return tuple(self.vae.latent_shape(Shape(spec.width, spec.height, job.plan[window].frames)))
+
+        steps, pixels = len(job.times) - 1, job.canvas.pixels[0]
+        due = Due(len(job.plan), steps, spec.solver, latents, pixels.shape)
+        try:
+            there = from_bytes(spec.unfinished, job.of, due)
+        except Unusable as problem:
+            print(
+                f"clip {spec.clip_id} begins anew, its checkpoint is of no use: {problem}", file=sys.stderr, flush=True
+            )
+            return False
+        if there.pixels is not None:
+            pixels[:] = there.pixels
+        job.window, job.step = there.window, there.window * steps + there.here.step
+        self._ready(job, there.here)
+        return True
+
+    def _ready(self, job: Job, here: Here) -> None:
+        """Rank 0: its turn may come."""
+        from model.batch import Kind
+
+        alone = None if job.spec.step_cache is None else job.number
+        known = job.plan[job.window].known(self.frame_step)
+        job.here, job.kind = here, Kind.of(here.x, job.spec.guidance, known, alone)
+        self.inbox.messages.put({"type": "ready", "job": job.number})
+
     def _begin(self, job: Job) -> None:
         """Rank 0: latents that the window begins with: noise (blended into what is edited), and what is known."""
         import torch
 
-        from model.batch import Kind
-        from model.diffusion import blend, noise
+        from model.diffusion import Here, blend, noise
 
         began, spec, window = time.time(), job.spec, job.plan[job.window]
         known = window.known(self.frame_step)
@@ -448,11 +532,9 @@ class Rank:
         if any(known):
             clean, places = self._latents_of(job.canvas.known(window)[0]), torch.tensor(known).nonzero().flatten()
             x[:, places] = clean[:, places]
-        alone = None if spec.step_cache is None else job.number
-        job.begin, job.kind = x, Kind.of(x, spec.guidance, known, alone)
         if spec.strength is not None or any(known):
             job.spent("decode", began)  # the autoencoder was at it
-        self.inbox.messages.put({"type": "ready", "job": job.number})
+        self._ready(job, Here(x))
 
     def _decode(self, job: Job, number: int, latents: Tensor) -> None:
         """Latents [C, T, H, W] become frames, on rank 0. All ranks have the same latents."""
@@ -510,12 +592,8 @@ class Rank:
 
     def _write(self, slot: int, frames: Frames) -> None:
         """Lays a clip's frames into its memory file."""
-        file, offset = self.slots[slot], 0
-        os.ftruncate(file, 0)
-        view = np.ascontiguousarray(frames).reshape(-1).data
-        while view:
-            count = os.pwrite(file, view, offset)
-            view, offset = view[count:], offset + count
+        os.ftruncate(self.slots[slot], 0)
+        write_all(self.slots[slot], np.ascontiguousarray(frames).reshape(-1).data)
 
 
 class Peak:
@@ -540,6 +618,23 @@ class Peak:
         if self.world > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
+
+
+def write_all(file: int, data: bytes | memoryview) -> None:
+    """Lays bytes into a memory file, from its beginning."""
+    view, offset = memoryview(data), 0
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def cpu_kind() -> str:
+    """What decides in which order a CPU's sums are added up."""
+    import platform
+
+    import torch
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def given_frames(spec: ClipSpec) -> tuple[Frames, Frames]:

@@ -140,6 +140,10 @@ def test_as_many_leases_give_way_as_shards_of_a_higher_priority_wait(ledger: Led
         assert not any(outranked(session, lease) for lease in leases), "another tenant takes no GPU away"
         high = batch(session, "high", 2, priority=3)
         assert [outranked(session, lease) for lease in leases] == [False, True, True]  # the youngest
+        session.execute(text("update shards set partition = 'tp2' where request_id = :id"), {"id": high})
+        mine = [[outranked(session, lease, partition=name) for lease in leases] for name in ("tp1", "tp2")]
+        assert mine == [[False] * 3, [False, True, True]], "nobody makes room for what he may not claim"
+        session.execute(text("update shards set partition = null where request_id = :id"), {"id": high})
         release_shard(session, leases[2])
         turn = claim(session, "engine-2", window=1e-3)
         while turn[0].request_id != high:  # the other tenant had nothing yet

@@ -6,6 +6,7 @@ Ledger against store is in tests/end_to_end/test_audit.py.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from db.audit import RULES, contradictions
 from db.leases import claim_shard, complete_shard, start_clip
 from db.ledger import finish_request
 from flows.audit import Audited, audit
+from flows.tidy import sweep_orphans
 from infra.store import FolderStore
 from tests.ledger import ENGINE, MODEL, new_clip, opened, planned, render
 
@@ -70,6 +72,19 @@ def test_a_breach_is_found(ledger: sessionmaker[Session], rule: str) -> None:
         assert list(contradictions(session)) == []
         session.execute(text(TAMPER[rule]))
         assert rule in {found.rule for found in contradictions(session)}
+
+
+def test_tidy_sweeps_old_checkpoints_of_no_clip(ledger: sessionmaker[Session], tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    for key, hours in (("checkpoints/a/1-2", 2), ("checkpoints/a/1-4", 2), ("checkpoints/b/1-2", 0.5)):
+        store.put_at(key, b"latents")
+        os.utime(tmp_path / key, (0, time.time() - 3600 * hours))
+    with ledger.begin() as session:
+        run = opened(session, [new_clip(0)])
+        kept = "update clips set checkpoint = 'checkpoints/a/1-4', checkpoint_step = 4, checkpoint_of = 'x'"
+        session.execute(text(kept + " where request_id = :id"), {"id": run})
+    assert sweep_orphans(ledger, store) == (1, len(b"latents"))
+    assert [item.key for item in store.list("checkpoints/")] == ["checkpoints/a/1-4", "checkpoints/b/1-2"]
 
 
 def test_checkpoints_are_looked_for(ledger: sessionmaker[Session], tmp_path: Path) -> None:

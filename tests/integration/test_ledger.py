@@ -443,13 +443,16 @@ def test_a_shard_of_a_partition_waits_for_its_engines_until_it_is_unbound(ledger
 
 
 def test_costs_are_medians_of_a_shape_on_a_partition_of_a_device(ledger: Ledger) -> None:
-    def rendered(owner: str, partition: str, seconds: Sequence[float], **more: Any) -> None:
+    def rendered(
+        owner: str, partition: str, seconds: Sequence[float], resumed_step: int | None = None, **more: Any
+    ) -> None:
+        told = {"partition": partition, "resumed_step": resumed_step}
         with ledger.begin() as session:
-            clips = [new_clip(k, recipe=(owner, partition, k, str(more))) for k in range(len(seconds))]
-            planned(session, opened(session, clips, key=f"{owner} {partition} {more}"))
+            clips = [new_clip(k, recipe=(owner, partition, k, str(told), str(more))) for k in range(len(seconds))]
+            planned(session, opened(session, clips, key=f"{owner} {partition} {told} {more}"))
             lease, leased = claim_shard(session, owner, seconds=60, model_digest=MODEL) or pytest.fail("no work")
             for clip, each in zip(leased, seconds, strict=True):
-                start_clip(session, lease, clip.clip_id, **ENGINE | {"engine": owner, "partition": partition})
+                start_clip(session, lease, clip.clip_id, **ENGINE | {"engine": owner} | told)
                 stages = {"text": 0.5, "denoise": each, "decode": 1.0}
                 record_clip(session, lease, clip.clip_id, artifact=artifact_of(clip.recipe), seconds=stages, **more)
             complete_shard(session, lease)
@@ -461,6 +464,7 @@ def test_costs_are_medians_of_a_shape_on_a_partition_of_a_device(ledger: Ledger)
     rendered("a", "cfg1xsp1xtp2", [2.0, 3.0, 70.0])
     rendered("a", "cfg2xsp1xtp1", [5.0])
     rendered("a", "cfg2xsp1xtp1", [0.1, 0.1, 0.1], skipped_steps=3)
+    rendered("a", "cfg2xsp1xtp1", [0.1, 0.1, 0.1], resumed_step=20)
     rendered("b", "cfg1xsp1xtp2", [0.2])
     with ledger.begin() as session:
         found = {cost.partition: cost for cost in measured_costs(session, MODEL, "cpu")}

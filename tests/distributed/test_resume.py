@@ -1,0 +1,159 @@
+"""Clips that go on from a checkpoint on real ranks, to the bits of an undisturbed rendering."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.config import Partition
+from model.engine import ClipSpec, Engine, RankDied
+from tests.tiny import CLIP, tiny_model
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+
+WHOLE = replace(CLIP, steps=12, solver="unipc")
+FILM = replace(WHOLE, clip_id="film", solver="ab2", frames=18, window=9, overlap=5, steps=6)  # several windows
+GIVEN = replace(
+    FILM, clip_id="given", start=np.random.default_rng(0).integers(0, 255, (1, 32, 48, 3), np.uint8), loop=True
+)
+Saved = dict[str, tuple[int, bytes]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path) -> Iterator[Engine]:
+    with Engine(model, Partition(tp=2), micro_batch=2, log=model / "ranks.log") as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(shared: Engine) -> Engine:
+    shared.start()
+    return shared
+
+
+@pytest.fixture(scope="module")
+def wanted(shared: Engine) -> dict[str, bytes]:
+    shared.start()
+    return rendered(shared, WHOLE, FILM, GIVEN)
+
+
+def rendered(engine: Engine, *specs: ClipSpec) -> dict[str, bytes]:
+    return {clip.clip_id: clip.frames.tobytes() for clip in engine.render(specs)}
+
+
+def go_on(engine: Engine, *specs: ClipSpec) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The frames, and the step that each clip began at."""
+    began: dict[str, int] = {}
+
+    def on_step(clip_id: str, step: int, _: int) -> None:
+        began.setdefault(clip_id, step)
+
+    made = engine.render(specs, on_step=on_step)
+    return {clip.clip_id: clip.frames.tobytes() for clip in made}, began
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "dies_at"), [(WHOLE, 2, 7), (FILM, 5, 12), (GIVEN, 1, 8)], ids=["one", "film", "given"]
+)
+def test_a_rank_is_killed_and_a_new_engine_goes_on(
+    model: Path, engine: Engine, wanted: dict[str, bytes], spec: ClipSpec, steps: int, dies_at: int
+) -> None:
+    saved: Saved = {}
+
+    def on_step(_: str, step: int, __: int) -> None:
+        if step == dies_at:
+            os.kill(engine.ready[step % 2].pid, signal.SIGKILL)
+
+    many = replace(spec, clip_id="beside", seed=9)
+    with pytest.raises(RankDied):
+        list(
+            engine.render(
+                [spec, many],
+                on_step=on_step,
+                on_checkpoint=lambda clip: saved.__setitem__(clip.clip_id, (clip.step, clip.data)),
+                checkpoint_every=(steps, 0.0),
+            )
+        )
+    step, data = saved[spec.clip_id]
+    assert step > 0 and step % steps == 0
+    with Engine(model, Partition(tp=2), micro_batch=2, log=model / "ranks.log") as another:
+        # In front of it is one that begins at its beginning, and so on every rank.
+        made, began = go_on(another, replace(CLIP, clip_id="first"), replace(spec, unfinished=data))
+    assert made[spec.clip_id] == wanted[spec.clip_id]
+    assert began == {"first": 0, spec.clip_id: step}
+
+
+def test_who_must_leave_is_saved_at_the_next_step_and_nothing_else_begins(
+    engine: Engine, wanted: dict[str, bytes]
+) -> None:
+    saved: Saved = {}
+    steps: list[tuple[str, int]] = []
+    specs = [WHOLE, FILM, replace(WHOLE, clip_id="later")]
+    made = engine.render(
+        specs,
+        on_step=lambda clip_id, step, _: steps.append((clip_id, step)),
+        on_checkpoint=lambda clip: saved.__setitem__(clip.clip_id, (clip.step, clip.data)),
+        leave=lambda: ("one", 3) in steps,
+    )
+    assert list(made) == []
+    assert "later" not in saved and 3 <= saved["one"][0] <= 8
+    finished, began = go_on(engine, *(replace(each, unfinished=saved[each.clip_id][1]) for each in specs[:2]))
+    assert began == {clip_id: step for clip_id, (step, _) in saved.items()}
+    assert finished == {clip_id: wanted[clip_id] for clip_id in ("one", "film")}
+
+
+def test_seconds_make_checkpoints_too_and_none_is_made_unasked(engine: Engine) -> None:
+    saved: list[int] = []
+    long = replace(CLIP, steps=200)
+    list(engine.render([long], on_checkpoint=lambda clip: saved.append(clip.step)))
+    assert saved == []
+    list(engine.render([long], on_checkpoint=lambda clip: saved.append(clip.step), checkpoint_every=(0, 0.05)))
+    assert 1 <= len(saved) < 100 and saved == sorted(saved)
+
+
+def test_a_checkpoint_of_no_use_means_to_begin_anew(engine: Engine, wanted: dict[str, bytes]) -> None:
+    """Of another clip, of another engine, broken, or nothing at all: never an error, and never other pixels."""
+    saved: list[bytes] = []
+    other = replace(WHOLE, seed=8)
+    list(engine.render([other], on_checkpoint=lambda clip: saved.append(clip.data), checkpoint_every=(3, 0.0)))
+    for data in (saved[0], saved[0][:100], b"", b"\0" * 1000, os.urandom(1000)):
+        made, began = go_on(engine, replace(WHOLE, unfinished=data))
+        assert made["one"] == wanted["one"] and began == {"one": 0}
+    assert engine.running
+
+
+def test_a_clip_with_a_step_cache_is_left_alone(engine: Engine) -> None:
+    saved: list[int] = []
+    cached = replace(WHOLE, step_cache=0.1)
+    (whole,) = rendered(engine, cached).values()
+    steps: list[int] = []
+    made = engine.render(
+        [cached, WHOLE],
+        on_step=lambda _, step, __: steps.append(step),
+        on_checkpoint=lambda clip: saved.append(clip.step),
+        checkpoint_every=(1, 0.0),
+        leave=lambda: 3 in steps,
+    )
+    assert [clip.frames.tobytes() for clip in made] == [whole], "it is finished, and nothing else begins"
+    assert saved == []
+
+
+def test_an_engine_of_another_kind_is_not_alike(model: Path, engine: Engine) -> None:
+    digests = [engine.alike(WHOLE)]
+    for partition, batch, threads in ((Partition(), 2, 1), (Partition(tp=2), 1, 1), (Partition(tp=2), 2, 2)):
+        other = Engine(model, partition, micro_batch=batch, threads_per_rank=threads)
+        other.ready = engine.ready
+        digests.append(other.alike(WHOLE))
+    assert len(set(digests)) == len(digests)
+    assert engine.alike(WHOLE) == digests[0] != engine.alike(replace(WHOLE, seed=1))

@@ -1,0 +1,96 @@
+"""Clips that go on in the middle: after a kill, and after they gave way; to the bytes of an undisturbed rendering."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.house import House, wait_for
+from tests.tiny import tiny_model
+
+pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+
+LONG = {"width": 192, "height": 192, "frames": 33, "guidance": 4.0, "steps": 200}  # half a minute, in several windows
+UNDER_WAY = "select checkpoint, checkpoint_step as step from clips where request_id = %s and checkpoint_step >= %s"
+
+
+@pytest.fixture(scope="module")
+def keeps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A stack of its own, since how often engines keep what they have is a setting."""
+    folder: Path = tmp_path_factory.mktemp("keeps")
+    house = House(
+        home=folder / "home",
+        model=tiny_model(folder / "tiny"),
+        settings={"RUSHES_LINGER": "600", "RUSHES_LEASE_SECONDS": "15", "RUSHES_CHECKPOINT_STEPS": "2"},
+    )
+    with house.up():
+        yield house
+
+
+def objects(house: House) -> list[Path]:
+    """Checkpoints in the store."""
+    return [path for path in (house.home / "store" / "checkpoints").rglob("*") if path.is_file()]
+
+
+def assert_as_if_undisturbed(house: House, clip: dict[str, Any]) -> None:
+    """The same bytes come of the clip when nobody disturbs it; nothing is left of its checkpoints; all is sound."""
+    said = house.rushes("reproduce", clip["clip_id"], "--json")
+    (again,) = json.JSONDecoder().raw_decode(said)[0]
+    assert again["verdict"].startswith("identical"), again
+    wait_for(lambda: not objects(house), "the checkpoints to be deleted", seconds=30)
+    house.rushes("audit")
+
+
+def test_a_killed_engine_s_clip_goes_on_in_another(keeps: House) -> None:
+    run = keeps.submit(request=keeps.request(["a red ball moves left"], **LONG, seed=keeps.seed()))
+    request = keeps.request_of(run)
+    (kept,) = wait_for(lambda: keeps.sql(UNDER_WAY, request, 20), "a checkpoint in the middle")
+    engine = keeps.engine_run()
+    keeps.kill(keeps.processes_of(engine))
+    assert len(objects(keeps)) <= 2, "older ones are deleted"
+    keeps.ended(run)
+    (clip,) = keeps.clips(request)
+    lost, done = keeps.attempts(request)
+    assert (lost["status"], lost["resumed_step"], done["status"]) == ("lost", None, "done")
+    assert lost["owner"] != done["owner"], "another engine went on"
+    assert clip["status"] == "done" and kept["step"] <= clip["resumed_step"] == done["resumed_step"]
+    assert clip["resumed_step"] % 2 == 0
+    assert_as_if_undisturbed(keeps, clip)
+
+
+def test_a_store_that_takes_no_checkpoints_costs_no_clip(keeps: House) -> None:
+    folder = keeps.home / "store" / "checkpoints"
+    if folder.exists():
+        folder.rename(folder.with_name("aside"))
+    folder.write_text("not a folder")
+    try:
+        run = keeps.submit(request=keeps.request(["a green cube"], steps=60, seed=keeps.seed()))
+        keeps.ended(run)
+    finally:
+        folder.unlink()
+    (clip,) = keeps.clips(keeps.request_of(run))
+    assert (clip["status"], clip["attempts"], clip["resumed_step"]) == ("done", 1, None)
+    keeps.rushes("audit")
+
+
+def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(keeps: House) -> None:
+    low = keeps.submit(request=keeps.request(["a blue cube"], **LONG | {"frames": 65}, priority=1, seed=keeps.seed()))
+    low_request = keeps.request_of(low)
+    wait_for(lambda: keeps.sql(UNDER_WAY, low_request, 10), "the long clip to be under way")
+    high = keeps.submit(request=keeps.request(["a green ball"], priority=9, seed=keeps.seed()))
+    high_request = keeps.request_of(high)
+    keeps.ended(high)
+    assert keeps.statuses(low_request) != ["done"], "it waited for the long clip"
+    keeps.ended(low)
+    (first,), (given_way, went_on) = keeps.attempts(high_request), keeps.attempts(low_request)
+    assert given_way["finished_at"] <= first["started_at"] <= first["finished_at"] <= went_on["started_at"]
+    assert (given_way["status"], given_way["error"], went_on["status"]) == ("released", None, "done")
+    (clip,) = keeps.clips(low_request)
+    assert 10 <= clip["resumed_step"] == went_on["resumed_step"]
+    (tried,) = keeps.sql("select tries from clips where id = %s", clip["clip_id"])
+    assert tried["tries"] == 0, "to give way is no try"
+    assert_as_if_undisturbed(keeps, clip)

@@ -1,0 +1,201 @@
+"""What must hold of a clip that is taken out between two steps and put back, here or elsewhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import Tensor
+
+from model.batch import Batch
+from model.diffusion import SOLVERS, Here, noise, remembered, schedule, told_times, walk
+from model.unfinished import Due, Unfinished, Unusable, alike, from_bytes, to_bytes
+from tests.generative.test_batch_laws import SHAPE, Clip, network
+from tests.tiny import CLIP
+
+LINE = (9, 4, 4, 3)  # of pixels
+
+
+def due(clip: Clip, windows: int = 1) -> Due:
+    return Due(windows, clip.steps, clip.solver, lambda window: SHAPE, LINE)
+
+
+def join(batch: Batch, number: int, clip: Clip, here: Here) -> None:
+    """As a rank does: `here` says from now on where the clip is."""
+    text, negative = noise(clip.seed + 1000, (5, 16)), noise(2000, (5, 16))
+    way = told_times(walk(here, schedule(clip.steps, 3.0, clip.solver), clip.solver), clip.solver)
+    batch.join(number, way, text, negative, clip.guidance, clip.known)
+
+
+def whole(clip: Clip, seats: int) -> Tensor:
+    batch = Batch((network(0), network(1)), seats=seats, boundary=0.6)
+    join(batch, 0, clip, Here(noise(clip.seed, SHAPE)))
+    while not (arrived := batch.step()):
+        pass
+    return arrived[0]
+
+
+clips = st.builds(
+    Clip,
+    seed=st.integers(0, 9),
+    steps=st.integers(2, 8),
+    solver=st.sampled_from(SOLVERS),
+    known=st.sampled_from([(False, False, False), (True, False, False)]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    clip=clips,
+    stops=st.sets(st.integers(1, 7), min_size=1, max_size=3),
+    seats=st.integers(1, 3),
+    before=st.integers(0, 2),
+    after=st.integers(0, 2),
+)
+def test_a_clip_goes_on_to_the_same_bits_wherever_it_was_interrupted(
+    clip: Clip, stops: set[int], seats: int, before: int, after: int
+) -> None:
+    """Each time in a new batch, with other neighbours, which join before or after it, and leave when they are done."""
+    here = Here(noise(clip.seed, SHAPE))
+    arrived: dict[int, Tensor] = {}
+    for stop in [*sorted(stop for stop in stops if stop < clip.steps), clip.steps]:
+        batch, others = Batch((network(0), network(1)), seats=seats, boundary=0.6), iter(range(1, 20))
+        neighbours = [replace(clip, seed=70 + number, steps=1 + number) for number in range(before + after)]
+        for beside in neighbours[:before][: seats - 1]:
+            join(batch, next(others), beside, Here(noise(beside.seed, SHAPE)))
+        join(batch, 0, clip, here)
+        waiting = neighbours[before:]
+        while here.step < stop:
+            while waiting and len(batch) < seats:
+                beside = waiting.pop()
+                join(batch, next(others), beside, Here(noise(beside.seed, SHAPE)))
+            arrived |= batch.step()
+        if stop < clip.steps:
+            here = from_bytes(to_bytes(Unfinished(0, here, None), "of"), "of", due(clip)).here
+            assert here.step == stop
+    assert torch.equal(arrived[0], whole(clip, seats))
+
+
+def unfinished(clip: Clip, step: int, window: int = 0) -> Unfinished:
+    past = tuple(noise(100 + k, SHAPE) for k in range(remembered(clip.solver, step)))
+    pixels = np.random.default_rng(0).integers(0, 255, LINE, np.uint8) if window else None
+    return Unfinished(window, Here(noise(clip.seed, SHAPE), step, past), pixels)
+
+
+@given(clip=clips, step=st.integers(0, 7), window=st.integers(0, 2))
+def test_what_was_written_is_read(clip: Clip, step: int, window: int) -> None:
+    assume(step < clip.steps and (step or window))
+    was = unfinished(clip, step, window)
+    got = from_bytes(to_bytes(was, "of"), "of", due(clip, 3))
+    assert (got.window, got.here.step, len(got.here.past)) == (window, step, len(was.here.past))
+    assert all(map(torch.equal, (got.here.x, *got.here.past), (was.here.x, *was.here.past)))
+    assert (got.pixels is None) == (was.pixels is None) == (not window)
+    assert was.pixels is None or np.array_equal(got.pixels, was.pixels)
+
+
+GOOD = Clip(1, 6, "unipc")
+
+
+@given(st.data())
+def test_no_bit_may_differ(data: st.DataObject) -> None:
+    """Wherever a bit tips over, or the end is cut off: it is refused, and in no other way than that."""
+    written = bytearray(to_bytes(unfinished(GOOD, 3, 1), "of"))
+    where = data.draw(st.integers(0, len(written) - 1) | st.integers(0, 600))
+    if data.draw(st.booleans()):
+        written[where] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del written[where:]
+    try:
+        got = from_bytes(bytes(written), "of", due(GOOD, 2))
+    except Unusable:
+        return
+    was = unfinished(GOOD, 3, 1)  # a space of the header may have become another one
+    assert all(map(torch.equal, (got.here.x, *got.here.past), (was.here.x, *was.here.past)))
+    assert np.array_equal(got.pixels, was.pixels) and (got.window, got.here.step) == (1, 3)
+
+
+@given(st.binary(max_size=400) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
+def test_anything_else_is_refused(said: bytes | str) -> None:
+    header = said.encode() if isinstance(said, str) else said
+    for data in (header, len(header).to_bytes(8, "little") + header):
+        with pytest.raises(Unusable):
+            from_bytes(data, "of", due(GOOD))
+
+
+def edited(change: str, value: object) -> bytes:
+    """A file that says the truth about itself but for one thing."""
+    here = unfinished(GOOD, 3).here
+    tensors = {"x": here.x, "past": torch.stack(here.past)}
+    data = to_bytes(Unfinished(0, here, None), "of")
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if change in tensors:
+        assert isinstance(value, Tensor)
+        return save({**tensors, change: value}, header["__metadata__"])
+    if change == "offsets":
+        header["x"]["data_offsets"] = value
+    else:
+        header["__metadata__"][change] = value
+    said = json.dumps(header).encode()
+    return len(said).to_bytes(8, "little") + said + data[8 + length :]
+
+
+HOSTILE = [
+    ("of", "else", "made of something else"),
+    ("step", "6", "step 6 of window 0"),
+    ("step", "0", "step 0 of window 0"),
+    ("step", "-1", "step -1"),
+    ("step", "1e9", "cannot be read"),
+    ("step", None, "cannot be read"),
+    ("window", "1", "window 1, of 1 windows"),
+    ("window", "9" * 5000, "cannot be read"),
+    ("contents", "0" * 64, "digest"),
+    ("x", torch.zeros(16, 3, 2, 3), "should hold"),
+    ("x", torch.zeros(SHAPE, dtype=torch.float64), "should hold"),
+    ("x", torch.full(SHAPE, torch.nan), "digest"),
+    ("past", torch.zeros(1, *SHAPE), "should hold"),
+    ("offsets", [0, 1 << 62], "lies from"),
+    ("offsets", [-8, 760], "lies from"),
+    ("offsets", ["a", None], "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("change", "value", "said"), HOSTILE, ids=[f"{c}-{k}" for k, (c, _, _) in enumerate(HOSTILE)])
+def test_a_file_that_does_not_fit_is_refused_with_the_reason(change: str, value: object, said: str) -> None:
+    with pytest.raises(Unusable, match=said):
+        from_bytes(edited(change, value), "of", due(GOOD))
+
+
+def test_numbers_that_are_not_finite_are_refused_though_their_digest_is_right() -> None:
+    here = unfinished(GOOD, 3).here
+    here.x[0, 0, 0, 0] = torch.inf
+    with pytest.raises(Unusable, match="not finite"):
+        from_bytes(to_bytes(Unfinished(0, here, None), "of"), "of", due(GOOD))
+
+
+def test_a_header_of_absurd_length_or_depth_is_refused() -> None:
+    for header in (b"[" * 10_000, b" " * 100_000):
+        with pytest.raises(Unusable):
+            from_bytes(len(header).to_bytes(8, "little") + header, "of", due(GOOD))
+    with pytest.raises(Unusable, match="its header says that it has 4611686018427387904 bytes"):
+        from_bytes((1 << 62).to_bytes(8, "little") + b"{}", "of", due(GOOD))
+
+
+def test_whatever_the_bits_depend_on_is_in_the_digest() -> None:
+    frames = np.zeros((1, 32, 48, 3), np.uint8)
+    given_one = replace(CLIP, start=frames)
+    others = [
+        alike(CLIP, "model", ["cpu", "two"]),
+        alike(CLIP, "another", ["cpu", "tp=2"]),
+        *(alike(replace(CLIP, **{k: v}), "model", ["cpu", "tp=2"]) for k, v in {"seed": 8, "steps": 5}.items()),
+        *(alike(spec, "model", ["cpu", "tp=2"]) for spec in (CLIP, given_one, replace(CLIP, start=frames + 1))),
+    ]
+    assert len(set(others)) == len(others)
+    same = replace(given_one, clip_id="another", unfinished=b"something")
+    assert alike(same, "model", ["cpu", "tp=2"]) == alike(given_one, "model", ["cpu", "tp=2"])
