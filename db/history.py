@@ -333,25 +333,26 @@ QUERIES: dict[str, str] = {
 select model, partition, count(*) as tried, round(avg((status = 'done')::int), 3) as success,
        round(avg(seconds)::numeric, 2) as mean_seconds
 from history
-where attempts > 0 and status not in ('queued', 'running', 'cancelled')
+where finished_at > now() - interval '1 day' and attempts > 0 and status <> 'cancelled'
 group by 1, 2
 order by tried desc""",
     "Which clips were slowest, and why?": """\
 select clip_id, width, height, frames, steps, seconds, denoise_seconds, left(prompt, 40) as prompt
 from history
-where seconds is not null
+where finished_at > now() - interval '1 day' and seconds is not null
 order by seconds desc
 limit 20""",
     "What did each tenant use?": """\
 select tenant, count(*) filter (where status = 'done') as clips, count(*) filter (where found) as found,
        round((coalesce(sum(seconds), 0) / 3600)::numeric, 4) as engine_hours, coalesce(sum(bytes), 0) as bytes
 from history
+where finished_at > now() - interval '1 day'
 group by 1
 order by engine_hours desc""",
     "What goes wrong most?": """\
 select split_part(error, e'\\n', 1) as error, count(*) as clips, min(clip_id) as example
 from history
-where status in ('failed', 'quarantined', 'rejected')
+where finished_at > now() - interval '1 day' and status in ('failed', 'quarantined', 'rejected')
 group by 1
 order by clips desc
 limit 20""",
@@ -360,14 +361,14 @@ select date_trunc('hour', finished_at) as hour, count(*) as clips,
        round(sum(seconds)::numeric, 1) as engine_seconds,
        round(sum(frames / fps::numeric), 1) as footage_seconds
 from history
-where status = 'done' and not found
+where finished_at > now() - interval '2 days' and status = 'done' and not found
 group by 1
 order by 1 desc
 limit 48""",
     "Was anything rendered twice? (no rows: nothing was)": """\
 select recipe, count(*) as renderings, array_agg(clip_id order by clip_id) as clips
 from history
-where status = 'done' and not found and not fresh
+where finished_at > now() - interval '1 day' and status = 'done' and not found and not fresh
 group by 1
 having count(*) > 1""",
     "Where does the time go?": """\
@@ -378,13 +379,13 @@ select width, height, frames, count(*) as clips,
        round((100 * sum(encode_seconds) / sum(seconds))::numeric, 1) as encode_pct,
        round((100 * sum(put_seconds) / sum(seconds))::numeric, 1) as put_pct
 from history
-where seconds > 0
+where finished_at > now() - interval '1 day' and seconds > 0
 group by 1, 2, 3
 order by clips desc""",
     "Which clips needed more than one attempt?": """\
 select clip_id, status, attempts, engine, left(error, 60) as error
 from history
-where attempts > 1
+where finished_at > now() - interval '1 day' and attempts > 1
 order by attempts desc, clip_id
 limit 50""",
     "How busy was each engine?": """\
@@ -392,13 +393,13 @@ select engine, partition, count(*) as clips, min(started_at) as first, max(finis
        round((100 * sum(seconds))::numeric / nullif(extract(epoch from max(finished_at) - min(started_at)), 0), 1)
          as busy_pct
 from history
-where seconds is not null
+where finished_at > now() - interval '1 day' and seconds is not null
 group by 1, 2
 order by clips desc""",
     "Where are the clips about a word?": """\
 select clip_id, status, prompt, seed, object_key
 from history
-where prompt ilike '%red%' or rewritten_prompt ilike '%red%'
+where queued_at > now() - interval '1 day' and (prompt ilike '%red%' or rewritten_prompt ilike '%red%')
 order by queued_at desc
 limit 20""",
 }

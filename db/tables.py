@@ -435,6 +435,8 @@ class Clip(Base):
             postgresql_where=text("status = 'queued' and shard_id is null"),
         ),
         Index("ix_clips_shard_id", "shard_id", postgresql_where=text("shard_id is not null")),
+        # prevents a question about the last day from reading the clips of all time
+        Index("ix_clips_finished_at", "finished_at", postgresql_where=text("finished_at is not null")),
         Index("ix_clips_newest", text("queued_at desc"), "index", "sample"),
         Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
         # prevents the search for what was made from an artifact from reading all clips

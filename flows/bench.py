@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 import model.bench
-from flows import bench_overhead, bench_planner
+from flows import bench_ledger, bench_overhead, bench_planner
 
-BENCHES = {**model.bench.BENCHES, **bench_overhead.BENCHES, **bench_planner.BENCHES}
+BENCHES = {**model.bench.BENCHES, **bench_overhead.BENCHES, **bench_planner.BENCHES, **bench_ledger.BENCHES}
 
 
 def main() -> None:

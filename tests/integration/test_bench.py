@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from db.history import QUERIES
+from flows import bench_ledger
 from model import bench, bench_gpu
 from model.config import DiTConfig, Partition
 
@@ -72,3 +74,14 @@ def test_what_torch_counts_of_a_block_is_what_the_formula_says() -> None:
     tokens = 3 * 4 * 4  # latent frames, rows and columns of patches of 64x64x9
     one = replace(setting.config, layers=1)
     assert found[1] - found[0] == 2 * one.operations(tokens, setting.text_tokens)
+
+
+def test_the_ledger_is_measured_as_it_is() -> None:
+    """A small run: every row of the table is there, with a figure of its own unit."""
+    rows = cells(bench_ledger.ledger_bench(clips=600, past=500, workers=8, seconds=1))
+    assert len(rows) == 7 + len(QUERIES)
+    for row, unit in zip(
+        rows, ("s", "MB", "shards/s", "ms", "shards/s", "ms", *["ms"] * (1 + len(QUERIES))), strict=True
+    ):
+        assert re.fullmatch(rf"[0-9]+ {unit}", row[1]), row
+    assert int(rows[2][1].split()[0]) > 1 and int(rows[4][1].split()[0]) > 1
