@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import psutil
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -179,6 +179,16 @@ def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) 
             with ledgers.begin() as session:
                 ledger.cancel_request(session, request.id)
         else:
+            take_up(run)
+        taken += 1
+    return taken
+
+
+def take_up(run: FlowRun) -> None:
+    """Starts a run with the same input, once whoever asks. One that ended before the ledger knew of it has a next."""
+    while run.state is not None and run.state.is_final():
+        run = cast(
+            FlowRun,
             run_deployment(
                 "generate/default",
                 parameters=run.parameters,
@@ -186,9 +196,8 @@ def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) 
                 as_subflow=False,
                 flow_run_name=run.name,
                 idempotency_key=f"taken-up-{run.id}",
-            )
-        taken += 1
-    return taken
+            ),
+        )
 
 
 def sweep_orphans(ledgers: sessionmaker[Session], store: Store) -> tuple[int, int]:

@@ -67,16 +67,23 @@ def test_an_engine_is_killed(house: House) -> None:
 
 
 def test_the_flow_that_watches_is_killed(house: House) -> None:
-    """The engine goes on; `tidy` sees that the request's run has ended without it, and starts another."""
+    """The engine goes on; `tidy` sees that the request's run has ended without it, and starts another.
+
+    Also where one that was started in its place has ended as well, before it came to the ledger.
+    """
     run, request = submit_batch(house)
     before = done_attempts(house, request)
     house.kill(house.processes_of(run))
     house.ended(run, state="Crashed")
     assert house.status_of(request) == "open"
+    deployment = house.api("GET", "/deployments/name/generate/default")["id"]
+    crashed = {"idempotency_key": f"taken-up-{run}", "parameters": house.run(run)["parameters"]}
+    second = house.api("POST", f"/deployments/{deployment}/create_flow_run", crashed | {"state": {"type": "CRASHED"}})
+    assert house.run(second["id"])["state_type"] == "CRASHED"
     house.ended(house.submit("tidy/scheduled"))
     wait_for(lambda: house.status_of(request) == "completed", "another run to take the request up")
     (row,) = house.sql("select flow_run_id from requests where id = %s", request)
-    assert row["flow_run_id"] != run
+    assert row["flow_run_id"] not in (run, second["id"])
     house.ended(row["flow_run_id"])
     attempts = house.attempts(request)
     assert len(attempts) == CLIPS, "the engine did not notice"
