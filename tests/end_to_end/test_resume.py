@@ -66,6 +66,7 @@ def test_a_store_that_takes_no_checkpoints_costs_no_clip(keeps: House) -> None:
     folder = keeps.home / "store" / "checkpoints"
     if folder.exists():
         folder.rename(folder.with_name("aside"))
+    folder.parent.mkdir(exist_ok=True)
     folder.write_text("not a folder")
     try:
         run = keeps.submit(request=keeps.request(["a green cube"], steps=60, seed=keeps.seed()))
