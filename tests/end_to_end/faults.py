@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,8 @@ def stop_the_engine(on: Ground) -> None:
     (lease,) = wait_for(lambda: house.sql(of_run, f"%{run}"), "its lease", seconds=RECOVERY)
     stopped = [*processes, *(child for process in processes for child in process.children(recursive=True))]
     for process in stopped:
-        process.send_signal(signal.SIGSTOP)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGSTOP)
     since = on.now()
     try:
         time.sleep(LEASE + 1)
@@ -254,7 +255,8 @@ def stop_the_engine(on: Ground) -> None:
             other.communicate(timeout=60)
     finally:
         for process in stopped:
-            process.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
     time.sleep(2)
     late = "select 1 from attempts where owner = %s and shard_id = %s and shard_attempt = %s and status = 'done'"
     wrote = house.sql(late + " and finished_at > %s", lease["owner"], lease["id"], lease["attempt"], since)
@@ -265,10 +267,12 @@ def end_the_stack(on: Ground) -> None:
     """SIGTERM to everything at once, as when a host shuts down."""
     processes = on.house.processes()
     for process in processes:
-        process.terminate()
+        with suppress(psutil.NoSuchProcess):  # it followed another one
+            process.terminate()
     _, left = psutil.wait_procs(processes, timeout=30)
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(left, timeout=10)
     on.up()
     on.tidy()

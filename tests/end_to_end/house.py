@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -229,7 +229,8 @@ class House:
     def kill(self, processes: Sequence[psutil.Process]) -> None:
         assert processes, "there is nothing to kill"
         for process in processes:
-            process.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):  # a short-lived child of theirs
+                process.send_signal(signal.SIGKILL)
 
 
 def finished(process: subprocess.Popen[str], code: int = 0) -> str:
