@@ -23,6 +23,7 @@ bench: $(VENV)/.set-up  ## set up, measure engine, platform and planner, print t
 	@$(BIN)/python -m flows.bench $(ARGS)
 
 chaos: $(VENV)/.set-up-dev  ## break a stack a hundred times and check it, an hour (ARGS='--faults 8 --seed 7')
+	HYPOTHESIS_PROFILE=chaos $(BIN)/python -m pytest -q --timeout 3600 tests/generative/test_prompts_laws.py tests/generative/test_request_laws.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.end_to_end.chaos $(ARGS)
 
 up: $(VENV)/.set-up     ## start the local stack (or mend it)

@@ -52,6 +52,19 @@ CHECKPOINTS = {
     "a header of 2^64 - 1 bytes": header("{}", length=(1 << 64) - 1),
     "a header longer than the file": header(tensor(), bytes(4), length=99_999_999),
     "no length at all": b"\x10\0",
+    "one name for two tensors": header(
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        bytes(8),
+    ),
+    "true for a size": header('{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', bytes(4)),
+    "a header of 50 MB": header(b" " * 50_000_000),
+    "as many tensors as may be": header(
+        "{" + ",".join(f'"{k:040}": {tensor()[6:-1]}' for k in range(18_000)) + "}", bytes(4)
+    ),
+    "all names twice": header(
+        "{" + ",".join(f'"{k % 9_000:040}": {tensor()[6:-1]}' for k in range(18_000)) + "}", bytes(4)
+    ),
     "a name twice": header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', bytes(4)),
     "tensors that overlap": header(
         '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
