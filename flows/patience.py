@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import httpx
@@ -68,23 +69,18 @@ def patiently(ask: Callable[[], T], *, seconds: float = PATIENCE, abandoned: Cal
     )(ask)
 
 
-def transact(
-    ledgers: sessionmaker[Session],
-    work: Callable[[Session], T],
-    *,
-    seconds: float = PATIENCE,
-    abandoned: Callable[[], bool] = lambda: False,
-) -> T:
+def once(ledgers: sessionmaker[Session], work: Callable[[Session], T]) -> T:
+    """What `work` returns, as one transaction of the ledger."""
+    with ledgers.begin() as session:
+        return work(session)
+
+
+def transact(ledgers: sessionmaker[Session], work: Callable[[Session], T], *, seconds: float = PATIENCE) -> T:
     """What `work` returns, as one transaction of the ledger, begun again from its start while the ledger is away.
 
     A ledger that vanishes while it commits may have done so or not: `work` must be of a kind that may be done twice.
     """
-
-    def once() -> T:
-        with ledgers.begin() as session:
-            return work(session)
-
-    return patiently(once, seconds=seconds, abandoned=abandoned)
+    return patiently(partial(once, ledgers, work), seconds=seconds)
 
 
 def if_there(ask: Callable[[], object]) -> bool:

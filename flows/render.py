@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from typing import Any, TypeVar
@@ -40,7 +41,7 @@ from flows.devices import hold_devices
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
 from flows.models import gpus_of, partition_for, resolve
-from flows.patience import away, patiently, transact
+from flows.patience import away, once, patiently, transact
 from flows.settings import AUTO, Settings, load_settings
 from infra.store import NoSuchKey, Store
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
@@ -573,12 +574,7 @@ class Shard:
 
     def transact(self, work: Callable[[Session], T]) -> T:
         """One transaction of the ledger, for whose return it waits as long as the lease is ours. Raises LeaseLost."""
-
-        def once() -> T:
-            with self.crew.ledgers.begin() as session:
-                return work(session)
-
-        return self.patiently(once)
+        return self.patiently(partial(once, self.crew.ledgers, work))
 
     def fail(self, failure: Exception) -> None:
         """Blames the clip that the ranks were at: the named one, or those begun and not finished."""

@@ -23,7 +23,7 @@ import psycopg
 
 from infra.store import S3Store
 from tests.collector import Collector
-from tests.end_to_end.house import RUSHES, House, wait_for
+from tests.end_to_end.house import House, wait_for
 from tests.integration.s3 import S3Server, s3_server
 
 LEASE = 10.0  # seconds
@@ -41,7 +41,7 @@ class Ground:
     server: S3Server
     random: random.Random
     collector: Collector  # of the traces
-    requests: dict[str, str] = field(default_factory=dict[str, str])  # to the run that was given for it
+    requests: list[str] = field(default_factory=list[str])
 
     def submit(self, clips: int = CLIPS, **settings: Any) -> str:
         """A request that nothing of is known; its id."""
@@ -53,7 +53,7 @@ class Ground:
         ]
         run = self.house.submit(request=self.house.request(lines, **{"steps": STEPS, "frames": 9} | settings))
         request = self.house.request_of(run)
-        self.requests[request] = run
+        self.requests.append(request)
         return request
 
     def waiting(self) -> int:
@@ -353,18 +353,10 @@ class Cable:
     def plug(self) -> None:
         _ip("link", "set", self.device, "up")
 
-    def start(self, house: House, *arguments: str, **settings: str) -> subprocess.Popen[str]:
-        """A command of Rushes at the other end."""
-        command = ["ip", "netns", "exec", self.name, str(RUSHES), *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=house.home.parent,
-            env=house.environment | settings,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    @property
+    def within(self) -> tuple[str, ...]:
+        """What runs a command at the other end."""
+        return "ip", "netns", "exec", self.name
 
 
 def _ip(*arguments: str) -> None:

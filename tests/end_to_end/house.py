@@ -76,9 +76,12 @@ class House:
 
     # The command line
 
-    def start(self, *arguments: str, program: Path = RUSHES, **settings: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, program: Path = RUSHES, within: Sequence[str] = (), **settings: str
+    ) -> subprocess.Popen[str]:
+        """A command as it begins; `within`: the command that it is to be run by."""
         return subprocess.Popen(
-            [str(program), *arguments],
+            [*within, str(program), *arguments],
             cwd=self.home.parent,
             env=self.environment | settings,
             stdin=subprocess.DEVNULL,

@@ -110,7 +110,7 @@ def test_the_network_is_cut(tmp_path: Path) -> None:
         with relay(line, url.port) as port:
             there = url._replace(netloc=f"{url.username}:{url.password}@{line.ours}:{port}").geturl()
             run, request = begin(house, 24)
-            far = line.start(house, "engine", "--linger", "30", RUSHES_DATABASE_URL=there)
+            far = house.start("engine", "--linger", "30", within=line.within, RUSHES_DATABASE_URL=there)
             wait_for(lambda: "done" in house.statuses(request), "the first clip")
             (lease,) = house.sql("select id, owner from shards where status = 'leased'")
             line.pull()
