@@ -14,29 +14,28 @@ cancellers from waiting for each other in a circle. Time is the database's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
+    BigInteger,
     ColumnElement,
-    DateTime,
-    Integer,
+    Interval,
     Row,
     Select,
-    Text,
     and_,
     any_,
+    bindparam,
     case,
-    column,
+    exists,
     func,
     insert,
-    literal,
     or_,
     select,
-    true,
+    text,
     update,
-    values,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session, aliased
@@ -56,8 +55,6 @@ from db.tables import (
     Shard,
     ShardStatus,
     Take,
-    Tenant,
-    Usage,
 )
 
 STAGES = ("text", "denoise", "decode", "encode", "put")
@@ -141,16 +138,23 @@ class LeasedClip:
     checkpoint: Checkpoint | None = None  # where an earlier attempt had come to
 
 
-def held(lease: Lease) -> ColumnElement[bool]:
-    """True for the shard's row only while this very claim still owns it.
+def _now() -> ColumnElement[Any]:
+    """The time of the statement: not the transaction's, which may be older, and stable, so that indexes serve it."""
+    return func.statement_timestamp()
 
-    A cancelled shard stays with its last claim: whoever holds it is told what was cancelled, not that it was stolen.
-    """
-    return (
-        (Shard.id == lease.shard_id)
-        & (Shard.attempt == lease.attempt)
-        & Shard.status.in_((ShardStatus.LEASED, ShardStatus.CANCELLED))
-    )
+
+# True for the shard's row only while the claim that `of` names still owns it. A cancelled shard stays with its last
+# claim: whoever holds it is told what was cancelled, not that it was stolen.
+HELD = (
+    (Shard.id == bindparam("held_shard"))
+    & (Shard.attempt == bindparam("held_attempt"))
+    & Shard.status.in_((ShardStatus.LEASED, ShardStatus.CANCELLED))
+)
+
+
+def of(lease: Lease) -> dict[str, Any]:
+    """What HELD is asked about."""
+    return {"held_shard": lease.shard_id, "held_attempt": lease.attempt}
 
 
 def claim_shard(
@@ -173,14 +177,14 @@ def claim_shard(
     deadline, the fewest leases, age. A shard whose lease ran out is taken over: what was running in it counts one
     attempt lost, and at the third is quarantined.
     """
-    turn = _Turn(model_digest, partition, owner, window, ageing)
-    while (taken := _take_next(session, turn, seconds, ranks)) is not None:
+    turn = _Turn(model_digest, partition, owner, ranks, seconds, window, ageing)
+    while (taken := _take_next(session, turn)) is not None:
         lease, before = taken
         if before.status == ShardStatus.LEASED:  # else whoever ended the last lease has put things right
             _end_running(session, [lease.shard_id], AttemptStatus.LOST)
         clips = _clips_to_render(session, lease.shard_id)
         if before.status == ShardStatus.LEASED:
-            _charge(session, _Ended.of(before))
+            _charge(session, before)
         if clips:
             return lease, clips
         complete_shard(session, lease)
@@ -192,12 +196,10 @@ def renew(session: Session, lease: Lease, seconds: float) -> set[str]:
 
     Raises LeaseLost when the shard is no longer ours.
     """
-    until = case((Shard.status == ShardStatus.LEASED, _from_now(seconds)), else_=None)
-    renewed = update(Shard).where(held(lease)).values(leased_until=until).returning(Shard.id)
-    if session.execute(renewed, execution_options=UNSYNCED).one_or_none() is None:
+    renewed = session.execute(_RENEW, {**of(lease), "by": timedelta(seconds=seconds)}, execution_options=UNSYNCED)
+    if renewed.one_or_none() is None:
         raise _lost(lease)
-    cancelled = select(Clip.id).where(Clip.shard_id == lease.shard_id, Clip.status == ClipStatus.CANCELLED)
-    return set(session.scalars(cancelled))
+    return set(session.scalars(_CANCELLED, {"shard_id": lease.shard_id}))
 
 
 def start_clip(
@@ -359,11 +361,9 @@ def complete_shard(session: Session, lease: Lease) -> None:
     """The shard is worked off. Clips that went back to the queue leave it, to be planned again. Raises LeaseLost."""
     status = _hold(session, lease)
     _end_running(session, [lease.shard_id], AttemptStatus.LOST)  # started and never told of again
-    waiting = (Clip.shard_id == lease.shard_id) & (Clip.status == ClipStatus.QUEUED)
-    change(session, update(Clip).where(waiting).values(shard_id=None))
+    change(session, _LEAVE, {"left": lease.shard_id})
     if status == ShardStatus.LEASED:  # else it was cancelled, which has ended the lease
-        done = {"status": ShardStatus.DONE, "owner": None, "leased_until": None, "finished_at": _now()}
-        end_leases(session, [lease.shard_id], done)
+        end_leases(session, [lease.shard_id], ShardStatus.DONE)
 
 
 def release_shard(session: Session, lease: Lease) -> None:
@@ -374,7 +374,7 @@ def release_shard(session: Session, lease: Lease) -> None:
     status = _hold(session, lease)
     _end_running(session, [lease.shard_id], AttemptStatus.RELEASED)
     if status == ShardStatus.LEASED:
-        end_leases(session, [lease.shard_id], _BACK)
+        end_leases(session, [lease.shard_id], ShardStatus.QUEUED)
 
 
 def outranked(session: Session, lease: Lease, *, partition: str | None = None) -> bool:
@@ -388,7 +388,7 @@ def outranked(session: Session, lease: Lease, *, partition: str | None = None) -
     mine = (
         select(Shard.priority, Shard.claimed_at, Shard.id, Request.tenant, Request.model_digest)
         .join(Request, Request.id == Shard.request_id)
-        .where(held(lease))
+        .where(HELD)
         .cte("mine")
     )
     same = (Request.tenant == mine.c.tenant) & (Request.model_digest == mine.c.model_digest)
@@ -404,7 +404,7 @@ def outranked(session: Session, lease: Lease, *, partition: str | None = None) -
     )
     leased = theirs.where(Shard.status == ShardStatus.LEASED, Shard.leased_until >= _now())
     first = leased.where(younger).scalar_subquery()
-    return session.scalar(select(first < waiting)) or False
+    return session.scalar(select(first < waiting), of(lease)) or False
 
 
 def expire_owner(session: Session, owner: str) -> int:
@@ -435,89 +435,87 @@ class _Turn:
     model_digest: str
     partition: str | None
     owner: str
+    ranks: int
+    seconds: float
     window: float
     ageing: float
 
 
-def _take_next(session: Session, turn: _Turn, seconds: float, ranks: int) -> tuple[Lease, Row[Any]] | None:
+_CLAIMABLE = """shard.request_id = {request}
+          -- what the index ix_shards_active holds, said once more so that it is used
+          and shard.status in ('queued', 'leased')
+          and (shard.status = 'queued' or shard.leased_until < statement_timestamp())
+          and (shard.partition is null or shard.partition = coalesce(:partition, shard.partition))
+          and not (coalesce(:owner = any (shard.avoid), false)
+                   and shard.created_at > statement_timestamp() - make_interval(secs => :avoid))
+        order by shard.priority desc, shard.id
+        limit 1"""
+
+# One statement, always the same words: built once here, parsed and planned once by the server for each connection.
+CLAIM = text(f"""
+with live as materialized (
+    -- the leases there are, and the GPU-seconds that each takes within the window, as was predicted or is seen
+    select shard.request_id, request.tenant,
+           shard.ranks * least(:window, greatest(
+               extract(epoch from statement_timestamp() - shard.claimed_at)::float8,
+               coalesce(shard.predicted_seconds, shard.size)
+           )) as gpu_seconds
+    from shards shard join requests request on request.id = shard.request_id
+    where shard.status = 'leased' and shard.leased_until >= statement_timestamp()
+), used as (
+    select tenant, sum(gpu_seconds) as gpu_seconds
+    from (
+        select tenant, gpu_seconds from live
+        union all
+        select tenant, gpu_seconds from usage where minute > statement_timestamp() - make_interval(secs => :window)
+    ) as both_of_them
+    group by tenant
+), turn as materialized (
+    -- the requests that have work, the one whose turn it is first
+    select request.id
+    from requests request
+    join tenants tenant on tenant.name = request.tenant
+    left join used on used.tenant = request.tenant
+    cross join lateral (
+        select shard.id from shards shard
+        where {_CLAIMABLE.format(request="request.id")}
+    ) oldest
+    cross join lateral (
+        select extract(epoch from statement_timestamp() - greatest(request.created_at, max(shard.claimed_at)))::float8
+        from shards shard where shard.request_id = request.id
+    ) waited (seconds)
+    where request.status = 'open' and request.model_digest = :model_digest
+    order by coalesce(used.gpu_seconds, 0) / tenant.weight,
+             request.priority + floor(waited.seconds / :ageing) desc,
+             request.deadline nulls last,
+             (select count(*) from live where live.request_id = request.id),
+             oldest.id
+), first as materialized (
+    -- of the first of them that another claim has not emptied meanwhile
+    select before.*
+    from turn cross join lateral (
+        select shard.id, shard.status, shard.request_id, shard.ranks, shard.claimed_at, shard.leased_until
+        from shards shard
+        where {_CLAIMABLE.format(request="turn.id")}
+        for no key update skip locked
+    ) before
+    limit 1
+)
+update shards
+set status = 'leased', owner = :owner, ranks = :ranks, attempt = shards.attempt + 1,
+    leased_until = statement_timestamp() + make_interval(secs => :seconds), claimed_at = statement_timestamp()
+from first
+where shards.id = first.id
+returning shards.attempt, shards.carrier, first.*
+""")
+
+
+def _take_next(session: Session, turn: _Turn) -> tuple[Lease, Row[Any]] | None:
     """The lease, and how the shard was before: its status, and whose GPUs were used for how long if it was leased."""
-    for request_id in session.scalars(_requests_in_turn(turn)):
-        first = (
-            select(Shard.id, Shard.status, Shard.request_id, Shard.ranks, Shard.claimed_at, Shard.leased_until)
-            .where(Shard.request_id == request_id, _claimable(Shard, turn))
-            .order_by(Shard.priority.desc(), Shard.id)
-            .limit(1)
-            .with_for_update(skip_locked=True, key_share=True)
-            .cte("first")
-            .prefix_with("materialized")
-        )
-        claim = (
-            update(Shard)
-            .where(Shard.id == first.c.id)
-            .values(
-                status=ShardStatus.LEASED,
-                owner=turn.owner,
-                ranks=ranks,
-                attempt=Shard.attempt + 1,
-                leased_until=_from_now(seconds),
-                claimed_at=_now(),
-            )
-            .returning(Shard.attempt, Shard.carrier, *first.c)
-        )
-        row = session.execute(claim, execution_options=UNSYNCED).one_or_none()
-        if row is not None:  # else another claim was faster
-            return Lease(row.id, turn.owner, row.attempt, request_id, row.carrier), row
-    return None
-
-
-def _requests_in_turn(turn: _Turn) -> Select[tuple[str]]:
-    """The requests that have work, the one whose turn it is first."""
-    live = _live(turn.window)
-    taken = select(live.c.tenant, live.c.gpu_seconds)
-    ended = select(Usage.tenant, Usage.gpu_seconds).where(Usage.minute > _now() - timedelta(seconds=turn.window))
-    both = taken.union_all(ended).subquery("both")
-    used = select(both.c.tenant, func.sum(both.c.gpu_seconds).label("gpu_seconds")).group_by(both.c.tenant).cte("used")
-    of_request = select(func.count()).where(live.c.request_id == Request.id).correlate(Request).scalar_subquery()
-    served = select(func.max(Shard.claimed_at)).where(Shard.request_id == Request.id).correlate(Request)
-    waited = _seconds(_now() - func.greatest(Request.created_at, served.scalar_subquery()))
-    oldest = select(Shard.id).where(Shard.request_id == Request.id, _claimable(Shard, turn))
-    oldest = oldest.order_by(Shard.priority.desc(), Shard.id).limit(1).correlate(Request).lateral("oldest")
-    return (
-        select(Request.id)
-        .join(Tenant, Tenant.name == Request.tenant)
-        .join(oldest, true())
-        .outerjoin(used, used.c.tenant == Request.tenant)
-        .where(Request.status == RequestStatus.OPEN, Request.model_digest == turn.model_digest)
-        .order_by(
-            func.coalesce(used.c.gpu_seconds, 0.0) / Tenant.weight,
-            (Request.priority + func.floor(waited / turn.ageing)).desc(),
-            Request.deadline.asc().nulls_last(),
-            of_request,
-            oldest.c.id,
-        )
-    )
-
-
-def _live(window: float) -> Any:
-    """The leases there are, and the GPU-seconds that each takes within the window, as was predicted or is seen."""
-    so_far = _seconds(_now() - func.greatest(Shard.claimed_at, _now() - timedelta(seconds=window)))
-    expected = func.least(func.coalesce(Shard.predicted_seconds, Shard.size), window)
-    return (
-        select(Shard.request_id, Request.tenant, (func.greatest(so_far, expected) * Shard.ranks).label("gpu_seconds"))
-        .join(Request, Request.id == Shard.request_id)
-        .where(Shard.status == ShardStatus.LEASED, Shard.leased_until >= _now())
-        .cte("live")
-    )
-
-
-def _claimable(shard: Any, turn: _Turn) -> ColumnElement[bool]:
-    ours = true() if turn.partition is None else shard.partition.is_(None) | (shard.partition == turn.partition)
-    ran_out = (shard.status == ShardStatus.LEASED) & (shard.leased_until < _now())
-    failed_here = literal(turn.owner) == any_(shard.avoid)
-    left_to_others = func.coalesce(failed_here, False) & (shard.created_at > _now() - timedelta(seconds=AVOID))
-    # The first line repeats what the index ix_shards_active holds, so that it is used.
-    active = shard.status.in_((ShardStatus.QUEUED, ShardStatus.LEASED))
-    return active & ((shard.status == ShardStatus.QUEUED) | ran_out) & ours & ~left_to_others
+    row = session.execute(CLAIM, {**asdict(turn), "avoid": AVOID}).one_or_none()
+    if row is None:
+        return None
+    return Lease(row.id, turn.owner, row.attempt, row.request_id, row.carrier), row
 
 
 NO_CHECKPOINT: dict[str, Any] = {"checkpoint": None, "checkpoint_step": None, "checkpoint_of": None}
@@ -542,44 +540,60 @@ def adoptable(clip: Any) -> ColumnElement[bool]:
 
 def _clips_to_render(session: Session, shard_id: int) -> list[LeasedClip]:
     """Those still to render. Clips that were planned before a take of their recipe was there need no rendering."""
-    queued = (Clip.shard_id == shard_id) & (Clip.status == ClipStatus.QUEUED)
-    there = session.scalar(select(select(Clip.id).join(Take, adoptable(Clip)).where(queued).exists()))
-    if there:
+    waiting = session.execute(_OF_SHARD, {"shard_id": shard_id}).all()
+    if any(row.there for row in waiting):
+        queued = (Clip.shard_id == shard_id) & (Clip.status == ClipStatus.QUEUED)
         change(session, update(Clip).where(queued, adoptable(Clip)).values(adopted()))
-    return clips_where(session, queued)
+        waiting = session.execute(_OF_SHARD, {"shard_id": shard_id}).all()
+    return [_leased_clip(row) for row in waiting]
 
 
-def clips_where(session: Session, which: ColumnElement[bool]) -> list[LeasedClip]:
-    """All that is needed to render these clips, in file order."""
-    sources = aliased(Artifact), aliased(Artifact)
-    checkpoint = (Clip.checkpoint, Clip.checkpoint_step, Clip.checkpoint_of)
-    wanted = (
+def clip_to_render(session: Session, clip_id: str) -> LeasedClip:
+    """All that is needed to render this clip, whatever became of it."""
+    return _leased_clip(session.execute(_BY_ID, {"clip_id": clip_id}).one())
+
+
+_SOURCES = aliased(Artifact), aliased(Artifact)
+_PLAIN = ("clip_id", "attempt_no", "prompt", *_AS_STORED)
+_OF_ARTIFACT = tuple(field.name for field in fields(NewArtifact))
+
+
+def _wanted(which: ColumnElement[bool]) -> Select[Any]:
+    """All that is needed to render these clips, in file order; and whether a take of a clip's recipe is there."""
+    return (
         select(
-            Clip.id.label("clip_id"),
-            (Clip.attempts + 1).label("attempt_no"),
-            func.coalesce(Clip.rewritten_prompt, Clip.prompt).label("prompt"),
+            Clip.id,
+            Clip.attempts + 1,
+            func.coalesce(Clip.rewritten_prompt, Clip.prompt),
             *(getattr(Clip, name) for name in _AS_STORED),
-            *checkpoint,
-            *sources,
+            *(Clip.checkpoint, Clip.checkpoint_step, Clip.checkpoint_of),
+            *(getattr(source, name) for source in _SOURCES for name in _OF_ARTIFACT),
+            exists().where(adoptable(Clip)).label("there"),
         )
-        .outerjoin(sources[0], sources[0].sha256 == Clip.source)
-        .outerjoin(sources[1], sources[1].sha256 == Clip.end_source)
+        .outerjoin(_SOURCES[0], _SOURCES[0].sha256 == Clip.source)
+        .outerjoin(_SOURCES[1], _SOURCES[1].sha256 == Clip.end_source)
         .where(which)
         .order_by(Clip.index, Clip.sample)
     )
-    clips: list[LeasedClip] = []
-    for *stored, key, step, of, source, end_source in session.execute(wanted):
-        names = ("clip_id", "attempt_no", "prompt", *_AS_STORED)
-        row = dict(zip(names, stored, strict=True))
-        begun = None if key is None else Checkpoint(key=key, step=step, of=of)
-        clips.append(LeasedClip(**row, source=_as_value(source), end_source=_as_value(end_source), checkpoint=begun))
-    return clips
 
 
-def _as_value(stored: Artifact | None) -> NewArtifact | None:
-    if stored is None:
-        return None
-    return NewArtifact(sha256=stored.sha256, key=stored.key, bytes=stored.bytes, media_type=stored.media_type)
+_OF_SHARD = _wanted((Clip.shard_id == bindparam("shard_id")) & (Clip.status == ClipStatus.QUEUED))
+_BY_ID = _wanted(Clip.id == bindparam("clip_id"))
+
+
+def _leased_clip(row: Row[Any]) -> LeasedClip:
+    key, step, of, *stored = row[len(_PLAIN) : -1]
+    source, end_source = stored[: len(_OF_ARTIFACT)], stored[len(_OF_ARTIFACT) :]
+    return LeasedClip(
+        **dict(zip(_PLAIN, row, strict=False)),
+        source=_artifact(source),
+        end_source=_artifact(end_source),
+        checkpoint=None if key is None else Checkpoint(key=key, step=step, of=of),
+    )
+
+
+def _artifact(stored: Sequence[Any]) -> NewArtifact | None:
+    return None if stored[0] is None else NewArtifact(**dict(zip(_OF_ARTIFACT, stored, strict=True)))
 
 
 # The fence and what it guards
@@ -587,11 +601,24 @@ def _as_value(stored: Artifact | None) -> NewArtifact | None:
 
 def _hold(session: Session, lease: Lease) -> ShardStatus:
     """Keeps the shard ours until the end of this transaction: a claim skips or waits for a row that is locked."""
-    mine = select(Shard.status).where(held(lease)).with_for_update(key_share=True)
-    status = session.execute(mine).scalar_one_or_none()
+    status = session.execute(_HOLD, of(lease)).scalar_one_or_none()
     if status is None:
         raise _lost(lease)
     return status
+
+
+# Statements that engines say all the time are built once: that takes longer than the server needs to answer them.
+_HOLD = select(Shard.status).where(HELD).with_for_update(key_share=True)
+_RENEW = (
+    update(Shard)
+    .where(HELD)
+    .values(
+        leased_until=case((Shard.status == ShardStatus.LEASED, _now() + bindparam("by", type_=Interval)), else_=None)
+    )
+    .returning(Shard.id)
+)
+_CANCELLED = select(Clip.id).where(Clip.shard_id == bindparam("shard_id"), Clip.status == ClipStatus.CANCELLED)
+_LEAVE = update(Clip).where(Clip.shard_id == bindparam("left"), Clip.status == ClipStatus.QUEUED).values(shard_id=None)
 
 
 def _lost(lease: Lease) -> LeaseLost:
@@ -619,15 +646,22 @@ def _lock_clip(session: Session, lease: Lease, clip_id: str) -> _Locked | None:
 
 def _end_running(session: Session, shard_ids: Sequence[int], outcome: AttemptStatus) -> None:
     """What runs in these shards does so no longer: attempts end, clips are queued again or, at last, quarantined."""
-    running = Clip.shard_id.in_(shard_ids) & (Clip.status == ClipStatus.RUNNING)
-    ended = update(Attempt).where(Attempt.clip_id == Clip.id, running, Attempt.status == AttemptStatus.RUNNING)
     error = "the engine died or stalled while rendering this clip" if outcome == AttemptStatus.LOST else None
-    kind = error and ENGINE_LOST
-    if change(session, ended.values(status=outcome, error=error, error_class=kind, finished_at=_now())):
+    told = {"outcome": outcome, "why": error, "kind": error and ENGINE_LOST, "shard_ids": list(shard_ids)}
+    if change(session, _END_ATTEMPTS, told):
         changes: dict[str, Any] = {"status": ClipStatus.QUEUED}
         if error is not None:  # whatever it was at may be what ended it: it is planned anew, alone
             changes = {**_one_try_more(error), "shard_id": None}
+        running = Clip.shard_id.in_(shard_ids) & (Clip.status == ClipStatus.RUNNING)
         change(session, update(Clip).where(running).values(changes))
+
+
+_END_ATTEMPTS = (
+    update(Attempt)
+    .where(Clip.shard_id == any_(bindparam("shard_ids", type_=ARRAY(BigInteger))), Clip.status == ClipStatus.RUNNING)
+    .where(Attempt.clip_id == Clip.id, Attempt.status == AttemptStatus.RUNNING)
+    .values(status=bindparam("outcome"), error=bindparam("why"), error_class=bindparam("kind"), finished_at=_now())
+)
 
 
 def _one_try_more(error: str) -> dict[str, Any]:
@@ -649,70 +683,52 @@ def _put_back(session: Session, which: ColumnElement[bool]) -> int:
     shard_ids = list(session.scalars(overdue.with_for_update(key_share=True)))
     if shard_ids:
         _end_running(session, shard_ids, AttemptStatus.LOST)
-        end_leases(session, shard_ids, _BACK)
+        end_leases(session, shard_ids, ShardStatus.QUEUED)
     return len(shard_ids)
 
 
 # What leases took
 
-_BACK: dict[str, Any] = {"status": ShardStatus.QUEUED, "owner": None, "leased_until": None}
+# Adds to their tenants' usage what the leases in the table `ended` took, minute by minute.
+_SPEND = """
+insert into usage (tenant, minute, gpu_seconds)
+select request.tenant, each.minute, greatest(0, sum(ended.ranks * extract(epoch from
+           least(each.minute + interval '1 minute', ended.until) - greatest(each.minute, ended.claimed_at))::float8))
+from (select *, least(leased_until, statement_timestamp()) as until from ended) ended
+join requests request on request.id = ended.request_id
+cross join generate_series(date_trunc('minute', ended.claimed_at), ended.until, interval '1 minute') each (minute)
+group by request.tenant, each.minute
+order by request.tenant, each.minute
+on conflict (tenant, minute) do update set gpu_seconds = usage.gpu_seconds + excluded.gpu_seconds"""
+
+_END = text(f"""
+with ended as (
+    select request_id, ranks, claimed_at, leased_until from shards
+    where id = any (:shard_ids) and leased_until is not null
+), changed as (
+    update shards
+    set status = cast(:status as shard_status), owner = null, leased_until = null,
+        finished_at = case when :status <> 'queued' then statement_timestamp() end
+    where id = any (:shard_ids)
+)
+{_SPEND}""")
+
+_CHARGE = text(f"""
+with ended (request_id, ranks, claimed_at, leased_until) as (
+    values (:request_id, cast(:ranks as integer), cast(:claimed_at as timestamptz), cast(:leased_until as timestamptz))
+)
+{_SPEND}""")
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A lease that has ended: of which request, on how many GPUs, from when to when."""
+def end_leases(session: Session, shard_ids: Sequence[int], status: ShardStatus) -> None:
+    """Gives these shards, which the caller has locked, another status, and charges what of them was leased.
 
-    request_id: str
-    ranks: int
-    claimed_at: datetime
-    until: datetime | None  # its last moment; null where it gave up before
-
-    @classmethod
-    def of(cls, shard: Row[Any]) -> _Ended:
-        return cls(shard.request_id, shard.ranks, shard.claimed_at, shard.leased_until)
+    Call it last in a transaction: tenants' rows are in demand.
+    """
+    session.execute(_END, {"shard_ids": list(shard_ids), "status": str(status)})
 
 
-def end_leases(session: Session, shard_ids: Sequence[int], change_to: Mapping[str, Any]) -> None:
-    """Changes these shards, which the caller has locked, and charges their tenants for those that are leased."""
-    before = select(Shard.id, Shard.status, Shard.request_id, Shard.ranks, Shard.claimed_at, Shard.leased_until)
-    ended = [_Ended.of(row) for row in session.execute(before.where(Shard.id.in_(shard_ids))) if row.leased_until]
-    change(session, update(Shard).where(Shard.id.in_(shard_ids)).values(change_to))
-    _charge(session, *ended)
-
-
-def _charge(session: Session, *ended: _Ended) -> None:
-    """Adds what leases took to their tenants' usage, minute by minute. Call it last: tenants' rows are in demand."""
-    if not ended:
-        return
-    rows = [(each.request_id, each.ranks, each.claimed_at, each.until) for each in ended]
-    when = DateTime(timezone=True)
-    of = [column("request_id", Text), column("ranks", Integer), column("began", when), column("until", when)]
-    leases = values(*of, name="ended").data(rows).cte("leases")
-    end = func.least(leases.c.until, _now())
-    minutes = func.generate_series(func.date_trunc("minute", leases.c.began), end, _MINUTE)
-    each = minutes.table_valued("minute", name="each_minute").render_derived()
-    seconds = _seconds(func.least(each.c.minute + _MINUTE, end) - func.greatest(each.c.minute, leases.c.began))
-    spent = (
-        select(Request.tenant, each.c.minute, func.greatest(func.sum(seconds * leases.c.ranks), 0))
-        .select_from(leases)
-        .join(Request, Request.id == leases.c.request_id)
-        .join(each, true())
-        .group_by(Request.tenant, each.c.minute)
-        .order_by(Request.tenant, each.c.minute)
-    )
-    added = upsert(Usage).from_select(["tenant", "minute", "gpu_seconds"], spent)
-    total = {"gpu_seconds": Usage.gpu_seconds + added.excluded.gpu_seconds}
-    change(session, added.on_conflict_do_update(index_elements=[Usage.tenant, Usage.minute], set_=total))
-
-
-def _now() -> ColumnElement[Any]:
-    """The time of the statement: not the transaction's, which may be older, and stable, so that indexes serve it."""
-    return func.statement_timestamp()
-
-
-def _seconds(interval: Any) -> ColumnElement[Any]:
-    return func.extract("epoch", interval)
-
-
-def _from_now(seconds: float) -> ColumnElement[Any]:
-    return _now() + timedelta(seconds=seconds)
+def _charge(session: Session, before: Row[Any]) -> None:
+    """Charges a lease that somebody else's has replaced: the shard as it was then. Call it last."""
+    taken = {name: getattr(before, name) for name in ("request_id", "ranks", "claimed_at", "leased_until")}
+    session.execute(_CHARGE, taken)

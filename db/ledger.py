@@ -1,8 +1,7 @@
 """Requests and their clips, from the first line read to the last one accounted for.
 
 Plain functions: they take a session, return values, and leave the transaction to the caller. What engines write is in
-leases.py; what people read is in history.py. None of them costs more statements for a million clips than for ten,
-except add_clips (one COPY for fifty thousand).
+leases.py; what people read is in history.py. None of them costs more statements for a million clips than for ten.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
-from itertools import chain, islice
 from operator import attrgetter
 from typing import Any, cast
 
 import psycopg
 from sqlalchemy import (
+    ARRAY,
     Boolean,
     Column,
     Enum,
+    Insert,
     MetaData,
     Row,
     Table,
@@ -58,7 +58,6 @@ from db.tables import (
     ClipDirection,
     ClipMode,
     ClipStatus,
-    Edge,
     EdgeKind,
     Engine,
     Model,
@@ -71,7 +70,6 @@ from db.tables import (
     Usage,
 )
 
-COPIED = 50_000  # clips in one COPY: what lies in a temporary table at once
 CHUNK = 1000  # rows that go to or come from the server at a time
 _ANALYZE_FROM = 2000  # clips at which a request changes the statistics that plans are made from
 ALIVE = 45.0  # seconds since its last sign of life after which an engine counts as gone
@@ -340,32 +338,19 @@ def gpu_seconds_of(session: Session, tenant: str, seconds: float) -> float:
 
 
 def add_clips(session: Session, request_id: str, clips: Iterable[NewClip]) -> int:
-    """Add the clips, streamed into a table of this transaction and from there in one go, COPIED of them at a time.
+    """Add the clips: one COPY stream into a table of this transaction, and from there in one go.
 
     Those that are there already are left as they are. Never more than a few are in memory, however many come; `clips`
     may not use this session. Returns how many were new. Nothing is planned before seal_request.
     """
-    added = 0
-    stream = iter(clips)
-    given = _GIVEN.c
     session.execute(CreateTable(_GIVEN, if_not_exists=True))
-    finished = case((given.error.is_not(None), func.now()), else_=None)
-    status = case((given.error.is_not(None), ClipStatus.REJECTED), else_=ClipStatus.QUEUED)
-    types = {"mode": Clip.mode.type, "direction": Clip.direction.type}
-    taken = [given[name].cast(types[name]) if name in types else given[name] for name in given.keys()]  # noqa: SIM118
-    source = select(*taken, status.cast(Clip.status.type), finished)
-    insertion = upsert(Clip).from_select([*given.keys(), "status", "finished_at"], source).on_conflict_do_nothing()
-    while (first := next(stream, None)) is not None:
-        edges: list[tuple[str, str, EdgeKind]] = []
-        with _driver(session).cursor() as cursor, cursor.copy(_COPY.encode()) as copy:
-            for clip in chain((first,), islice(stream, COPIED - 1)):
-                clip_id = _clip_id(request_id, clip)
-                copy.write_row((clip_id, request_id, clip.rejected, *_values_of(clip)))
-                edges.extend((clip_id, *parent) for parent in clip.parents)
-        added += change(session, insertion)
-        session.execute(text(f"truncate {_GIVEN.name}"))
-        for start in range(0, len(edges), CHUNK):
-            add_edges(session, edges[start : start + CHUNK])
+    with _driver(session).cursor() as cursor, cursor.copy(_COPY.encode()) as copy:
+        for clip in clips:
+            parents, kinds = [parent for parent, _ in clip.parents], [str(kind) for _, kind in clip.parents]
+            copy.write_row((_clip_id(request_id, clip), request_id, clip.rejected, *_values_of(clip), parents, kinds))
+    added = change(session, _TAKE_OVER)
+    session.execute(_TAKE_OVER_EDGES)
+    session.execute(text(f"truncate {_GIVEN.name}"))  # it may be used again before the transaction ends
     return added
 
 
@@ -377,10 +362,30 @@ _GIVEN = Table(
     MetaData(),
     *(Column(name, Text) for name in ("id", "request_id", "error")),
     *(Column(n, Text if isinstance(c := Clip.__table__.c[n].type, Enum) else c, nullable=True) for n in _OF_CLIP),
+    *(Column(name, ARRAY(Text)) for name in ("parents", "kinds")),
     prefixes=["temporary"],
     postgresql_on_commit="DROP",
 )
 _COPY = f"copy {_GIVEN.name} from stdin"
+
+
+def _take_over() -> Insert:
+    given = [each for each in _GIVEN.c if each.name not in ("parents", "kinds")]
+    types = {"mode": Clip.mode.type, "direction": Clip.direction.type}
+    taken = [each.cast(types[each.name]) if each.name in types else each for each in given]
+    rejected = _GIVEN.c.error.is_not(None)
+    status = case((rejected, ClipStatus.REJECTED), else_=ClipStatus.QUEUED).cast(Clip.status.type)
+    source = select(*taken, status, case((rejected, func.now()), else_=None))
+    into = [*(each.name for each in given), "status", "finished_at"]
+    return upsert(Clip).from_select(into, source).on_conflict_do_nothing()
+
+
+_TAKE_OVER = _take_over()
+_TAKE_OVER_EDGES = text(f"""
+    insert into edges (child, parent, kind)
+    select given.id, made_from.parent, made_from.kind::edge_kind
+    from {_GIVEN.name} given cross join unnest(given.parents, given.kinds) made_from (parent, kind)
+    on conflict do nothing""")
 
 
 def _driver(session: Session) -> psycopg.Connection[Any]:
@@ -763,8 +768,7 @@ def _end_clips(session: Session, request_id: str) -> int:
     )
     count = change(session, cancelled)
     if shard_ids:
-        ended = {"status": ShardStatus.CANCELLED, "owner": None, "leased_until": None, "finished_at": func.now()}
-        end_leases(session, shard_ids, ended)
+        end_leases(session, shard_ids, ShardStatus.CANCELLED)
     return count
 
 
@@ -859,13 +863,6 @@ def _engines(session: Session, which: Any, model_digest: str | None) -> list[Eng
         found = found.where(Engine.model_digest == model_digest)
     engines = session.scalars(found, execution_options={"populate_existing": True})
     return [EngineRow(**{f.name: getattr(engine, f.name) for f in fields(EngineRow)}) for engine in engines]
-
-
-def add_edges(session: Session, edges: Iterable[tuple[str, str, EdgeKind]]) -> None:
-    """Note which clip came from which: (child, parent, kind)."""
-    rows = [{"child": child, "parent": parent, "kind": kind} for child, parent, kind in edges]
-    if rows:
-        change(session, upsert(Edge).values(rows).on_conflict_do_nothing())
 
 
 def add_artifacts(session: Session, stored: Iterable[NewArtifact]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session, aliased
 
-from db.leases import LeasedClip, NewArtifact, clips_where
+from db.leases import LeasedClip, NewArtifact, clip_to_render
 from db.session import change
 from db.tables import ACTIVE, Artifact, Attempt, Clip, ClipStatus, Engine, Reproduction, Request, Take
 
@@ -86,7 +86,7 @@ def original(session: Session, clip_id: str) -> Original:
     return Original(
         clip_id=clip_id,
         artifact=NewArtifact(sha256=stored.sha256, key=stored.key, bytes=stored.bytes, media_type=stored.media_type),
-        made_for=clips_where(session, Clip.id == made_for)[0],
+        made_for=clip_to_render(session, made_for),
         partition=partition,
         code_version=code_version,
         device=device,

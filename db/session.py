@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,9 +68,9 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 UNSYNCED = {"synchronize_session": False, "preserve_rowcount": True}
 
 
-def change(session: Session, statement: Insert | Update | Delete) -> int:
+def change(session: Session, statement: Insert | Update | Delete, parameters: Mapping[str, Any] | None = None) -> int:
     """Run a write that returns no rows; gives the number of rows it touched."""
-    return cast("CursorResult[Any]", session.execute(statement, execution_options=UNSYNCED)).rowcount
+    return cast("CursorResult[Any]", session.execute(statement, parameters, execution_options=UNSYNCED)).rowcount
 
 
 def upgrade(url: str, revision: str = "head") -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.history import COLUMNS, QUERIES, SqlFailed, find_clips, run_sql, show_clip
 from db.leases import STAGES, claim_shard, complete_shard, fail_clip, record_clip, start_clip
-from db.ledger import add_edges, adopt_takes, request_id
+from db.ledger import add_clips, adopt_takes, request_id
 from db.session import connect, sessions
 from db.tables import AttemptStatus, ClipStatus, EdgeKind
 from tests.ledger import ENGINE, MODEL, artifact_of, new_clip, opened, planned
@@ -31,13 +31,16 @@ def dailies(clone: Callable[[str], AbstractContextManager[str]], migrated_templa
 
 
 REQUEST = request_id("dailies")
+MADE_FROM = ((f"{REQUEST}-000000-0", EdgeKind.EXTEND),)
 
 
 def rendered(ledger: Ledger) -> None:
     """Two done (one at its second attempt), one twin found, one failed, one rejected."""
     clips = [
         new_clip(0, prompt="a red ball rolls left", custom_id="opening"),
-        new_clip(1, prompt="100% of a blue_box", rewritten_prompt="A Red box, on a table", recipe="box"),
+        new_clip(
+            1, prompt="100% of a blue_box", rewritten_prompt="A Red box, on a table", recipe="box", parents=MADE_FROM
+        ),
         new_clip(2, prompt="100 of a blue box", recipe="box"),
         new_clip(3, prompt="too much"),
         new_clip(4, prompt="", rejected="prompts.jsonl:5: prompt is blank"),
@@ -66,10 +69,7 @@ def rendered(ledger: Ledger) -> None:
             complete_shard(session, lease)
             adopt_takes(session, request)
     with ledger.begin() as session:
-        edges = [(f"{request}-000001-0", f"{request}-000000-0", EdgeKind.EXTEND)]
-        add_edges(session, edges)
-        add_edges(session, edges)
-        add_edges(session, [])
+        assert add_clips(session, request, clips) == 0  # again: no clip and no parent comes twice
 
 
 def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -> None:
