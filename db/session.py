@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 IDLE = 600.0  # seconds: no transaction of ours thinks for so long, so it belongs to a stalled process
 
-# jit costs more than it gives for statements this short; a generic plan cannot use the partial indexes.
+# jit costs more than it gives for statements this short.
 _SERVER_OPTIONS = (
-    "-c timezone=UTC -c jit=off -c plan_cache_mode=force_custom_plan -c idle_in_transaction_session_timeout={idle:.0f}"
+    "-c timezone=UTC -c jit=off -c plan_cache_mode={plans} -c idle_in_transaction_session_timeout={idle:.0f}"
 )
 
 # A cut network answers nothing, and a connection may wait for it for hours: seconds until that counts as an error.
@@ -30,12 +30,14 @@ _NETWORK = {
 }
 
 
-def connect(url: str, *, application: str = "rushes", idle: float = IDLE) -> Engine:
+def connect(url: str, *, application: str = "rushes", idle: float = IDLE, keep_plans: bool = False) -> Engine:
     """An engine for `url` (postgresql://… or postgresql+psycopg://…); connects at first use.
 
     idle: seconds after which the server ends a transaction that does nothing, and gives back the locks it held.
+    keep_plans: for who says the same few statements about single rows again and again, which take longer to plan than
+    to run. Else each is planned for its own parameters: what suits ten clips does not suit a million.
     """
-    options = _SERVER_OPTIONS.format(idle=1000 * idle)
+    options = _SERVER_OPTIONS.format(idle=1000 * idle, plans="auto" if keep_plans else "force_custom_plan")
     parsed = make_url(url)
     if parsed.get_backend_name() != "postgresql":
         raise ValueError(

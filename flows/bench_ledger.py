@@ -190,7 +190,7 @@ def _work(url: str, digest: str, threads: int, seconds: float, process: int) -> 
     ready = threading.Barrier(threads)
 
     def work(number: int) -> None:
-        connection = connect(url)
+        connection = connect(url, keep_plans=True)  # as engines do
         mine = sessions(connection)
         with mine() as session:
             session.execute(text("select 1"))

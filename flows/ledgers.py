@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.ledger import RequestNotFound, RequestRow, request_by
-from db.session import IDLE, connect, sessions
+from db.session import connect, sessions
 from flows.settings import Settings
 
 
 @contextmanager
-def database(settings: Settings, *, application: str = "rushes", idle: float = IDLE) -> Generator[Engine]:
-    """The ledger's database, closed at the end. Raises NotRunning."""
-    engine = connect(settings.database, application=application, idle=idle)
+def database(settings: Settings, **how: Any) -> Generator[Engine]:
+    """The ledger's database, connected to as `connect` has it, closed at the end. Raises NotRunning."""
+    engine = connect(settings.database, **how)
     try:
         yield engine
     finally:
@@ -24,9 +25,9 @@ def database(settings: Settings, *, application: str = "rushes", idle: float = I
 
 
 @contextmanager
-def ledger(settings: Settings, *, application: str = "rushes", idle: float = IDLE) -> Generator[sessionmaker[Session]]:
-    """Sessions on the ledger, for several transactions; `idle` as `connect` has it. Raises NotRunning."""
-    with database(settings, application=application, idle=idle) as engine:
+def ledger(settings: Settings, **how: Any) -> Generator[sessionmaker[Session]]:
+    """Sessions on the ledger, for several transactions, connected to as `connect` has it. Raises NotRunning."""
+    with database(settings, **how) as engine:
         yield sessions(engine)
 
 

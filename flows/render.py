@@ -143,7 +143,7 @@ def run_engine(
     # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
     idle = min(IDLE_MOST, settings.lease_seconds)
     with (
-        ledger_of(settings, application="rushes-engine", idle=idle) as ledgers,
+        ledger_of(settings, application="rushes-engine", idle=idle, keep_plans=True) as ledgers,
         devices_of(settings, partition) as gpus,
     ):
         register(ledgers, settings, card, partition, owner, flow_run_id)
