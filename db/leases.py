@@ -689,21 +689,23 @@ def _put_back(session: Session, which: ColumnElement[bool]) -> int:
 
 # What leases took
 
+_PARTS = 8  # rows in which a tenant's usage of a minute lies
+
 # Adds to their tenants' usage what the leases in the table `ended` took, minute by minute.
-_SPEND = """
-insert into usage (tenant, minute, gpu_seconds)
-select request.tenant, each.minute, greatest(0, sum(ended.ranks * extract(epoch from
+_SPEND = f"""
+insert into usage (tenant, minute, part, gpu_seconds)
+select request.tenant, each.minute, min(ended.id) % {_PARTS}, greatest(0, sum(ended.ranks * extract(epoch from
            least(each.minute + interval '1 minute', ended.until) - greatest(each.minute, ended.claimed_at))::float8))
 from (select *, least(leased_until, statement_timestamp()) as until from ended) ended
 join requests request on request.id = ended.request_id
 cross join generate_series(date_trunc('minute', ended.claimed_at), ended.until, interval '1 minute') each (minute)
 group by request.tenant, each.minute
 order by request.tenant, each.minute
-on conflict (tenant, minute) do update set gpu_seconds = usage.gpu_seconds + excluded.gpu_seconds"""
+on conflict (tenant, minute, part) do update set gpu_seconds = usage.gpu_seconds + excluded.gpu_seconds"""
 
 _END = text(f"""
 with ended as (
-    select request_id, ranks, claimed_at, leased_until from shards
+    select id, request_id, ranks, claimed_at, leased_until from shards
     where id = any (:shard_ids) and leased_until is not null
 ), changed as (
     update shards
@@ -714,8 +716,9 @@ with ended as (
 {_SPEND}""")
 
 _CHARGE = text(f"""
-with ended (request_id, ranks, claimed_at, leased_until) as (
-    values (:request_id, cast(:ranks as integer), cast(:claimed_at as timestamptz), cast(:leased_until as timestamptz))
+with ended (id, request_id, ranks, claimed_at, leased_until) as (
+    values (cast(:id as bigint), :request_id, cast(:ranks as integer), cast(:claimed_at as timestamptz),
+            cast(:leased_until as timestamptz))
 )
 {_SPEND}""")
 
@@ -730,5 +733,5 @@ def end_leases(session: Session, shard_ids: Sequence[int], status: ShardStatus) 
 
 def _charge(session: Session, before: Row[Any]) -> None:
     """Charges a lease that somebody else's has replaced: the shard as it was then. Call it last."""
-    taken = {name: getattr(before, name) for name in ("request_id", "ranks", "claimed_at", "leased_until")}
+    taken = {name: getattr(before, name) for name in ("id", "request_id", "ranks", "claimed_at", "leased_until")}
     session.execute(_CHARGE, taken)

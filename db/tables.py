@@ -173,12 +173,16 @@ class Tenant(Base):
 
 
 class Usage(Base):
-    """GPU-seconds that a tenant's leases took, by the minute in which they ended."""
+    """GPU-seconds that a tenant's leases took, by the minute: the sum of its parts.
+
+    Leases that end at once add to different rows: a row stays locked until its transaction lies on the disk.
+    """
 
     __tablename__ = "usage"
 
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
     minute: Mapped[datetime] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
     gpu_seconds: Mapped[float]
 
     __table_args__ = (

@@ -34,7 +34,7 @@ from infra.postgres import start_postgres, stop_postgres
 SHARD = 50  # clips: so many that a million of them are 20,000 shards to claim from
 SLEEP = 0.1  # seconds that an engine of the bench spends on a shard
 PROCESSES = 4  # of clients: threads of one Python would measure Python
-SERVER = {"shared_buffers": "512MB", "max_connections": "200", "max_wal_size": "8GB", "fsync": "off"}
+SERVER = {"shared_buffers": "512MB", "max_connections": "200", "max_wal_size": "8GB"}
 REQUEST = "req_0000000000aa"  # of the clips of the past
 
 

@@ -753,7 +753,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 WORLD = f"""
 insert into models (digest, name) values ('{MODEL}', 'mini');
 insert into tenants (name) values ('t');
-insert into usage (tenant, minute, gpu_seconds) values ('t', now(), 1);
+insert into usage (tenant, minute, part, gpu_seconds) values ('t', now(), 0, 1);
 insert into requests (id, key, name, tenant, model, model_digest, settings, source, source_sha256)
 values ('req_000000000001', 'one', 'one', 't', 'mini', '{MODEL}', '{{}}', 'inline', 'x');
 insert into artifacts (sha256, key, bytes, media_type) values ('{digest("a")}', 'a', 1, 'video/mp4');
