@@ -359,10 +359,12 @@ def fail_clip(
 
 def complete_shard(session: Session, lease: Lease) -> None:
     """The shard is worked off. Clips that went back to the queue leave it, to be planned again. Raises LeaseLost."""
-    status = _hold(session, lease)
-    _end_running(session, [lease.shard_id], AttemptStatus.LOST)  # started and never told of again
-    change(session, _LEAVE, {"left": lease.shard_id})
-    if status == ShardStatus.LEASED:  # else it was cancelled, which has ended the lease
+    shard = _hold(session, lease, _HOLD_TO_END)
+    if shard.running:  # started and never told of again
+        _end_running(session, [lease.shard_id], AttemptStatus.LOST)
+    if shard.waiting or shard.running:
+        change(session, _LEAVE, {"left": lease.shard_id})
+    if shard.status == ShardStatus.LEASED:  # else it was cancelled, which has ended the lease
         end_leases(session, [lease.shard_id], ShardStatus.DONE)
 
 
@@ -371,9 +373,10 @@ def release_shard(session: Session, lease: Lease) -> None:
 
     Checkpoints stay: whoever claims it goes on from there.
     """
-    status = _hold(session, lease)
-    _end_running(session, [lease.shard_id], AttemptStatus.RELEASED)
-    if status == ShardStatus.LEASED:
+    shard = _hold(session, lease, _HOLD_TO_END)
+    if shard.running:
+        _end_running(session, [lease.shard_id], AttemptStatus.RELEASED)
+    if shard.status == ShardStatus.LEASED:
         end_leases(session, [lease.shard_id], ShardStatus.QUEUED)
 
 
@@ -599,16 +602,12 @@ def _artifact(stored: Sequence[Any]) -> NewArtifact | None:
 # The fence and what it guards
 
 
-def _hold(session: Session, lease: Lease) -> ShardStatus:
-    """Keeps the shard ours until the end of this transaction: a claim skips or waits for a row that is locked."""
-    status = session.execute(_HOLD, of(lease)).scalar_one_or_none()
-    if status is None:
-        raise _lost(lease)
-    return status
-
-
 # Statements that engines say all the time are built once: that takes longer than the server needs to answer them.
 _HOLD = select(Shard.status).where(HELD).with_for_update(key_share=True)
+_HOLD_TO_END = _HOLD.add_columns(  # a cancellation that has come between ends clips, and begins none
+    exists().where(Clip.shard_id == Shard.id, Clip.status == ClipStatus.RUNNING).label("running"),
+    exists().where(Clip.shard_id == Shard.id, Clip.status == ClipStatus.QUEUED).label("waiting"),
+)
 _RENEW = (
     update(Shard)
     .where(HELD)
@@ -619,6 +618,14 @@ _RENEW = (
 )
 _CANCELLED = select(Clip.id).where(Clip.shard_id == bindparam("shard_id"), Clip.status == ClipStatus.CANCELLED)
 _LEAVE = update(Clip).where(Clip.shard_id == bindparam("left"), Clip.status == ClipStatus.QUEUED).values(shard_id=None)
+
+
+def _hold(session: Session, lease: Lease, how: Select[Any] = _HOLD) -> Row[Any]:
+    """Keeps the shard ours until the end of this transaction: a claim skips or waits for a row that is locked."""
+    shard = session.execute(how, of(lease)).one_or_none()
+    if shard is None:
+        raise _lost(lease)
+    return shard
 
 
 def _lost(lease: Lease) -> LeaseLost:

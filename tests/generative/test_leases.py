@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.audit import contradictions
 from db.leases import (
+    BACKOFF_MOST,
     Lease,
     LeasedClip,
     LeaseLost,
@@ -51,7 +52,7 @@ from db.ledger import (
     unplanned,
 )
 from db.tables import TERMINAL, ClipStatus, RequestStatus
-from tests.ledger import ENGINE, MODEL, artifact_of, clear, new_clip, new_request, opened, run_out
+from tests.ledger import ENGINE, MODEL, artifact_of, clear, new_clip, new_request, opened, pass_time, run_out
 
 Result = TypeVar("Result")
 
@@ -273,6 +274,8 @@ class Studio(RuleBasedStateMachine):
                 run_out(session, shard)
             requests = list(session.scalars(text("select id from requests where status = 'open'")))
         for _ in range(20 * len(requests) + 20):
+            with self.ledger.begin() as session:
+                pass_time(session, BACKOFF_MOST * 1.5)  # what failed or was lost has waited long enough
             for request in requests:
                 self.plan(request, 3)
             with self.ledger.begin() as session:
