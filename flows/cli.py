@@ -1019,7 +1019,7 @@ def engine(
     from infra.tracing import flush, setup_tracing
 
     setup_tracing("rushes-engine")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, shards are given back
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, clips under way are kept
     try:
         done = run_engine(settings, say=typer.echo)
     finally:

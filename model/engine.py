@@ -304,6 +304,11 @@ class Engine:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
         self._end_ranks()
 
+    def kill(self) -> None:
+        """Ends the ranks now, in whatever they are at. From any thread: one that renders gets RankDied."""
+        for rank in tuple(self._ranks):
+            rank.process.kill()
+
     def render(
         self,
         specs: Sequence[ClipSpec],

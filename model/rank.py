@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -150,6 +151,7 @@ class Side:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to a whole host, it is for the parent, who ends its ranks
     settings = json.loads(sys.argv[1])
     wire = Wire(Connection(settings["wire"]))
     rank: Rank | None = None
