@@ -612,10 +612,10 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
 def retry(
     request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
     failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,
-    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those that failed three times.")] = False,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those set aside as poison.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
-    """Queue the failed, quarantined and cancelled clips of a request again, with three fresh attempts each."""
+    """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew."""
     from db.ledger import AGAIN, retry_request
     from db.tables import ClipStatus
     from flows.ledgers import ledger, the_request
