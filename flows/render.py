@@ -370,6 +370,7 @@ class Shard:
         wait((working,), ENDING)
 
     def work(self) -> int:
+        """What `run` says, on whatever thread."""
         stop = threading.Event()
         keeper = threading.Thread(target=self.keep_lease, args=(stop,), name="lease", daemon=True)
         keeper.start()
