@@ -127,7 +127,8 @@ class Batch:
         for k, dit in enumerate(self.experts):
             self._write(k, self._heard(dit, mine))
         self.taken.append(seat)
-        if cache is not None and cache.last is not None and again is not None:
+        if again is not None:
+            assert cache is not None and cache.last is not None
             step, there = cache.step, (seat.x, seat.now)
             cache.step, seat.x, seat.now = cache.last.step, cache.last.x, again
             self._velocities(int(again < self.boundary), [len(self) - 1])
