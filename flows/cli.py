@@ -6,7 +6,6 @@ asking never load torch. Errors that a person can mend are one line on standard 
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import uuid
@@ -991,13 +990,15 @@ def worker(
         int | None, typer.Option(min=1, help="Flow runs at once (gpu: RUSHES_ENGINES, control: no limit).")
     ] = None,
 ) -> None:
-    """Run a Prefect worker for one of the two pools, until it is stopped."""
+    """Run a Prefect worker for one of the two pools, until it is stopped. Its engines keep what they are at then."""
+    from infra.worker import run_worker
+
     settings = _settings()
     _need(settings.prefect_api)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     if limit or pool == "gpu":
         command += ["--limit", str(limit or settings.most_engines)]
-    os.execve(sys.executable, command, settings.child_environment())
+    raise typer.Exit(run_worker(command, settings.child_environment()))
 
 
 def _need(_: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House, command, environment, finished, wait_for
+from tests.end_to_end.house import House, environment, finished, wait_for
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -169,18 +169,9 @@ def test_engines_of_prefect_that_are_stopped_keep_what_they_are_at(keeps_at_the_
     kept.append(released_at(house, request, 2))
 
     under_way(house, request, 3)
-    (worker,) = [
-        p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu" and "worker" in command(p)
-    ]
-    worker.send_signal(signal.SIGTERM)
-    kept.append(released_at(house, request, 3))
-    worker.wait(timeout=60)
-    house.rushes("up")
-
-    under_way(house, request, 4)
     house.rushes("down")
     house.rushes("up")
-    kept.append(released_at(house, request, 4))
+    kept.append(released_at(house, request, 3))
 
     house.ended(run)
     assert_went_on(house, request, kept)
@@ -204,3 +195,20 @@ def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: House) 
     house.ended(run)
     assert_went_on(house, request, kept)
     house.rushes("up")
+
+
+def test_a_worker_that_is_stopped_lets_its_engine_keep_what_it_is_at(keeps_at_the_end: House) -> None:
+    house = keeps_at_the_end
+    house.kill([p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"])
+    with house.start("worker", "gpu") as worker:
+        run = house.submit(request=house.request(["a green ball"], **LONG, seed=house.seed()))
+        request = house.request_of(run)
+        under_way(house, request, 1)
+        worker.terminate()
+        kept = [released_at(house, request, 1)]
+        worker.wait(timeout=60)
+    assert worker.returncode == 128 + signal.SIGTERM
+    assert not house.ranks()
+    house.rushes("up")
+    house.ended(run)
+    assert_went_on(house, request, kept)
