@@ -57,6 +57,9 @@ RULES = {
     "a clip has another number of attempts than it counts": """
         select c.id from clips c left join attempts a on a.clip_id = c.id
         group by c.id, c.attempts having count(a.clip_id) <> c.attempts""",
+    "a clip counts more failures and losses than it has attempts that ended so": """
+        select c.id from clips c left join attempts a on a.clip_id = c.id and a.status in ('failed', 'lost')
+        where c.tries + c.losses > 0 group by c.id, c.tries, c.losses having count(a.clip_id) < c.tries + c.losses""",
     "an unfinished clip lies in a shard that is over": """
         select c.id from clips c join shards s on s.id = c.shard_id
         where c.status in ('queued', 'running') and s.status in ('done', 'cancelled')""",

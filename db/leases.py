@@ -42,6 +42,7 @@ from sqlalchemy.orm import Session, aliased
 
 from db.session import UNSYNCED, change
 from db.tables import (
+    MAX_LOSSES,
     MAX_TRIES,
     Artifact,
     Attempt,
@@ -175,7 +176,7 @@ def claim_shard(
     First the tenant that had the fewest GPU-seconds for its weight within `window` seconds; of its requests the one of
     the highest priority, which grows by one with every `ageing` seconds that a request gets no lease; then the earliest
     deadline, the fewest leases, age. A shard whose lease ran out is taken over: what was running in it counts one
-    attempt lost, and at the third is quarantined.
+    attempt lost, and at the sixth is quarantined.
     """
     turn = _Turn(model_digest, partition, owner, ranks, seconds, window, ageing)
     while (taken := _take_next(session, turn)) is not None:
@@ -333,7 +334,7 @@ def fail_clip(
     """The running attempt failed. The clip is queued again, quarantined after the third, or failed when `permanent`.
 
     `error_class`: what kind of failure it was, in one word. A clip that is queued again waits a little, and is left to
-    another engine for a while. After a second failure it begins anew, since the fault may lie in its checkpoint.
+    another engine for a while. Where something went wrong before, it begins anew: the fault may lie in its checkpoint.
     Returns what became of it; a clip that does not run (cancelled, failed before) is left as it is. Raises LeaseLost.
     """
     error = error.replace("\0", "")[:_ERROR_CHARACTERS] or "failed without a reason"
@@ -353,7 +354,7 @@ def fail_clip(
     if permanent:
         failed = failed.values(status=ClipStatus.FAILED, error=error, finished_at=_now(), **NO_CHECKPOINT)
     else:
-        failed = failed.values(_one_try_more(error))
+        failed = failed.values(_one_more(Clip.tries, MAX_TRIES, error, anew=Clip.tries + Clip.losses > 0))
     return session.execute(failed, execution_options=UNSYNCED).scalar_one()
 
 
@@ -658,7 +659,8 @@ def _end_running(session: Session, shard_ids: Sequence[int], outcome: AttemptSta
     if change(session, _END_ATTEMPTS, told):
         changes: dict[str, Any] = {"status": ClipStatus.QUEUED}
         if error is not None:  # whatever it was at may be what ended it: it is planned anew, alone
-            changes = {**_one_try_more(error), "shard_id": None}
+            third = Clip.losses + 1 == MAX_LOSSES // 2  # once, since from there on its checkpoints are others
+            changes = {**_one_more(Clip.losses, MAX_LOSSES, error, anew=third), "shard_id": None}
         running = Clip.shard_id.in_(shard_ids) & (Clip.status == ClipStatus.RUNNING)
         change(session, update(Clip).where(running).values(changes))
 
@@ -671,14 +673,19 @@ _END_ATTEMPTS = (
 )
 
 
-def _one_try_more(error: str) -> dict[str, Any]:
-    """The clip is queued again, not before a while that doubles with every try; or put aside at the last of them."""
-    last = Clip.tries + 1 >= MAX_TRIES
-    wait = func.least(BACKOFF * func.power(2.0, Clip.tries), BACKOFF_MOST) * (0.5 + func.random())
+def _one_more(count: Any, most: int, error: str, *, anew: ColumnElement[bool]) -> dict[str, Any]:
+    """The clip is queued again, not before a while that doubles every time; or put aside where that makes `most`.
+
+    `count`: of failures, or of losses. A failure is known to be the clip's or its ranks'. A loss says little: engines
+    are killed, hosts vanish, leases run out under clips that have nothing to do with it; so it takes more of them.
+    `anew`: where it leaves its checkpoint behind.
+    """
+    last = count + 1 >= most
+    wait = func.least(BACKOFF * func.power(2.0, Clip.tries + Clip.losses), BACKOFF_MOST) * (0.5 + func.random())
     return {
-        **{name: case((Clip.tries >= 1, None), else_=getattr(Clip, name)) for name in NO_CHECKPOINT},
+        **{name: case((anew | last, None), else_=getattr(Clip, name)) for name in NO_CHECKPOINT},
         "not_before": _now() + wait * timedelta(seconds=1),
-        "tries": Clip.tries + 1,
+        count.key: count + 1,
         "error": error,
         "status": case((last, ClipStatus.QUARANTINED), else_=ClipStatus.QUEUED).cast(Clip.status.type),
         "finished_at": case((last, _now()), else_=None),

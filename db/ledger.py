@@ -170,7 +170,13 @@ class Unplanned:
     strength: float | None
     window: int | None
     made_frames: int | None
-    tries: int  # that failed: such a clip should be alone in its shard
+    tries: int  # that failed
+    losses: int  # of the engine that was at it
+
+    @property
+    def suspect(self) -> bool:
+        """Something went wrong with it before: it should be alone in its shard."""
+        return self.tries + self.losses > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -720,7 +726,7 @@ AGAIN = (ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED)
 
 
 def retry_request(session: Session, request_id: str, statuses: Sequence[ClipStatus] = AGAIN) -> int:
-    """Queue the failed, quarantined and cancelled clips again, or those of `statuses`, each with three tries anew.
+    """Queue the failed, quarantined and cancelled clips again, or those of `statuses`, each with all tries anew.
 
     Opens the request again when there were any. Returns how many. Raises RequestNotReady for a request that was
     cancelled before all of its clips were in.
@@ -735,7 +741,8 @@ def _queue_again(session: Session, request_id: str, statuses: Sequence[ClipStatu
     queued = (
         update(Clip)
         .where(Clip.request_id == request_id, Clip.status.in_(statuses))
-        .values(status=ClipStatus.QUEUED, tries=0, shard_id=None, error=None, finished_at=None, not_before=None)
+        .values(status=ClipStatus.QUEUED, tries=0, losses=0, shard_id=None)
+        .values(error=None, finished_at=None, not_before=None)
     )
     count = change(session, queued)
     unsealed = Request.total.is_(None)  # cancelled so early that it may have no clip yet

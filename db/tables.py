@@ -34,7 +34,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 PRIORITIES = (0, 9)  # least and most urgent
 PRIORITY = 5  # of a request that says nothing
-MAX_TRIES = 3  # a clip whose renderings failed or vanished this often is poison and is put aside
+MAX_TRIES = 3  # a clip whose renderings failed this often is poison and is put aside
+MAX_LOSSES = 6  # and so is one whose engines vanished this often: each of them may have had reasons of its own
 
 
 class RequestStatus(StrEnum):
@@ -70,7 +71,7 @@ class AttemptStatus(StrEnum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-    LOST = "lost"  # its engine died or stalled; counts against the clip
+    LOST = "lost"  # its engine died or stalled; counts against the clip, but for less than a failure
     RELEASED = "released"  # its engine gave it back in order; does not count
     CANCELLED = "cancelled"
 
@@ -345,7 +346,8 @@ class Clip(Base):
     status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
     error: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
-    tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # failed or lost since the last retry
+    tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # failed since the last retry
+    losses: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # lost since then
     found: Mapped[bool] = mapped_column(server_default=text("false"))  # done by a take that was there already
     fresh: Mapped[bool] = mapped_column(server_default=text("false"))  # a take from before it was queued will not do
     not_before: Mapped[datetime | None]  # a clip that failed waits a little before it is tried again
@@ -394,7 +396,9 @@ class Clip(Base):
         CheckConstraint("status not in ('failed', 'quarantined', 'rejected') or error is not null", name="error"),
         # prevents a poison clip from being tried forever, and quarantine without cause
         CheckConstraint(
-            f"tries between 0 and {MAX_TRIES} and (status = 'quarantined') = (tries = {MAX_TRIES})", name="tries"
+            f"tries between 0 and {MAX_TRIES} and losses between 0 and {MAX_LOSSES}"
+            f" and (status = 'quarantined') = (tries = {MAX_TRIES} or losses = {MAX_LOSSES})",
+            name="tries",
         ),
         CheckConstraint("not found or status = 'done'", name="found"),
         # prevents a finished clip from keeping its unfinished latents, and latents that nobody could go on from

@@ -6,7 +6,6 @@ asking never load torch. Errors that a person can mend are one line on standard 
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import uuid
@@ -612,10 +611,10 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
 def retry(
     request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
     failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,
-    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those that failed three times.")] = False,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those set aside as poison.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
-    """Queue the failed, quarantined and cancelled clips of a request again, with three fresh attempts each."""
+    """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew."""
     from db.ledger import AGAIN, retry_request
     from db.tables import ClipStatus
     from flows.ledgers import ledger, the_request
@@ -991,13 +990,15 @@ def worker(
         int | None, typer.Option(min=1, help="Flow runs at once (gpu: RUSHES_ENGINES, control: no limit).")
     ] = None,
 ) -> None:
-    """Run a Prefect worker for one of the two pools, until it is stopped."""
+    """Run a Prefect worker for one of the two pools, until it is stopped. Its engines keep what they are at then."""
+    from infra.worker import run_worker
+
     settings = _settings()
     _need(settings.prefect_api)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     if limit or pool == "gpu":
         command += ["--limit", str(limit or settings.most_engines)]
-    os.execve(sys.executable, command, settings.child_environment())
+    raise typer.Exit(run_worker(command, settings.child_environment()))
 
 
 def _need(_: str) -> None:
@@ -1019,7 +1020,7 @@ def engine(
     from infra.tracing import flush, setup_tracing
 
     setup_tracing("rushes-engine")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, shards are given back
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, clips under way are kept
     try:
         done = run_engine(settings, say=typer.echo)
     finally:

@@ -481,9 +481,9 @@ class Planner:
         def seconds(shape: plan.Shape) -> float:
             return cost.seconds(shape, squad.partition)
 
-        failed = [(plan.Shape.of(clip), clip.clip_id) for clip in squad.waiting if clip.tries]
+        failed = [(plan.Shape.of(clip), clip.clip_id) for clip in squad.waiting if clip.suspect]
         return [plan.PlannedShard(shape, (clip_id,), seconds(shape)) for shape, clip_id in failed] + plan.shards(
-            [clip for clip in squad.waiting if not clip.tries],
+            [clip for clip in squad.waiting if not clip.suspect],
             seconds,
             seconds=self.settings.shard_seconds,
             engines=squad.replicas,

@@ -67,7 +67,7 @@ class Waiting(Sized, Protocol):
     @property
     def clip_id(self) -> str: ...
     @property
-    def tries(self) -> int: ...  # that failed
+    def suspect(self) -> bool: ...  # it failed before, or was lost with its engine
 
 
 class Finished(Sized, Protocol):

@@ -18,8 +18,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -58,6 +59,8 @@ SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and
 IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
+KEEPING = 8.0  # seconds that an engine that is told to stop has to keep what it is at
+ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
 LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `tidy` closes it as well
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
@@ -263,7 +266,12 @@ class Crew:
             if claimed[0].shard_id == self.gave_way:  # what waits is not for this engine, or not yet
                 self.looks_from = began + SAME_AGAIN
             self.gave_way = None
-            done.clips += work(Shard(self, *claimed))
+            shard = Shard(self, *claimed)
+            try:
+                done.clips += work(shard)
+            except BaseException:  # the engine is stopping or broken: others may have the shard at once
+                shard.give_back()
+                raise
             done.shards += 1
             idle_since = time.monotonic()
             done.busy += idle_since - began
@@ -323,6 +331,7 @@ class Shard:
     cancelled: set[str] = field(default_factory=set[str])
     lost: LeaseLost | None = None
     outranked: bool = False  # it is to give way
+    stopped: bool = False  # the engine was told to stop
     started: dict[str, int] = field(default_factory=dict[str, int])  # the numbers of the attempts
     settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
     span: dict[str, str] = field(default_factory=dict[str, str])  # the carrier of the shard's span
@@ -332,7 +341,36 @@ class Shard:
     objects: set[str] = field(default_factory=set[str])  # checkpoints that there may be of its clips
 
     def run(self) -> int:
-        """Renders the clips and records them; returns how many were finished. A lost lease ends it without a word."""
+        """Renders the clips and records them; returns how many were finished. A lost lease ends it without a word.
+
+        That happens in a thread of its own. What a signal raises (SystemExit, KeyboardInterrupt, what Prefect makes of
+        SIGTERM) is raised here, where nothing is interrupted by it. Clips under way are then kept at their next step,
+        for at most `KEEPING` seconds; a second signal ends that too.
+        """
+        hand = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        working = hand.submit(copy_context().run, self.work)
+        try:
+            wait((working,))
+        except BaseException:
+            try:
+                self.stopped = True
+                wait((working,), KEEPING)
+            finally:
+                if not working.done():
+                    self.abandon(working)
+            raise
+        finally:
+            hand.shutdown(wait=False)
+        return working.result()
+
+    def abandon(self, working: Future[int]) -> None:
+        """Ends the work, whatever ranks and store are at."""
+        self.lost = LeaseLost(f"shard {self.lease.shard_id}: the engine had no time to keep what it was at")
+        self.crew.engine.kill()
+        wait((working,), ENDING)
+
+    def work(self) -> int:
+        """What `run` says, on whatever thread."""
         stop = threading.Event()
         keeper = threading.Thread(target=self.keep_lease, args=(stop,), name="lease", daemon=True)
         keeper.start()
@@ -343,22 +381,25 @@ class Shard:
             ):
                 self.span, self.trace_id = carrier(), current_trace_id()
                 self.render_all(publisher)
-            if self.outranked and self.left(self.clips):
-                self.crew.say(f"shard {self.lease.shard_id}: gives way to a higher priority")
+            if self.leaves and self.left(self.clips):
+                why = "is kept, since the engine stops" if self.stopped else "gives way to a higher priority"
+                self.crew.say(f"shard {self.lease.shard_id}: {why}")
                 self.crew.gave_way = self.lease.shard_id
                 self.give_back()
             else:
                 self.transact(lambda session: leases.complete_shard(session, self.lease))
         except LeaseLost as error:
             self.crew.say(f"shard {self.lease.shard_id}: {error}")
-        except BaseException:
-            self.give_back()
-            raise
         finally:
             stop.set()
             keeper.join(timeout=10)
             self.sweep()
         return self.finished
+
+    @property
+    def leaves(self) -> bool:
+        """What is under way is to be kept, and nothing else begun."""
+        return self.outranked or self.stopped
 
     def left(self, clips: Sequence[LeasedClip]) -> list[LeasedClip]:
         """Those still to render."""
@@ -388,7 +429,7 @@ class Shard:
                     return
 
     def give_back(self) -> None:
-        """The engine is stopping or broken: others may have the shard at once."""
+        """Another claim may have the shard at once."""
         try:
             with self.crew.ledgers.begin() as session:
                 leases.release_shard(session, self.lease)
@@ -435,7 +476,7 @@ class Shard:
         """
         fresh = [clip for clip in self.clips if clip.attempt_no == 1]
         for some in (fresh, *([clip] for clip in self.clips if clip.attempt_no > 1)):
-            if not self.outranked:
+            if not self.leaves:
                 self.render_some(some, publisher)
 
     def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> None:
@@ -451,7 +492,7 @@ class Shard:
                     on_failure=self.fail,
                     on_checkpoint=lambda clip: self.on_checkpoint(clip, publisher),
                     checkpoint_every=(settings.checkpoint_steps, settings.checkpoint_seconds),
-                    leave=lambda: self.outranked,
+                    leave=lambda: self.leaves,
                 ):
                     pending.append(publisher.submit(self.publish, rendered))
                     pending = [f for f in pending if not f.done() or f.result()]
@@ -464,6 +505,8 @@ class Shard:
             if failure is None:
                 return  # what is left was cancelled, or gives way
             self.fail(failure)
+            if self.stopped:
+                return
             self.crew.restart_ranks(str(failure))
 
     def on_step(self, clip_id: str, step: int, steps: int) -> None:
@@ -487,7 +530,7 @@ class Shard:
     def on_checkpoint(self, clip: UnfinishedClip, publisher: ThreadPoolExecutor) -> None:
         """Has it stored beside the steps, unless the store, which may be slower than they, is still at the last one."""
         last = self.saving.get(clip.clip_id)
-        if last is None or last.done() or self.outranked:
+        if last is None or last.done() or self.leaves:
             self.saving[clip.clip_id] = publisher.submit(self.save, clip)
 
     def save(self, clip: UnfinishedClip) -> None:

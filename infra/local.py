@@ -54,7 +54,7 @@ SERVER_SECONDS = 180.0  # a fresh database on a busy machine
 DEPLOY_SECONDS = 180.0
 WORKER_SECONDS = 90.0
 LOCK_SECONDS = 300.0
-GRACE_SECONDS = 10.0  # what engines get to give back their shards
+GRACE_SECONDS = 15.0  # what engines get to keep clips that are under way and to give back their shards
 HEARTBEAT_SECONDS = 30.0  # between two signs of life of a worker; Prefect's default
 LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
 
@@ -148,8 +148,9 @@ def up(
 def down(home: Path, *, say: Say = lambda _: None) -> tuple[str, ...]:
     """Ends the stack of `home` with everything it started; returns the parts that ran.
 
-    Engines get ten seconds to give back their shards. Runs of the control pool that were under way go back to
-    Scheduled, so that the next `up` takes them up again. Raises StackFailed when something does not end.
+    Engines get 15 seconds to keep the clips that are under way and to give back their shards. Runs of the control pool
+    that were under way go back to Scheduled, so that the next `up` takes them up again. Raises StackFailed when
+    something does not end.
     """
     home = home.absolute()
     if not home.is_dir():

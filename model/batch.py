@@ -113,8 +113,12 @@ class Batch:
         guidance: float,
         known: Sequence[bool],
         cache: StepCache | None = None,
+        again: float | None = None,
     ) -> None:
-        """A clip begins its walk; text and negative are [L, Dt]. Raises ValueError where `takes` would say no."""
+        """A clip begins its walk; text and negative are [L, Dt]. Raises ValueError where `takes` would say no.
+
+        again: the time of the full step that its cache is to compute again, since it goes on from an earlier walk.
+        """
         x, now = next(walk)
         seat = Seat(number, walk, x, now, guidance, tuple(known), cache)
         if not self.takes(seat.kind):
@@ -123,6 +127,12 @@ class Batch:
         for k, dit in enumerate(self.experts):
             self._write(k, self._heard(dit, mine))
         self.taken.append(seat)
+        if again is not None:
+            assert cache is not None and cache.last is not None
+            step, there = cache.step, (seat.x, seat.now)
+            cache.step, seat.x, seat.now = cache.last.step, cache.last.x, again
+            self._velocities(int(again < self.boundary), [len(self) - 1])
+            cache.step, (seat.x, seat.now) = step, there
 
     def leave(self, number: int) -> None:
         """The last clip moves into the free seat, so that those under way are the first ones."""

@@ -304,6 +304,11 @@ class Engine:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
         self._end_ranks()
 
+    def kill(self) -> None:
+        """Ends the ranks now, in whatever they are at. From any thread: one that renders gets RankDied."""
+        for rank in tuple(self._ranks):
+            rank.process.kill()
+
     def render(
         self,
         specs: Sequence[ClipSpec],
@@ -325,7 +330,7 @@ class Engine:
         `on_checkpoint` is given how far a running clip has come after so many steps and after so many seconds
         (`checkpoint_every`; 0: never). A clip that goes on from there is told to `on_step` with that step first. When
         `leave()` says so, clips under way are given to `on_checkpoint` at their next step and dropped, and no other
-        one begins. A clip with a step cache has no checkpoints, and is finished before the engine is left.
+        one begins.
         Out of memory, the engine starts again with half as many clips at a time, down to one.
         Raises RenderFailed. Raises RankDied or RankHung; the ranks are gone then.
         """

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from model.batch import Kind
     from model.diffusion import Here
-    from model.stepcache import StepCache
+    from model.stepcache import Computed, StepCache
     from model.text import TextEncoder
     from model.vae import VAE, WanVAE
 
@@ -84,7 +85,8 @@ class Job:
     window: int = 0  # the one under way
     step: int = 0  # over all windows
     cache: StepCache | None = None  # of the window under way
-    skipped: int = 0  # steps, over all windows
+    skipped: int = 0  # steps, over all windows before it
+    computed: Computed | None = None  # of rank 0 before it joins: the step that its cache is to compute again
     here: Here | None = None  # where the window under way is; of rank 0 before it joins, too
     # Of rank 0:
     canvas: Canvas | None = None
@@ -114,6 +116,14 @@ class Job:
         """Whether it is time for a checkpoint."""
         (steps, seconds), (step, when) = self.every, self.saved
         return 0 < steps <= self.step - step or 0 < seconds <= time.monotonic() - when
+
+    @property
+    def remembered(self) -> tuple[int, Computed | None]:
+        """What a checkpoint keeps of its cache: steps skipped so far, and the last one that was not, in this window."""
+        if self.cache is None or self.here is None:
+            return self.skipped, None
+        last = self.cache.last if self.here.step else None  # which between two windows is of the one before
+        return self.skipped + self.cache.skipped, last and replace(last, x=last.x.cpu())
 
     def spent(self, stage: str, began: float, now: float | None = None, share: int = 1) -> None:
         """From `began` to `now` (unix seconds) it was in this stage, one of so many clips."""
@@ -150,6 +160,7 @@ class Side:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to a whole host, it is for the parent, who ends its ranks
     settings = json.loads(sys.argv[1])
     wire = Wire(Connection(settings["wire"]))
     rank: Rank | None = None
@@ -319,8 +330,7 @@ class Rank:
         elif message["type"] == "cancel" and number in self.jobs:
             self.jobs[number].dropped = True
         elif message["type"] == "leave" and number in self.jobs:
-            job = self.jobs[number]  # with a step cache it cannot go on elsewhere, and is finished
-            job.leaves = job.spec.step_cache is None or not job.begun
+            self.jobs[number].leaves = True
         elif message["type"] == "over":
             del self.jobs[number]
 
@@ -345,24 +355,25 @@ class Rank:
         import torch
         import torch.distributed as dist
 
-        from model.diffusion import Here, told_times, walk
+        from model.diffusion import Here, told, told_times, walk
         from model.partition import total
-        from model.stepcache import StepCache
+        from model.stepcache import Computed, StepCache
 
         if self.rank == 0:
             job = self.jobs[number]
-            text, here, window = job.text, job.here, job.window
+            text, here, window, last = job.text, job.here, job.window, job.computed
             assert text is not None and here is not None
-            x, step = torch.stack([here.x, *here.past]), here.step
+            x, step = torch.stack([here.x, *here.past, *([last.x] if last else [])]), here.step
+            computed, job.computed = last.step if last else -1, None
             if not job.begun:
                 job.begun, job.saved = True, (job.step, time.monotonic())
                 self._say(job, "begin", step=job.step)
         else:
-            job, text, x, window, step = self._job(number), torch.zeros(0), torch.zeros(0), 0, 0
+            job, text, x, window, step, computed = self._job(number), torch.zeros(0), torch.zeros(0), 0, 0, -1
         if self.world > 1:
-            sizes = torch.tensor([window, step, *text.shape, *x.shape] if self.rank == 0 else [0] * 10)
+            sizes = torch.tensor([window, step, computed, *text.shape, *x.shape] if self.rank == 0 else [0] * 11)
             dist.broadcast(sizes, 0)
-            window, step, *shape = sizes.tolist()
+            window, step, computed, *shape = sizes.tolist()
             if self.rank:
                 text, x = torch.empty(shape[:3]), torch.empty(shape[3:])
             dist.broadcast(text, 0)
@@ -370,12 +381,15 @@ class Rank:
         spec, job.window = job.spec, window
         known = job.plan[window].known(self.frame_step)
         x, *past = x.to(self.device)
+        last = None if computed < 0 else Computed(computed, past.pop())
+        again = None if last is None else told(job.times[last.step], spec.solver)
         job.here = Here(x, step, tuple(past))
         way = told_times(walk(job.here, job.times, spec.solver), spec.solver)
         if spec.step_cache is not None:
-            guided = spec.guidance != 1
-            job.cache = StepCache(spec.step_cache, len(job.times) - 1, lambda x: total(x, self.batch.groups, guided))
-        self.batch.join(number, way, text[0], text[1], spec.guidance, known, job.cache)
+            steps, guided = len(job.times) - 1, spec.guidance != 1
+            summed = partial(total, groups=self.batch.groups, guided=guided)
+            job.cache = StepCache(spec.step_cache, steps, summed, step=step, last=last)
+        self.batch.join(number, way, text[0], text[1], spec.guidance, known, job.cache, again)
 
     def _job(self, number: int) -> Job:
         """A clip whose turn has come, on a rank that rank 0 told so.
@@ -411,7 +425,8 @@ class Rank:
                 if self.rank == 0 and job.due:
                     self._save(job)
                 continue
-            job.skipped += job.cache.skipped if job.cache else 0
+            if job.cache is not None:
+                job.skipped, job.cache.skipped = job.skipped + job.cache.skipped, 0
             if bool(latents.isfinite().all()):
                 self._beside(partial(self._decode, job, job.window, latents), job.spec.clip_id)
             elif self.rank == 0:
@@ -447,16 +462,18 @@ class Rank:
 
         here = job.here
         job.saved = job.step, time.monotonic()
-        if here is None or not job.of or job.spec.step_cache is not None:
+        if here is None or not job.of:
             return
         here = Here(here.x.cpu(), here.step, tuple(tensor.cpu() for tensor in here.past))
         if not all(bool(tensor.isfinite().all()) for tensor in (here.x, *here.past)):
             return  # its end will say so
         assert job.canvas is not None
         pixels = job.canvas.pixels[0] if job.window else None
+        skipped, last = (None, None) if job.spec.step_cache is None else job.remembered
+        state = Unfinished(job.window, here, pixels, skipped, last)
         file = os.memfd_create("rushes-unfinished")
         try:
-            write_all(file, to_bytes(Unfinished(job.window, here, pixels), job.of))
+            write_all(file, to_bytes(state, job.of))
             self.wire.send({"type": "checkpoint", "job": job.number, "step": job.step, "time": time.time()}, file)
         finally:
             os.close(file)
@@ -486,7 +503,7 @@ class Rank:
         from model.unfinished import Due, Unusable, from_bytes
 
         spec = job.spec
-        if spec.unfinished is None or spec.step_cache is not None:
+        if spec.unfinished is None:
             return False
         assert job.canvas is not None
 
@@ -494,7 +511,7 @@ class Rank:
             return tuple(self.vae.latent_shape(Shape(spec.width, spec.height, job.plan[window].frames)))
 
         steps, pixels = len(job.times) - 1, job.canvas.pixels[0]
-        due = Due(len(job.plan), steps, spec.solver, latents, pixels.shape)
+        due = Due(len(job.plan), steps, spec.solver, latents, pixels.shape, spec.step_cache is not None)
         try:
             there = from_bytes(spec.unfinished, job.of, due)
         except Unusable as problem:
@@ -505,6 +522,7 @@ class Rank:
         if there.pixels is not None:
             pixels[:] = there.pixels
         job.window, job.step = there.window, there.window * steps + there.here.step
+        job.skipped, job.computed = there.skipped or 0, there.computed
         self._ready(job, there.here)
         return True
 

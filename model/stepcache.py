@@ -18,7 +18,11 @@ What is decided here beyond that:
   ever.
 * A clip decides for itself, and so is never batched with others: its pixels must not depend on its neighbours.
 
-It keeps two tensors of the tokens' size, [2, n, D] each where guidance runs both halves. It knows no process groups.
+It keeps two tensors of the tokens' size, [2, n, D] each where guidance runs both halves, divided over the ranks as the
+tokens are. A clip that is to go on elsewhere does not take them along: they follow from the latents that the last full
+step was given, which are many times smaller. That step is computed once more, to the same bits.
+
+It knows no process groups.
 Letters: B halves of guidance, N tokens of the clip, n tokens of this rank, S times, D width.
 """
 
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -38,14 +43,32 @@ from model.patch import grid
 V = TypeVar("V")  # a velocity, or those of both halves of guidance
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step that was computed in full."""
+
+    step: int  # of its window
+    x: Tensor  # [C, T, H, W], what it was given
+
+
 class StepCache:
     """What one window of one clip remembers from step to step.
 
     steps: how many there will be. total: sums a tensor over all ranks that compute the clip, in place or not.
+    step: those that were taken before it, and `last`: of these the last one that was computed in full, which whoever
+    goes on must compute again first.
     """
 
-    def __init__(self, threshold: float, steps: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        self.threshold, self.left, self.total = threshold, steps, total
+    def __init__(
+        self,
+        threshold: float,
+        steps: int,
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+        *,
+        step: int = 0,
+        last: Computed | None = None,
+    ) -> None:
+        self.threshold, self.steps, self.total, self.step, self.last = threshold, steps, total, step, last
         self.skipped = 0
         self._dit: DiT | None = None  # whose step was computed last
         self._added: tuple[Tensor, Tensor] | None = None  # [B, n, D] there: by its first block, by all others together
@@ -59,17 +82,26 @@ class StepCache:
 
         def cached(x: Tensor, times: Tensor) -> V:
             assert len(x) == 1, "a step cache serves one clip"
-            self.left -= 1
+            now, skipped = self.step, self.skipped
+            self.step += 1
             if dit is not self._dit:
                 self._dit, self._added = dit, None
             run = dit.run
             dit.run = partial(self._run, _counted(dit, x, times))
             try:
-                return predict(x, times)
+                velocity = predict(x, times)
             finally:
                 dit.run = run
+            if self.skipped == skipped:
+                self.last = Computed(now, x[0])
+            return velocity
 
         return cached
+
+    @property
+    def left(self) -> int:
+        """Steps that there will be after the one under way."""
+        return self.steps - self.step
 
     def _run(self, counted: Tensor, layers: Sequence[Layer], x: Tensor) -> Tensor:
         """x [B, n, D] through all layers, or through the first one and past the others."""

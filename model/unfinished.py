@@ -2,8 +2,8 @@
 
 That is the latents, what the solver remembers of its last steps, which window of the clip they are of, and the pixels
 of the windows before. No random generator is among it: noise comes from the seed alone, once at the start of a window.
-A clip with a step cache has none of this: what the cache remembers is divided over the ranks as the tokens are, and is
-as large as they are, many times the latents.
+Of a step cache it is the latents of the last step that was computed in full, which is computed once more
+(`model.stepcache`), and how many were skipped.
 
 The bytes are a safetensors file. What is read is believed only where all of it fits: the digest of what must be alike
 (`alike`), names, shapes, step, finite numbers, and the digest of the contents. Whatever does not is `Unusable`, and the
@@ -29,9 +29,10 @@ from model.conditioning import Frames
 if TYPE_CHECKING:
     from model.diffusion import Here
     from model.engine import ClipSpec
+    from model.stepcache import Computed
 
-FORMAT = 1
-MAX_HEADER = 1 << 14  # bytes: three tensors and a few words take some hundred
+FORMAT = 2
+MAX_HEADER = 1 << 14  # bytes: four tensors and a few words take some hundred
 BROUGHT = ("start", "end")  # frames that a clip brings
 
 
@@ -46,6 +47,8 @@ class Unfinished:
     window: int  # the one under way
     here: Here  # in it, on the CPU
     pixels: Frames | None  # of the time line with all windows before it painted, [T, H, W, 3]; None in the first one
+    skipped: int | None = None  # steps that its step cache answered, over all windows; None: it has none
+    computed: Computed | None = None  # of the window under way the last step that it did not
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Due:
     solver: str
     latents: Callable[[int], tuple[int, ...]]  # their shape in a window
     pixels: tuple[int, ...]  # the shape of the time line
+    cached: bool = False  # it has a step cache
 
 
 def alike(spec: ClipSpec, model_digest: str, numerics: Sequence[str]) -> str:
@@ -91,8 +95,12 @@ def to_bytes(unfinished: Unfinished, of: str) -> bytes:
         tensors["past"] = torch.stack(here.past)
     if unfinished.pixels is not None:
         tensors["pixels"] = torch.from_numpy(unfinished.pixels)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     said = {"of": of, "window": str(unfinished.window), "step": str(here.step)}
+    if unfinished.skipped is not None:
+        said["skipped"] = str(unfinished.skipped)
+    if unfinished.computed is not None:
+        tensors["computed"], said["computed"] = unfinished.computed.x, str(unfinished.computed.step)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     contents = _contents(said, {name: tensor.numpy() for name, tensor in tensors.items()})
     return save(tensors, {**said, "contents": contents})
 
@@ -114,6 +122,7 @@ def _read(data: bytes, of: str, due: Due) -> Unfinished:
     import torch
 
     from model.diffusion import Here, remembered
+    from model.stepcache import Computed
 
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= min(MAX_HEADER, len(data) - 8):
@@ -131,6 +140,17 @@ def _read(data: bytes, of: str, due: Due) -> Unfinished:
         wanted["past"] = ("F32", (memories, *shape))
     if window:
         wanted["pixels"] = ("U8", due.pixels)
+    names = ["of", "window", "step"]
+    if due.cached:
+        names.append("skipped")
+        skipped = int(said["skipped"])
+        if not 0 <= skipped <= window * due.steps + step:
+            raise Unusable(f"it skipped {skipped} steps, at step {step} of window {window}")
+    if due.cached and step:
+        names.append("computed")
+        wanted["computed"] = ("F32", shape)
+        if not 0 <= int(said["computed"]) < step:
+            raise Unusable(f"the last step that it computed is {said['computed']}, at step {step}")
     found = {name: (each["dtype"], tuple(each["shape"])) for name, each in header.items()}
     if found != wanted:
         raise Unusable(f"it holds {found}, and should hold {wanted}")
@@ -141,12 +161,18 @@ def _read(data: bytes, of: str, due: Due) -> Unfinished:
         if not 0 <= begin <= end <= len(data) - 8 - length or end - begin != math.prod(size) * dtype.itemsize:
             raise Unusable(f"{name} lies from {begin} to {end} of {len(data) - 8 - length} bytes")
         arrays[name] = np.frombuffer(data, dtype, math.prod(size), 8 + length + begin).reshape(size).copy()
-    if said["contents"] != _contents({name: said[name] for name in ("of", "window", "step")}, arrays):
+    if said["contents"] != _contents({name: said[name] for name in names}, arrays):
         raise Unusable("its contents do not have the digest that it says")
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise Unusable("it holds numbers that are not finite")
     past = tuple(torch.from_numpy(each) for each in arrays["past"]) if memories else ()
-    return Unfinished(window, Here(torch.from_numpy(arrays["x"]), step, past), arrays.get("pixels"))
+    return Unfinished(
+        window,
+        Here(torch.from_numpy(arrays["x"]), step, past),
+        arrays.get("pixels"),
+        int(said["skipped"]) if due.cached else None,
+        Computed(int(said["computed"]), torch.from_numpy(arrays["computed"])) if "computed" in arrays else None,
+    )
 
 
 def _contents(said: dict[str, str], arrays: dict[str, npt.NDArray[Any]]) -> str:

@@ -1,15 +1,19 @@
-"""Clips that go on in the middle: after a kill, and after they gave way; to the bytes of an undisturbed rendering."""
+"""Clips that go on in the middle: after a kill, after an engine was told to stop, and after they gave way to others.
+
+All of them come to the bytes of an undisturbed rendering.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.house import House, environment, finished, wait_for
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -95,3 +99,116 @@ def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(keeps: Hou
     (tried,) = keeps.sql("select tries from clips where id = %s", clip["clip_id"])
     assert tried["tries"] == 0, "to give way is no try"
     assert_as_if_undisturbed(keeps, clip)
+
+
+# --- told to stop -----------------------------------------------------------------------------------------------------
+
+STEP = "select coalesce(max(checkpoint_step), 0) as step from clips where request_id = %s"
+
+
+@pytest.fixture(scope="module")
+def keeps_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A stack whose engines keep a clip when they are told to stop, and at no other time."""
+    folder: Path = tmp_path_factory.mktemp("stops")
+    house = House(
+        home=folder / "home",
+        model=tiny_model(folder / "tiny"),
+        settings={
+            "RUSHES_LINGER": "600",
+            "RUSHES_LEASE_SECONDS": "15",
+            "RUSHES_CHECKPOINT_STEPS": "0",
+            "RUSHES_CHECKPOINT_SECONDS": "0",
+        },
+    )
+    with house.up():
+        yield house
+
+
+def under_way(house: House, request: str, attempt: int) -> None:
+    """The clip is being rendered for the nth time."""
+    running = "select 1 from attempts a join clips c on c.id = a.clip_id where c.request_id = %s and a.number = %s"
+    wait_for(lambda: house.sql(running + " and a.status = 'running'", request, attempt), "the clip to be under way")
+
+
+def released_at(house: House, request: str, attempt: int) -> int:
+    """The step at which an engine that stopped had kept the clip."""
+    ended = "select a.status::text from attempts a join clips c on c.id = a.clip_id where c.request_id = %s"
+    ended += " and a.number = %s and a.status <> 'running'"
+    (row,) = wait_for(lambda: house.sql(ended, request, attempt), "the engine to give the clip back")
+    assert row["status"] == "released"
+    return int(house.sql(STEP, request)[0]["step"])
+
+
+def assert_went_on(house: House, request: str, kept: list[int]) -> None:
+    """Every attempt went on where the one before had been told to stop, and none of them is charged to the clip."""
+    attempts = house.attempts(request)
+    assert [attempt["status"] for attempt in attempts] == ["released"] * len(kept) + ["done"]
+    assert [attempt["resumed_step"] for attempt in attempts] == [None, *kept]
+    assert kept[0] > 0 and kept == sorted(set(kept))
+    assert len({attempt["owner"] for attempt in attempts}) == len(attempts)
+    (clip,) = house.clips(request)
+    assert house.sql("select tries from clips where id = %s", clip["clip_id"]) == [{"tries": 0}]
+    assert_as_if_undisturbed(house, clip)
+
+
+def test_engines_of_prefect_that_are_stopped_keep_what_they_are_at(keeps_at_the_end: House) -> None:
+    house = keeps_at_the_end
+    long = LONG | {"frames": 65}
+    run = house.submit(request=house.request(["a red ball moves left"], **long, seed=house.seed()))
+    request, kept = house.request_of(run), list[int]()
+
+    under_way(house, request, 1)
+    engine = house.engine_run()
+    house.cancel(engine)
+    kept.append(released_at(house, request, 1))
+    house.ended(engine, state="Cancelled")
+
+    under_way(house, request, 2)
+    for process in house.processes_of(house.engine_run()):
+        process.send_signal(signal.SIGTERM)
+    kept.append(released_at(house, request, 2))
+
+    under_way(house, request, 3)
+    house.rushes("down")
+    house.rushes("up")
+    kept.append(released_at(house, request, 3))
+
+    house.ended(run)
+    assert_went_on(house, request, kept)
+
+
+def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: House) -> None:
+    house = keeps_at_the_end
+    house.kill([p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"])
+    run = house.submit(request=house.request(["a blue cube"], **LONG, seed=house.seed()))
+    request, kept = house.request_of(run), list[int]()
+    for attempt, told in enumerate((signal.SIGTERM, signal.SIGINT), 1):
+        # A shell's background jobs, and so this test there, are deaf to SIGINT.
+        with house.start("engine", within=("env", "--default-signal=INT")) as engine:
+            under_way(house, request, attempt)
+            engine.send_signal(told)
+            kept.append(released_at(house, request, attempt))
+            engine.wait(timeout=60)
+        assert engine.returncode == {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 130}[told]
+        assert not house.ranks()
+    assert " clips in " in finished(house.start("engine", "--linger", "3"))
+    house.ended(run)
+    assert_went_on(house, request, kept)
+    house.rushes("up")
+
+
+def test_a_worker_that_is_stopped_lets_its_engine_keep_what_it_is_at(keeps_at_the_end: House) -> None:
+    house = keeps_at_the_end
+    house.kill([p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"])
+    with house.start("worker", "gpu") as worker:
+        run = house.submit(request=house.request(["a green ball"], **LONG, seed=house.seed()))
+        request = house.request_of(run)
+        under_way(house, request, 1)
+        worker.terminate()
+        kept = [released_at(house, request, 1)]
+        worker.wait(timeout=60)
+    assert worker.returncode == 128 + signal.SIGTERM
+    assert not house.ranks()
+    house.rushes("up")
+    house.ended(run)
+    assert_went_on(house, request, kept)

@@ -13,7 +13,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from db.audit import contradictions
 from db.leases import (
+    Checkpoint,
     Lease,
     LeaseLost,
     claim_shard,
@@ -24,16 +26,18 @@ from db.leases import (
     record_clip,
     release_shard,
     renew,
+    save_checkpoint,
     start_clip,
 )
 from db.ledger import adopt_takes, cancel_request, create_shard, finish_request, progress, retry_request, unplanned
-from db.tables import ClipStatus, RequestStatus
+from db.tables import MAX_LOSSES, ClipStatus, RequestStatus
 from tests.ledger import (
     ENGINE,
     MODEL,
     artifact_of,
     batch,
     claim,
+    clear,
     digest,
     new_clip,
     opened,
@@ -119,7 +123,7 @@ def everything(session: Session) -> list[str]:
     return [str(row) for table in tables for row in session.execute(text(f"select * from {table} order by 1, 2"))]
 
 
-def test_an_engine_that_dies_on_a_clip_three_times_has_it_quarantined(ledger: Ledger) -> None:
+def test_a_clip_under_which_engine_after_engine_dies_is_quarantined_at_last(ledger: Ledger) -> None:
     with ledger.begin() as session:
         request = one_shard(session, clips=2)
     with ledger.begin() as session:
@@ -131,13 +135,13 @@ def test_an_engine_that_dies_on_a_clip_three_times_has_it_quarantined(ledger: Le
         assert [clip.clip_id for clip in clips] == [other.clip_id]
         assert render(session, lease, other.clip_id)
         complete_shard(session, lease)
-    for attempt in (2, 3):
+    for attempt in range(2, MAX_LOSSES + 1):
         with ledger.begin() as session:
             expire_leases(session)
             assert unplanned(session, request, 5) == []  # it waits, a second or longer
-            pass_time(session, 61)
+            pass_time(session, 91)
             (waiting,) = unplanned(session, request, 5)
-            assert waiting.tries == attempt - 1
+            assert (waiting.tries, waiting.losses, waiting.suspect) == (0, attempt - 1, True)
             planned(session, request)
             lease, (clip,) = claim(session, f"engine-{attempt}")
             assert (clip.clip_id, clip.attempt_no) == (poison.clip_id, attempt)
@@ -148,10 +152,73 @@ def test_an_engine_that_dies_on_a_clip_three_times_has_it_quarantined(ledger: Le
         assert claim_shard(session, "last", seconds=60, model_digest=MODEL) is None
         assert statuses(session, request) == ["quarantined", "done"]
         attempts = text("select status::text from attempts where clip_id = :id order by number")
-        assert session.scalars(attempts, {"id": f"{request}-000000-0"}).all() == ["lost"] * 3
+        assert session.scalars(attempts, {"id": f"{request}-000000-0"}).all() == ["lost"] * MAX_LOSSES
         error = session.scalar(text("select error from history where status = 'quarantined'"))
         assert error == "the engine died or stalled while rendering this clip"
         assert finish_request(session, request) == RequestStatus.COMPLETED_WITH_GAPS
+
+
+@pytest.mark.parametrize(
+    ("fates", "end"),
+    [
+        ("fff", "quarantined"),
+        ("llfllff", "quarantined"),  # its third failure, whatever happened between
+        ("lflflll", "queued"),  # hosts that vanish and two failures are no poison
+        ("lflfllll", "quarantined"),
+        ("rrrllr", "queued"),
+    ],
+)
+def test_failures_and_losses_are_counted_apart(ledger: Ledger, fates: str, end: str) -> None:
+    with ledger.begin() as session:
+        request = one_shard(session, clips=1)
+        for fate in fates:
+            assert statuses(session, request) == ["queued"]
+            lease, (clip,) = claim(session)
+            start_clip(session, lease, clip.clip_id, **ENGINE)
+            if fate == "f":
+                fail_clip(session, lease, clip.clip_id, "no")
+                complete_shard(session, lease)
+            elif fate == "l":
+                run_out(session, lease.shard_id)
+                assert expire_leases(session) == 1
+            else:
+                release_shard(session, lease)
+            pass_time(session, 91)
+            planned(session, request)
+        assert statuses(session, request) == [end]
+        assert list(contradictions(session)) == []
+        if end == "queued":
+            return
+        assert retry_request(session, request) == 1
+        (waiting,) = unplanned(session, request, 5)
+        assert (waiting.tries, waiting.losses, waiting.suspect) == (0, 0, False), "all tries anew"
+
+
+def test_a_checkpoint_outlives_bad_luck_and_is_left_behind_where_it_may_be_the_fault(ledger: Ledger) -> None:
+    def kept_after(key: str, fates: str) -> list[bool]:
+        kept: list[bool] = []
+        with ledger.begin() as session:
+            request = one_shard(session, clips=1, key=key)
+            for fate in fates:
+                lease, (clip,) = claim(session)
+                start_clip(session, lease, clip.clip_id, **ENGINE)
+                point = Checkpoint(key=f"checkpoints/{key}/{len(kept)}", step=1 + len(kept), of="alike")
+                save_checkpoint(session, lease, clip.clip_id, point)
+                if fate == "f":
+                    fail_clip(session, lease, clip.clip_id, "no")
+                    complete_shard(session, lease)
+                else:
+                    run_out(session, lease.shard_id)
+                    expire_leases(session)
+                kept.append(session.scalar(text("select checkpoint from clips")) is not None)
+                pass_time(session, 91)
+                planned(session, request)
+            clear(session)
+        return kept
+
+    assert kept_after("failures", "ff") == [True, False]
+    assert kept_after("losses", "lllll") == [True, True, False, True, True]
+    assert kept_after("both", "lf") == [True, False]
 
 
 def test_giving_back_in_order_costs_the_clip_nothing(ledger: Ledger) -> None:

@@ -183,7 +183,7 @@ def test_a_checkpoint_goes_from_engine_to_engine_and_ends_with_the_clip(ledger: 
         pass_time(session, 61)
         planned(session, request)
         lease, (clip,) = claim(session, "d")
-        assert clip.checkpoint is None  # a second failure: the fault may lie in it
+        assert clip.checkpoint is None  # something went wrong twice: the fault may lie in it
         start_clip(session, lease, clip.clip_id, **ENGINE)
         save_checkpoint(session, lease, clip.clip_id, at(8))
         record_clip(session, lease, clip.clip_id, artifact=artifact_of("x"), seconds={"denoise": 1.0})

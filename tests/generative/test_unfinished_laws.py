@@ -14,7 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.batch import Batch
-from model.diffusion import SOLVERS, Here, noise, remembered, schedule, told_times, walk
+from model.diffusion import SOLVERS, Here, noise, remembered, schedule, told, told_times, walk
+from model.stepcache import Computed, StepCache
 from model.unfinished import Due, Unfinished, Unusable, alike, from_bytes, to_bytes
 from tests.generative.test_batch_laws import SHAPE, Clip, network
 from tests.tiny import CLIP
@@ -22,15 +23,17 @@ from tests.tiny import CLIP
 LINE = (9, 4, 4, 3)  # of pixels
 
 
-def due(clip: Clip, windows: int = 1) -> Due:
-    return Due(windows, clip.steps, clip.solver, lambda window: SHAPE, LINE)
+def due(clip: Clip, windows: int = 1, cached: bool = False) -> Due:
+    return Due(windows, clip.steps, clip.solver, lambda window: SHAPE, LINE, cached)
 
 
-def join(batch: Batch, number: int, clip: Clip, here: Here) -> None:
+def join(batch: Batch, number: int, clip: Clip, here: Here, cache: StepCache | None = None) -> None:
     """As a rank does: `here` says from now on where the clip is."""
+    times = schedule(clip.steps, 3.0, clip.solver)
+    again = told(times[cache.last.step], clip.solver) if cache and cache.last else None
     text, negative = noise(clip.seed + 1000, (5, 16)), noise(2000, (5, 16))
-    way = told_times(walk(here, schedule(clip.steps, 3.0, clip.solver), clip.solver), clip.solver)
-    batch.join(number, way, text, negative, clip.guidance, clip.known)
+    way = told_times(walk(here, times, clip.solver), clip.solver)
+    batch.join(number, way, text, negative, clip.guidance, clip.known, cache, again)
 
 
 def whole(clip: Clip, seats: int) -> Tensor:
@@ -82,17 +85,52 @@ def test_a_clip_goes_on_to_the_same_bits_wherever_it_was_interrupted(
     assert torch.equal(arrived[0], whole(clip, seats))
 
 
-def unfinished(clip: Clip, step: int, window: int = 0) -> Unfinished:
+@settings(deadline=None, max_examples=60)
+@given(clip=clips, stops=st.sets(st.integers(1, 7), max_size=3), threshold=st.sampled_from([1e-12, 0.1, 0.3, 1.0]))
+def test_a_step_cache_goes_on_too_and_skips_the_same_steps(clip: Clip, stops: set[int], threshold: float) -> None:
+    """Another one is told nothing but which step was computed last, and of what."""
+
+    def walked(stops: set[int]) -> tuple[Tensor, list[bool]]:
+        here, last, skips = Here(noise(clip.seed, SHAPE)), None, list[bool]()
+        arrived: dict[int, Tensor] = {}
+        for stop in [*sorted(stop for stop in stops if stop < clip.steps), clip.steps]:
+            batch = Batch((network(0), network(1)), boundary=0.6)
+            cache = StepCache(threshold, clip.steps, step=here.step, last=last)
+            join(batch, 0, clip, here, cache)
+            while here.step < stop:
+                before = cache.skipped
+                arrived |= batch.step()
+                skips.append(cache.skipped > before)
+            if stop < clip.steps:
+                state = Unfinished(0, here, None, sum(skips), cache.last)
+                got = from_bytes(to_bytes(state, "of"), "of", due(clip, cached=True))
+                here, last = got.here, got.computed
+                assert got.skipped == sum(skips) and last is not None
+        return arrived[0], skips
+
+    whole, skipped = walked(set())
+    parts, skipped_again = walked(stops)
+    assert torch.equal(parts, whole) and skipped_again == skipped
+    assert len(skipped) == clip.steps and not skipped[0] and not skipped[-1]
+
+
+def unfinished(clip: Clip, step: int, window: int = 0, cached: bool = False) -> Unfinished:
     past = tuple(noise(100 + k, SHAPE) for k in range(remembered(clip.solver, step)))
     pixels = np.random.default_rng(0).integers(0, 255, LINE, np.uint8) if window else None
-    return Unfinished(window, Here(noise(clip.seed, SHAPE), step, past), pixels)
+    skipped = step // 2 if cached else None
+    computed = Computed(step - 1, noise(200, SHAPE)) if cached and step else None
+    return Unfinished(window, Here(noise(clip.seed, SHAPE), step, past), pixels, skipped, computed)
 
 
-@given(clip=clips, step=st.integers(0, 7), window=st.integers(0, 2))
-def test_what_was_written_is_read(clip: Clip, step: int, window: int) -> None:
+@given(clip=clips, step=st.integers(0, 7), window=st.integers(0, 2), cached=st.booleans())
+def test_what_was_written_is_read(clip: Clip, step: int, window: int, cached: bool) -> None:
     assume(step < clip.steps and (step or window))
-    was = unfinished(clip, step, window)
-    got = from_bytes(to_bytes(was, "of"), "of", due(clip, 3))
+    was = unfinished(clip, step, window, cached)
+    got = from_bytes(to_bytes(was, "of"), "of", due(clip, 3, cached))
+    assert got.skipped == was.skipped
+    assert (got.computed is None) == (was.computed is None) == (not cached or step == 0)
+    if got.computed and was.computed:
+        assert got.computed.step == was.computed.step and torch.equal(got.computed.x, was.computed.x)
     assert (got.window, got.here.step, len(got.here.past)) == (window, step, len(was.here.past))
     assert all(map(torch.equal, (got.here.x, *got.here.past), (was.here.x, *was.here.past)))
     assert (got.pixels is None) == (was.pixels is None) == (not window)
@@ -128,11 +166,11 @@ def test_anything_else_is_refused(said: bytes | str) -> None:
             from_bytes(data, "of", due(GOOD))
 
 
-def edited(change: str, value: object) -> bytes:
+def edited(change: str, value: object, cached: bool = False) -> bytes:
     """A file that says the truth about itself but for one thing."""
-    here = unfinished(GOOD, 3).here
-    tensors = {"x": here.x, "past": torch.stack(here.past)}
-    data = to_bytes(Unfinished(0, here, None), "of")
+    was = unfinished(GOOD, 3, cached=cached)
+    tensors = {"x": was.here.x, "past": torch.stack(was.here.past)}
+    data = to_bytes(was, "of")
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if change in tensors:
@@ -170,6 +208,30 @@ HOSTILE = [
 def test_a_file_that_does_not_fit_is_refused_with_the_reason(change: str, value: object, said: str) -> None:
     with pytest.raises(Unusable, match=said):
         from_bytes(edited(change, value), "of", due(GOOD))
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "said"),
+    [
+        ("skipped", "4", "it skipped 4 steps, at step 3"),
+        ("skipped", "-1", "it skipped -1 steps"),
+        ("skipped", "0", "digest"),
+        ("skipped", None, "cannot be read"),
+        ("computed", "3", "the last step that it computed is 3, at step 3"),
+        ("computed", "-1", "the last step that it computed is -1"),
+        ("computed", "1", "digest"),
+        ("computed", "one", "cannot be read"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused_with_the_reason(change: str, value: object, said: str) -> None:
+    with pytest.raises(Unusable, match=said):
+        from_bytes(edited(change, value, cached=True), "of", due(GOOD, cached=True))
+
+
+def test_a_cache_where_none_is_due_and_none_where_one_is_due_are_refused() -> None:
+    for cached in (False, True):
+        with pytest.raises(Unusable):
+            from_bytes(to_bytes(unfinished(GOOD, 3, cached=not cached), "of"), "of", due(GOOD, cached=cached))
 
 
 def test_numbers_that_are_not_finite_are_refused_though_their_digest_is_right() -> None:

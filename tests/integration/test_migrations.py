@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -17,8 +18,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import to_instance
 
 from db.history import COLUMNS
-from db.session import connect, downgrade, upgrade
+from db.leases import complete_shard, expire_leases, fail_clip, release_shard, start_clip
+from db.ledger import register_model
+from db.session import connect, downgrade, sessions, upgrade
 from db.tables import Base
+from tests.ledger import ENGINE, MODEL, claim, new_clip, opened, pass_time, planned, run_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +70,46 @@ def test_up_down_and_up_again(empty_database_url: str) -> None:
     assert all(rows == set() for rows in catalogs(engine).values())
     upgrade(empty_database_url)
     assert catalogs(engine) == first
+    engine.dispose()
+
+
+def test_failures_and_losses_are_told_apart_by_the_attempts_there_are(empty_database_url: str) -> None:
+    """Down they become one count, of which nothing is put aside; up again they are two, as the last attempts ended."""
+    fates = {"lf": (1, 1), "llll": (0, 4), "fff": (3, 0), "rl": (0, 1), "r": (0, 0)}
+    joined = {"lf": 2, "llll": 2, "fff": 3, "rl": 1, "r": 0}
+    apart = fates | {"llll": (0, 2)}
+    engine = connect(empty_database_url)
+    upgrade(empty_database_url)
+
+    def counted(*columns: str) -> dict[str, Any]:
+        query = text(f"select custom_id, {', '.join(columns)} from clips")
+        with engine.connect() as connection:
+            rows = {name: tuple(counts) for name, *counts in connection.execute(query).tuples()}
+        return {name: row if len(row) > 1 else row[0] for name, row in rows.items()}
+
+    with sessions(engine).begin() as session:
+        register_model(session, MODEL, "mini", "/weights", {})
+        for name in fates:
+            request = opened(session, [new_clip(0, recipe=name, custom_id=name)], key=name)
+            for fate in name:
+                planned(session, request)
+                lease, (clip,) = claim(session)
+                start_clip(session, lease, clip.clip_id, **ENGINE)
+                if fate == "f":
+                    fail_clip(session, lease, clip.clip_id, "no")
+                    complete_shard(session, lease)
+                elif fate == "l":
+                    run_out(session, lease.shard_id)
+                    expire_leases(session)
+                else:
+                    release_shard(session, lease)
+                pass_time(session, 91)
+            session.execute(text("update shards set status = 'done', finished_at = now() where status = 'queued'"))
+    assert counted("tries", "losses") == fates
+    downgrade(empty_database_url, "0010-1")
+    assert counted("tries") == joined
+    upgrade(empty_database_url)
+    assert counted("tries", "losses") == apart
     engine.dispose()
 
 
