@@ -218,11 +218,16 @@ def up() -> None:
 
 
 def _up(settings: Settings) -> Stack:
+    from db.roles import make_reader
     from db.session import upgrade
     from infra import local
 
+    def migrate(url: str, reader_url: str) -> None:
+        upgrade(url)
+        make_reader(url, reader_url)
+
     return local.up(
-        settings.home, repo=_working_folder(settings), migrate=upgrade, engines=settings.most_engines, say=typer.echo
+        settings.home, repo=_working_folder(settings), migrate=migrate, engines=settings.most_engines, say=typer.echo
     )
 
 
@@ -857,7 +862,11 @@ def sql(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows (a table: 1000).")] = None,
     format: Format = "table",
 ) -> None:
-    """Ask the ledger in SQL, read only. The view `history` has one row per clip: `select * from history limit 1`."""
+    """Ask the ledger in SQL. The view `history` has one row per clip: `select * from history limit 1`.
+
+    Read only, and as the role rushes_reader, which sees `history` and no other
+    table; with the rights of the login, where it may not become that role.
+    """
     text = sys.stdin.read() if query == "-" else query
     if not text.strip():
         fail("the query is empty", BAD_INPUT)
@@ -865,7 +874,8 @@ def sql(
     from flows.ledgers import database
     from flows.show import show_rows
 
-    with database(_settings()) as engine:
+    settings = _settings()
+    with database(settings, url=settings.reader) as engine:
         answer = run_sql(engine, text, timeout=timeout, limit=limit or (1000 if format == "table" else None))
     columns = _distinct(answer.columns)
     show_rows((dict(zip(columns, row, strict=True)) for row in answer.rows), columns, format)
@@ -1029,11 +1039,19 @@ def engine(
 
 @app.command(rich_help_panel=OPERATION)
 def migrate() -> None:
-    """Bring the ledger's tables up to date. Safe to run at any time, also by several starters at once."""
+    """Bring the ledger's tables up to date, and what its roles may do.
+
+    Safe to run at any time, also by several starters at once. What the login
+    has no right to do for the roles is printed, for an administrator to run.
+    """
     from db.session import upgrade
 
-    upgrade(_settings().database)
+    left = upgrade(_settings().database)
     typer.echo("The ledger is up to date.")
+    if left:
+        typer.echo("rushes: warning: an administrator has to run this, and then `rushes migrate` again:", err=True)
+        for statement in left:
+            typer.echo(f"  {statement};", err=True)
 
 
 @app.command(rich_help_panel=OPERATION)

@@ -14,9 +14,11 @@ from flows.settings import Settings
 
 
 @contextmanager
-def database(settings: Settings, *, application: str = "rushes", idle: float = IDLE) -> Generator[Engine]:
-    """The ledger's database, closed at the end. Raises NotRunning."""
-    engine = connect(settings.database, application=application, idle=idle)
+def database(
+    settings: Settings, *, application: str = "rushes", idle: float = IDLE, url: str | None = None
+) -> Generator[Engine]:
+    """The ledger's database, closed at the end; with `url` through another login than ours. Raises NotRunning."""
+    engine = connect(url or settings.database, application=application, idle=idle)
     try:
         yield engine
     finally:

@@ -12,6 +12,7 @@ from flows.settings import SECRETS, WrongSetting, load_settings
 PLANTED = "planted-7c1f"
 VALUES = {
     "database_url": f"postgresql+psycopg://me:{PLANTED}@127.0.0.1/ledger",
+    "reader_url": f"postgresql+psycopg://me:{PLANTED}@127.0.0.1/ledger",
     "prefect_auth": f"me:{PLANTED}",
 }
 
