@@ -32,16 +32,16 @@ select format('grant usage on schema public to %I', rolname)
 from pg_roles where rolname in ('{APP}', '{READER}') and not has_schema_privilege(oid, 'public', 'usage')
 union all
 select format('grant %s on %s to %I', string_agg(privilege, ', '), w.oid::regclass, role)
-from wanted w join pg_roles on rolname = role
-where not has_table_privilege(role, w.oid, privilege) group by w.oid, role
+from wanted w join pg_roles r on rolname = role
+where not has_table_privilege(r.oid, w.oid, privilege) group by w.oid, role
 union all
 select format('revoke %s on %s from %I', string_agg(privilege, ', '), u.oid::regclass, role)
-from unwanted u join pg_roles on rolname = role
-where has_table_privilege(role, u.oid, privilege) group by u.oid, role
+from unwanted u join pg_roles r on rolname = role
+where has_table_privilege(r.oid, u.oid, privilege) group by u.oid, role
 union all
 select format('grant usage on sequence %s to %I', s.oid::regclass, rolname)
-from pg_class s, pg_roles where rolname = '{APP}' and s.relkind = 'S' and s.relnamespace = 'public'::regnamespace
-and not has_sequence_privilege(rolname, s.oid, 'usage')
+from pg_class s, pg_roles r where rolname = '{APP}' and s.relkind = 'S' and s.relnamespace = 'public'::regnamespace
+and not has_sequence_privilege(r.oid, s.oid, 'usage')
 """
 
 
@@ -54,8 +54,8 @@ def settle_roles(connection: Connection) -> tuple[str, ...]:
     for role in (APP, READER):
         if not connection.scalar(text("select exists (select from pg_roles where rolname = :role)"), {"role": role}):
             left += _try(connection, f"create role {role} nologin")
-    maintain = (connection.dialect.server_version_info or (0,)) >= (17,)
-    for statement in connection.scalars(text(_LACKING), {"maintain": maintain}).all():
+    major: int = (connection.dialect.server_version_info or (0,))[0]
+    for statement in connection.scalars(text(_LACKING), {"maintain": major >= 17}).all():
         left += _try(connection, statement)
     return tuple(left)
 

@@ -367,8 +367,13 @@ def submit(
     ] = None,
     priority: Annotated[int | None, typer.Option(help="0 to 9, higher goes first (default 5).")] = None,
     tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
-    key: Annotated[
-        str | None, typer.Option(help="Idempotency key (default: a digest of file, settings, tenant and model).")
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(
+            "--idempotency-key",
+            "--key",
+            help="Two requests of one key are one (default: a digest of file, settings, tenant and model).",
+        ),
     ] = None,
     mode: Annotated[
         Literal["text-to-video", "image", "image-to-video", "extend", "connect", "loop", "edit"] | None,
@@ -430,7 +435,7 @@ def submit(
         "seed": seed,
         "priority": priority,
         "tenant": tenant,
-        "key": key,
+        "idempotency_key": idempotency_key,
         "prompts_format": prompts_format,
         "mode": mode,
         "image": image,
@@ -446,8 +451,8 @@ def submit(
         "fresh": fresh or None,
         "deadline": None if deadline is None else _seconds(deadline),
     }
-    if fresh and key is None:  # known here, so that the request can be watched
-        given["key"] = f"fresh-{uuid.uuid4()}"
+    if fresh and idempotency_key is None:  # known here, so that the request can be watched
+        given["idempotency_key"] = f"fresh-{uuid.uuid4()}"
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
         options |= _sides(size, like="96x64")
@@ -587,10 +592,11 @@ def _watch(settings: Settings, request: str, run_id: str | None) -> int:
     from flows.watch import watch as follow
 
     ended = follow(settings, request, flow_run_id=run_id)
-    typer.echo(f"{ended.request_id or 'no request'} {ended.status.replace('_', ' ')}: {ended.message}")
-    if ended.status == "BadInput":
-        return BAD_INPUT
-    return DONE if ended.status == "completed" else FAILED
+    code = {"completed": DONE, "BadInput": BAD_INPUT}.get(ended.status, FAILED)
+    if ended.request_id is None:
+        fail(f"{request} was {'refused' if ended.refused else 'not opened'}: {ended.message}", code)
+    typer.echo(f"{ended.request_id} {ended.status.replace('_', ' ')}: {ended.message}")
+    return code
 
 
 @app.command(rich_help_panel=REQUESTS)
@@ -625,7 +631,7 @@ def retry(
     from db.tables import ClipStatus
     from flows.ledgers import ledger, the_request
     from flows.prefect_api import PrefectApi
-    from flows.submit import DEPLOYMENT, run_url
+    from flows.submit import run_url, start_run
 
     settings = _settings()
     with (
@@ -643,7 +649,7 @@ def retry(
         if not count:
             typer.echo(f"{row.id}: nothing to retry")
             return
-        run = api.submit(DEPLOYMENT, old.parameters, name=row.name, tags=("rushes", row.tenant)) if old.final else old
+        run = start_run(api, row.id, old.parameters, name=row.name, tenant=row.tenant) if old.final else old
     typer.echo(f"{row.id}: {_count(count, 'clip')} queued again")
     typer.echo(run_url(settings.ui_url, run.id))
     if watch:
