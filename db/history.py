@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from db.reproductions import Comparison
+from db.roles import READER
 from db.tables import Attempt, AttemptStatus, ClipDirection, ClipMode, ClipStatus, Edge, EdgeKind, Reproduction
 
 COLUMNS: dict[str, tuple[Any, str]] = {
@@ -300,17 +301,17 @@ def rows_of(session: Session, wanted: Select[Any]) -> Iterator[HistoryRow]:
 
 
 def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | None = None) -> Answer:
-    """Run one query somebody typed: it may read everything, change nothing, and take `timeout` seconds.
+    """Run one query somebody typed, as `rushes_reader`: it may read `history`, and take `timeout` seconds.
 
+    A login that may not become `rushes_reader`, as those of the app, asks with its own rights; read-only all the same.
     Raises SqlFailed for what the database refuses, a second statement included.
     """
     with engine.connect() as connection, connection.begin() as transaction:
         connection.execute(text("set transaction read only"))
         connection.execute(text("select set_config('statement_timeout', :ms, true)"), {"ms": f"{timeout * 1000:.0f}"})
-        # A superuser (the embedded database has no other) could reach the server's files even from a read-only query.
-        superuser = "select rolsuper from pg_roles where rolname = current_user"
-        if connection.scalar(text(superuser)):
-            connection.execute(text("set local role pg_read_all_data"))
+        role = connection.scalar(text(_ASKED_AS))
+        if role is not None:
+            connection.exec_driver_sql(f"set local role {role}")
         driver = cast("psycopg.Connection[tuple[Any, ...]]", connection.connection.driver_connection)
         cursor = driver.cursor()
         try:
@@ -321,10 +322,24 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
                 cursor.execute(sql.encode(), prepare=True)
             columns = tuple(column.name for column in cursor.description or ())
         except psycopg.Error as error:
-            raise SqlFailed(str(error).strip()) from error
+            hint = ""
+            if isinstance(error, psycopg.errors.InsufficientPrivilege) and role == READER:
+                hint = f"\nHINT:  questions are asked as {READER}, who may read the view history and nothing else"
+            raise SqlFailed(str(error).strip() + hint) from error
         finally:
             transaction.rollback()
     return Answer(columns, rows[:limit], limit is not None and len(rows) > limit)
+
+
+# The role to ask as, if there is one to change to. A superuser (the embedded database's own is one) could reach the
+# server's files even from a read-only query, so it never stays what it is.
+_ASKED_AS = f"""
+select rolname from pg_roles
+where rolname = '{READER}' and pg_has_role(oid, case when current_setting('server_version_num')::int >= 160000
+    then 'set' else 'member' end)
+union all
+select 'pg_read_all_data' from pg_roles where rolname = current_user and rolsuper
+limit 1"""
 
 
 # Ten questions people ask, as README prints them.

@@ -75,9 +75,14 @@ def change(session: Session, statement: Insert | Update | Delete, parameters: Ma
     return cast("CursorResult[Any]", session.execute(statement, parameters, execution_options=UNSYNCED)).rowcount
 
 
-def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the schema to `revision`. Starters that do so at once take turns; the later ones find nothing to do."""
-    command.upgrade(_config(url), revision)
+def upgrade(url: str, revision: str = "head") -> tuple[str, ...]:
+    """Bring the schema to `revision`. Starters that do so at once take turns; the later ones find nothing to do.
+
+    At the newest one the platform's roles get what they lack; gives the statements for it that are not ours to run.
+    """
+    config = _config(url)
+    command.upgrade(config, revision)
+    return config.attributes.get("left", ())
 
 
 def downgrade(url: str, revision: str) -> None:

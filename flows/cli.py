@@ -217,11 +217,16 @@ def up() -> None:
 
 
 def _up(settings: Settings) -> Stack:
+    from db.roles import make_reader
     from db.session import upgrade
     from infra import local
 
+    def migrate(url: str, reader_url: str) -> None:
+        upgrade(url)
+        make_reader(url, reader_url)
+
     return local.up(
-        settings.home, repo=_working_folder(settings), migrate=upgrade, engines=settings.most_engines, say=typer.echo
+        settings.home, repo=_working_folder(settings), migrate=migrate, engines=settings.most_engines, say=typer.echo
     )
 
 
@@ -361,8 +366,13 @@ def submit(
     ] = None,
     priority: Annotated[int | None, typer.Option(help="0 to 9, higher goes first (default 5).")] = None,
     tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
-    key: Annotated[
-        str | None, typer.Option(help="Idempotency key (default: a digest of file, settings, tenant and model).")
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(
+            "--idempotency-key",
+            "--key",
+            help="Two requests of one key are one (default: a digest of file, settings, tenant and model).",
+        ),
     ] = None,
     mode: Annotated[
         Literal["text-to-video", "image", "image-to-video", "extend", "connect", "loop", "edit"] | None,
@@ -424,7 +434,7 @@ def submit(
         "seed": seed,
         "priority": priority,
         "tenant": tenant,
-        "key": key,
+        "idempotency_key": idempotency_key,
         "prompts_format": prompts_format,
         "mode": mode,
         "image": image,
@@ -440,8 +450,8 @@ def submit(
         "fresh": fresh or None,
         "deadline": None if deadline is None else _seconds(deadline),
     }
-    if fresh and key is None:  # known here, so that the request can be watched
-        given["key"] = f"fresh-{uuid.uuid4()}"
+    if fresh and idempotency_key is None:  # known here, so that the request can be watched
+        given["idempotency_key"] = f"fresh-{uuid.uuid4()}"
     options = {option: value for option, value in given.items() if value is not None}
     if size is not None:
         options |= _sides(size, like="96x64")
@@ -581,10 +591,11 @@ def _watch(settings: Settings, request: str, run_id: str | None) -> int:
     from flows.watch import watch as follow
 
     ended = follow(settings, request, flow_run_id=run_id)
-    typer.echo(f"{ended.request_id or 'no request'} {ended.status.replace('_', ' ')}: {ended.message}")
-    if ended.status == "BadInput":
-        return BAD_INPUT
-    return DONE if ended.status == "completed" else FAILED
+    code = {"completed": DONE, "BadInput": BAD_INPUT}.get(ended.status, FAILED)
+    if ended.request_id is None:
+        fail(f"{request} was {'refused' if ended.refused else 'not opened'}: {ended.message}", code)
+    typer.echo(f"{ended.request_id} {ended.status.replace('_', ' ')}: {ended.message}")
+    return code
 
 
 @app.command(rich_help_panel=REQUESTS)
@@ -619,7 +630,7 @@ def retry(
     from db.tables import ClipStatus
     from flows.ledgers import ledger, the_request
     from flows.prefect_api import PrefectApi
-    from flows.submit import DEPLOYMENT, run_url
+    from flows.submit import run_url, start_run
 
     settings = _settings()
     with (
@@ -637,7 +648,7 @@ def retry(
         if not count:
             typer.echo(f"{row.id}: nothing to retry")
             return
-        run = api.submit(DEPLOYMENT, old.parameters, name=row.name, tags=("rushes", row.tenant)) if old.final else old
+        run = start_run(api, row.id, old.parameters, name=row.name, tenant=row.tenant) if old.final else old
     typer.echo(f"{row.id}: {_count(count, 'clip')} queued again")
     typer.echo(run_url(settings.ui_url, run.id))
     if watch:
@@ -856,7 +867,11 @@ def sql(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows (a table: 1000).")] = None,
     format: Format = "table",
 ) -> None:
-    """Ask the ledger in SQL, read only. The view `history` has one row per clip: `select * from history limit 1`."""
+    """Ask the ledger in SQL. The view `history` has one row per clip: `select * from history limit 1`.
+
+    Read only, and as the role rushes_reader, which sees `history` and no other
+    table; with the rights of the login, where it may not become that role.
+    """
     text = sys.stdin.read() if query == "-" else query
     if not text.strip():
         fail("the query is empty", BAD_INPUT)
@@ -864,7 +879,8 @@ def sql(
     from flows.ledgers import database
     from flows.show import show_rows
 
-    with database(_settings()) as engine:
+    settings = _settings()
+    with database(settings, url=settings.reader) as engine:
         answer = run_sql(engine, text, timeout=timeout, limit=limit or (1000 if format == "table" else None))
     columns = _distinct(answer.columns)
     show_rows((dict(zip(columns, row, strict=True)) for row in answer.rows), columns, format)
@@ -1030,11 +1046,19 @@ def engine(
 
 @app.command(rich_help_panel=OPERATION)
 def migrate() -> None:
-    """Bring the ledger's tables up to date. Safe to run at any time, also by several starters at once."""
+    """Bring the ledger's tables up to date, and what its roles may do.
+
+    Safe to run at any time, also by several starters at once. What the login
+    has no right to do for the roles is printed, for an administrator to run.
+    """
     from db.session import upgrade
 
-    upgrade(_settings().database)
+    left = upgrade(_settings().database)
     typer.echo("The ledger is up to date.")
+    if left:
+        typer.echo("rushes: warning: an administrator has to run this, and then `rushes migrate` again:", err=True)
+        for statement in left:
+            typer.echo(f"  {statement};", err=True)
 
 
 @app.command(rich_help_panel=OPERATION)

@@ -122,8 +122,10 @@ def make_clips(
     settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest
 ) -> State[Any]:
     log = get_run_logger()
-    if request.fresh and request.key is None:  # a request of its own, and the same one when this run is tried again
-        request = request.model_copy(update={"key": f"fresh-{this_run.id}"})
+    if (
+        request.fresh and request.idempotency_key is None
+    ):  # a request of its own, and the same one when this run is tried again
+        request = request.model_copy(update={"idempotency_key": f"fresh-{this_run.id}"})
     try:
         source = patiently(lambda: find_source(settings, ledgers, store, request))
     except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
@@ -636,7 +638,9 @@ def publish_sheet(session: Session, store: Store, request_id: str) -> str | None
     for row in islice(ledger.clips_of(session, request_id), SHEET_CLIPS):
         frames = decode_frames(store.get(row.object_key), 5) if row.object_key else ()
         note = (
-            f"{row.width}x{row.height}, {row.frames} frames" if row.object_key else f"{row.status}: {row.error or ''}"
+            f"{row.width}x{row.height}, {row.frames} frame{'s' * (row.frames != 1)}"
+            if row.object_key
+            else f"{row.status}: {row.error or ''}"
         )
         rows.append(SheetRow(clip_id=row.custom_id or row.clip_id, prompt=row.prompt, frames=frames, note=note))
     if not rows:

@@ -15,9 +15,12 @@ from flows.settings import Settings
 
 
 @contextmanager
-def database(settings: Settings, **how: Any) -> Generator[Engine]:
-    """The ledger's database, connected to as `connect` has it, closed at the end. Raises NotRunning."""
-    engine = connect(settings.database, **how)
+def database(settings: Settings, *, url: str | None = None, **how: Any) -> Generator[Engine]:
+    """The ledger's database, connected to as `connect` has it, closed at the end. Raises NotRunning.
+
+    url: another login than ours.
+    """
+    engine = connect(url or settings.database, **how)
     try:
         yield engine
     finally:

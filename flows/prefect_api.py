@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import httpx
@@ -16,6 +17,7 @@ import httpx
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 # The server did nothing and asks to be asked again: on SQLite it says 503 whenever two of its transactions meet.
 NOT_NOW = (429, 503)
+TAKEN = timedelta(minutes=5)  # that a run may be with a worker before it runs; after that the worker has died
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds
 TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
 
@@ -38,10 +40,18 @@ class Run:
     state_name: str
     message: str
     parameters: dict[str, Any]
+    since: datetime | None = None  # in this state
+    new: bool = False  # this very call made it
 
     @property
     def final(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def under_way(self) -> bool:
+        """It does its work, or will: who asks for the same may wait for it."""
+        lost = self.state == "PENDING" and self.since is not None and datetime.now(UTC) - self.since > TAKEN
+        return not (self.final or lost or self.state == "CANCELLING")
 
 
 class PrefectApi:
@@ -70,9 +80,13 @@ class PrefectApi:
         name: str | None = None,
         tags: tuple[str, ...] = (),
         traceparent: str | None = None,
+        once: str | None = None,
     ) -> Run:
-        """Creates a flow run of `flow/deployment`; the server checks the parameters against the form's schema."""
-        once = str(uuid.uuid4())  # a submission whose answer was lost may be repeated, and stays one
+        """Creates a flow run of `flow/deployment`; the server checks the parameters against the form's schema.
+
+        `once`: an idempotency key; whoever gives it again gets the run that was made with it, whatever became of that.
+        """
+        once = once or str(uuid.uuid4())  # a submission whose answer was lost may be repeated, and stays one
         body: dict[str, Any] = {"parameters": parameters, "tags": list(tags), "idempotency_key": once}
         if name:
             body["name"] = name
@@ -81,7 +95,13 @@ class PrefectApi:
         found = self._call(
             "GET", f"/deployments/name/{deployment}", missing=f"no deployment {deployment} on {self._url}"
         )
-        return _run(self._call("POST", f"/deployments/{found['id']}/create_flow_run", body))
+        answer = self._answer("POST", f"/deployments/{found['id']}/create_flow_run", body)
+        return replace(_run(answer.json()), new=answer.status_code == httpx.codes.CREATED)
+
+    def tagged(self, tag: str, limit: int = 20) -> list[Run]:
+        """The flow runs with this tag, newest first."""
+        wanted = {"flow_runs": {"tags": {"all_": [tag]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
+        return [_run(each) for each in self._answer("POST", "/flow_runs/filter", wanted).json()]
 
     def run(self, run_id: str) -> Run | None:
         """The flow run, or None if the server no longer has it."""
@@ -107,6 +127,10 @@ class PrefectApi:
             return self._http.request(method, path, json=body)
 
     def _call(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> dict[str, Any]:
+        answer = self._answer(method, path, body, missing=missing)
+        return cast(dict[str, Any], answer.json()) if answer.content else {}
+
+    def _answer(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> httpx.Response:
         try:
             answer = self._ask(method, path, body)
             for pause in PAUSES:
@@ -125,7 +149,7 @@ class PrefectApi:
             raise PrefectRefused(f"{missing}: `rushes deploy` puts it there")
         if answer.is_error:
             raise PrefectRefused(f"the Prefect server refused: {_detail(answer)}")
-        return cast(dict[str, Any], answer.json()) if answer.content else {}
+        return answer
 
 
 def _run(answer: dict[str, Any]) -> Run:
@@ -137,6 +161,7 @@ def _run(answer: dict[str, Any]) -> Run:
         state_name=str(answer.get("state_name") or state.get("name") or ""),
         message=str(state.get("message") or ""),
         parameters=answer.get("parameters") or {},
+        since=datetime.fromisoformat(state["timestamp"]) if state.get("timestamp") else None,
     )
 
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from model.weights import ModelCard
@@ -114,7 +114,8 @@ def _flatten(schema: dict[str, Any]) -> None:
     for name in CONDITIONS:  # inherited, and so ahead of what every request has
         shown[name] = shown.pop(name)
     if "files" in shown:  # a form shows `properties`; what is in neither is refused
-        schema["patternProperties"] = {"^files$": shown.pop("files")}
+        key = {"anyOf": [shown["idempotency_key"], {"type": "null"}]}
+        schema["patternProperties"] = {"^files$": shown.pop("files"), "^key$": key}
 
 
 class Conditioned(BaseModel):
@@ -239,8 +240,9 @@ class GenerationRequest(Conditioned):
         title="Deadline",
         description="Seconds in which all should be done: no more GPUs than that takes, where engines follow a plan",
     )
-    key: str | None = Field(
+    idempotency_key: str | None = Field(
         default=None,
+        validation_alias=AliasChoices("idempotency_key", "key"),  # `key` is what it was called first
         min_length=1,
         max_length=MAX_ID,
         title="Idempotency key",
@@ -261,7 +263,7 @@ class GenerationRequest(Conditioned):
         description="Where the files that prompts name lie in the store; `rushes submit` fills it in, no form shows it",
     )
 
-    @field_validator("name", "prompts_uri", "key", "negative_prompt", *SOURCES, mode="before")
+    @field_validator("name", "prompts_uri", "idempotency_key", "negative_prompt", *SOURCES, mode="before")
     @classmethod
     def _an_empty_field_is_no_value(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
@@ -344,15 +346,15 @@ def request_key(
     made_from: str | None = None,
     rewriter: str | None = None,
 ) -> str:
-    """The idempotency key: the given `key` (each tenant has its own), or a digest of all that decides the clips.
+    """The idempotency key: the given one (each tenant has its own), or a digest of all that decides the clips.
 
     So the same file with the same settings is the same request, however it is named and however urgent it is.
     `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`; `made_from` that of the pictures, videos
     and clips that it names (`Checked.made_from`); `rewriter` that of the model's rewriter. An endpoint that rewrites is
     no part of it: submitted again, a request keeps the words it has.
     """
-    if request.key:
-        return f"{request.tenant}:{request.key}"
+    if request.idempotency_key:
+        return f"{request.tenant}:{request.idempotency_key}"
     settings = asdict(defaults)
     for name in ("window", "asked_size", "asked_frames"):  # the model's, or said by another setting
         del settings[name]

@@ -31,6 +31,7 @@ STACK_FILE = "stack.json"
 AUTO = "auto"  # the partition that follows the plan
 SECRETS = (  # never shown
     "database_url",
+    "reader_url",
     "store_access_key",
     "store_secret_key",
     "prefect_auth",
@@ -55,6 +56,9 @@ class Settings(BaseSettings):
     home: Path = Field(default=DEFAULT_HOME, description="Folder of all state; readable by its owner alone")
     database_url: str | None = Field(
         default=None, repr=False, description="The ledger: postgresql+psycopg://user:password@host/db"
+    )
+    reader_url: str | None = Field(
+        default=None, repr=False, description="The ledger for `rushes sql`, by a login in rushes_reader"
     )
     store_url: str | None = Field(default=None, description="file:///folder or s3://bucket?endpoint=host:port")
     store_access_key: str | None = Field(default=None, repr=False)
@@ -119,7 +123,7 @@ class Settings(BaseSettings):
     def _home_is_absolute(cls, value: Path) -> Path:
         return Path(os.path.abspath(value.expanduser()))
 
-    @field_validator("database_url")
+    @field_validator("database_url", "reader_url")
     @classmethod
     def _database_is_postgres(cls, value: str | None) -> str | None:
         if value is None:
@@ -256,6 +260,11 @@ class Settings(BaseSettings):
         """The ledger's address. Raises NotRunning when there is none."""
         return self._needed("database_url")
 
+    @property
+    def reader(self) -> str:
+        """The ledger's address for those who ask. Raises NotRunning when there is none."""
+        return self.reader_url or self.database
+
     @cached_property
     def prefect_api(self) -> str:
         """The Prefect API's address. Raises NotRunning when there is none."""
@@ -290,6 +299,8 @@ def load_settings(**given: Any) -> Settings:
     from_files = {name: value for name, value in _secrets_in_files().items() if name not in given}
     named = {name for name in Settings.model_fields if name in given or os.environ.get(PREFIX + name.upper())}
     named |= from_files.keys()
+    if "database_url" in named:
+        named.add("reader_url")  # the stack's reader would be asking another ledger
     from_stack = {name: value for name, value in _read_stack(home / STACK_FILE).items() if name not in named}
     values: dict[str, Any] = {**from_stack, **from_files, **given, "home": home}
     try:

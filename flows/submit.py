@@ -23,6 +23,7 @@ from flows.request import FORMAT_OF_ENDING, MAX_FILES, GenerationRequest, Prompt
 from flows.settings import Settings
 
 if TYPE_CHECKING:
+    from flows.prefect_api import PrefectApi, Run
     from model.weights import ModelCard
 
 DEPLOYMENT = "generate/default"
@@ -50,7 +51,7 @@ class Submitted:
     request_id: str
     flow_run_id: str
     url: str  # of the run in the Prefect UI
-    already: bool  # it was under way before
+    already: bool  # somebody else had asked for it, and it is under way
 
 
 @contextmanager
@@ -170,41 +171,73 @@ def submit(settings: Settings, good: Good) -> Submitted:
     from flows.prefect_api import PrefectApi
     from infra.tracing import carrier, continued, flush, setup_tracing
 
-    api_url, ui_url = settings.prefect_api, settings.ui_url
+    api_url, ui_url, already = settings.prefect_api, settings.ui_url, True
     setup_tracing("rushes-submit")
     try:
         with (
             continued({}, "submit", request_id=good.request_id, source=good.source),
             PrefectApi(api_url, settings.prefect_password) as api,
         ):
-            under_way = run_under_way(settings, api, good.request_id)
-            if under_way:
-                run_id = under_way
-            else:
+            run_id = run_under_way(settings, api, good.request_id)
+            if run_id is None:
                 store_file(settings, good)
                 request = good.request.model_copy(update={"files": store_sources(settings, good.files)})
                 parameters = {"request": request.model_dump(mode="json", exclude_none=True, exclude_defaults=True)}
-                run = api.submit(
-                    DEPLOYMENT,
+                run = start_run(
+                    api,
+                    good.request_id,
                     parameters,
                     name=good.request.name,
-                    tags=("rushes", good.request.tenant),
+                    tenant=good.request.tenant,
                     traceparent=carrier().get("traceparent"),
                 )
-                run_id = run.id
+                run_id, already = run.id, not run.new
     finally:
         flush()
-    return Submitted(
-        request_id=good.request_id, flow_run_id=run_id, url=run_url(ui_url, run_id), already=bool(under_way)
-    )
+    return Submitted(request_id=good.request_id, flow_run_id=run_id, url=run_url(ui_url, run_id), already=already)
+
+
+def start_run(
+    api: PrefectApi,
+    request_id: str,
+    parameters: dict[str, Any],
+    *,
+    name: str | None,
+    tenant: str,
+    traceparent: str | None = None,
+) -> Run:
+    """A flow run that makes the request: one for all who ask for it at the same moment, or the one under way.
+
+    Its idempotency key follows from the newest run of the request there is, so that a run which has ended, or is being
+    cancelled, is never what a later submission gets.
+    """
+    runs = api.tagged(tag_of(request_id))
+    run = next((run for run in runs if run.under_way), None)
+    newest = runs[0].id if runs else "none"
+    while run is None or not run.under_way:
+        run = api.submit(
+            DEPLOYMENT,
+            parameters,
+            name=name,
+            tags=("rushes", tenant, tag_of(request_id)),
+            traceparent=traceparent,
+            once=f"{request_id}-after-{newest}",
+        )
+        newest = run.id
+    return run
+
+
+def tag_of(request_id: str) -> str:
+    """What runs of a request are found by; no tenant's name, which is a tag as well, has a colon."""
+    return f"request:{request_id}"
 
 
 def run_url(ui_url: str, run_id: str) -> str:
     return f"{ui_url}/runs/flow-run/{run_id}"
 
 
-def run_under_way(settings: Settings, api: Any, request_id: str) -> str | None:
-    """The flow run that is making this request now, if one is."""
+def run_under_way(settings: Settings, api: PrefectApi, request_id: str) -> str | None:
+    """The flow run that is making this request now, whoever started it, as far as the ledger knows."""
     if settings.database_url is None:  # a machine that may submit need not reach the ledger
         return None
     from db.ledger import request_by
@@ -215,7 +248,7 @@ def run_under_way(settings: Settings, api: Any, request_id: str) -> str | None:
     if row is None or row.status != "open" or row.flow_run_id is None:
         return None
     run = api.run(row.flow_run_id)
-    return None if run is None or run.final or run.state == "CANCELLING" else row.flow_run_id
+    return row.flow_run_id if run is not None and run.under_way else None
 
 
 def store_sources(settings: Settings, files: dict[str, Path]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from flows.show import console, printable
 POLL = 0.5  # seconds between two looks at the ledger
 ASK_PREFECT = 2.0  # seconds between two looks at the flow run
 LINE_EVERY = 5.0  # seconds between two lines where there is no terminal to draw on
+REFUSALS = ("BadInput", "QuotaExceeded", "RewriterFailed")  # how `generate` names what it does not even begin
 QUIET = 120.0  # seconds after which a run that has not begun is worth a word
 
 
@@ -29,6 +30,7 @@ class Ended:
     request_id: str | None
     status: str
     message: str
+    refused: bool = False  # the run did what it should: nothing was submitted, and the message says why
 
 
 def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> Ended:
@@ -56,6 +58,8 @@ def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> E
                 assert row is not None
                 return Ended(row.id, str(row.status), _summary(now))
             if run is not None and run.final and not over:
+                if row is None and run.state_name in REFUSALS:
+                    return Ended(None, run.state_name, run.message.partition("\n")[2], refused=True)
                 said = f"its flow run {run.name} ended as {run.state_name}: {run.message}".rstrip(": ")
                 return Ended(row.id if row else None, run.state_name or run.state, said)
             time.sleep(POLL)

@@ -46,6 +46,7 @@ from infra.postgres import Postgres, PostgresFailed, running_postgres, start_pos
 DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
 POSTGRES, SERVER, CONTROL, GPU = "postgres", "prefect", "control", "gpu"
 PARTS = (POSTGRES, SERVER, CONTROL, GPU)
+READER = "reader"  # the login of those who ask
 POOLS = (CONTROL, GPU)
 
 PREFERRED_PORT = 4200  # Prefect's own
@@ -76,6 +77,7 @@ class Stack:
 
     home: Path
     database_url: str
+    reader_url: str
     store_url: str
     prefect_api_url: str
     prefect_ui_url: str
@@ -119,14 +121,15 @@ def up(
     home: Path,
     *,
     repo: Path,
-    migrate: Callable[[str], None],
+    migrate: Callable[[str, str], object],
     engines: int = 1,
     deployments: Path = DEPLOYMENTS,
     say: Say = lambda _: None,
 ) -> Stack:
     """Starts the stack of `home`, or what of it does not run, and returns when it takes work.
 
-    `repo` is the folder that flow runs work in; `migrate` brings the ledger at a URL up to date; `engines` is how many
+    `repo` is the folder that flow runs work in; `migrate` brings the ledger at a URL up to date, and makes the login of
+    another, which may only look at it; `engines` is how many
     engines may run at once. On a healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C
     or SIGTERM, everything that this call had started is ended again.
     """
@@ -184,7 +187,7 @@ class _Start:
     """One call of `up`. It remembers what it has started, so that all of it can be ended again."""
 
     def __init__(
-        self, home: Path, repo: Path, migrate: Callable[[str], None], engines: int, deployments: Path, say: Say
+        self, home: Path, repo: Path, migrate: Callable[[str, str], object], engines: int, deployments: Path, say: Say
     ) -> None:
         self.home = home
         self.repo = repo
@@ -238,7 +241,7 @@ class _Start:
             self.tell(f"Postgres runs on port {postgres.port}")
             changed = True
         if changed:
-            self.migrate(postgres.url)
+            self.migrate(postgres.url, postgres.url_of(READER))
         return postgres
 
     def start_server(self) -> _Api:
@@ -397,6 +400,7 @@ class _Start:
         return Stack(
             home=self.home,
             database_url=postgres.url,
+            reader_url=postgres.url_of(READER),
             store_url=(self.home / "store").as_uri(),
             prefect_api_url=api.url,
             prefect_ui_url=api.url.removesuffix("/api"),
@@ -942,6 +946,7 @@ def _stack_file(home: Path) -> Path:
 def _write_stack(stack: Stack, engines: int) -> None:
     content = {
         "database_url": stack.database_url,
+        "reader_url": stack.reader_url,
         "store_url": stack.store_url,
         "prefect_api_url": stack.prefect_api_url,
         "prefect_ui_url": stack.prefect_ui_url,

@@ -2,12 +2,15 @@
 # Runs once, inside the Postgres container, on an empty volume. Passwords go through psql variables, which quote them.
 set -eu
 psql --no-psqlrc -v ON_ERROR_STOP=1 -v ledger="$LEDGER_PASSWORD" -v prefect="$PREFECT_DB_PASSWORD" \
+    -v platform="$PLATFORM_PASSWORD" -v reader="$READER_PASSWORD" \
     --username "${POSTGRES_USER:-postgres}" --dbname postgres <<'SQL'
 CREATE ROLE rushes LOGIN PASSWORD :'ledger';
 CREATE ROLE prefect LOGIN PASSWORD :'prefect';
--- Groups that the first migration would make itself, had it the right to: who runs the platform, and who reads `history`.
+-- Groups that `rushes migrate` would make itself, had its login the right to: who runs the platform, who reads `history`.
 CREATE ROLE rushes_app NOLOGIN;
 CREATE ROLE rushes_reader NOLOGIN;
+CREATE ROLE platform LOGIN PASSWORD :'platform' IN ROLE rushes_app;
+CREATE ROLE reader LOGIN PASSWORD :'reader' IN ROLE rushes_reader;
 CREATE DATABASE rushes OWNER rushes;
 CREATE DATABASE prefect OWNER prefect;
 -- Each role keeps to its own database.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hmac
 import json
 import os
 import pwd
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import psutil
 import psycopg
@@ -62,6 +64,12 @@ class Postgres:
     def libpq_url(self) -> str:
         """The same address for psql, psycopg and BI tools."""
         return self.url.replace("+psycopg", "", 1)
+
+    def url_of(self, login: str) -> str:
+        """The address for another login of this server; its password follows from ours, so nobody has to keep it."""
+        own = urlsplit(self.url).password or ""
+        password = hmac.digest(own.encode(), login.encode(), "sha256").hex()
+        return f"postgresql+psycopg://{login}:{password}@127.0.0.1:{self.port}/{DATABASE}"
 
 
 def start_postgres(folder: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> Postgres:

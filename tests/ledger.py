@@ -142,7 +142,8 @@ def pass_time(session: Session, seconds: float) -> None:
         earlier = ", ".join(f"{name} = {name} - make_interval(secs => :by)" for name in columns)
         session.execute(text(f"update {table} set {earlier}"), ago)
     moved = "select tenant, minute - make_interval(secs => :by), part, gpu_seconds from gone"
-    session.execute(text(f"with gone as (delete from usage returning *) insert into usage (tenant, minute, part, gpu_seconds) {moved}"), ago)
+    again = f"insert into usage (tenant, minute, part, gpu_seconds) {moved}"
+    session.execute(text(f"with gone as (delete from usage returning *) {again}"), ago)
 
 
 def statuses(session: Session, request: str) -> list[str]:

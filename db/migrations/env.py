@@ -11,6 +11,7 @@ import os
 from alembic import context
 from sqlalchemy import Connection, text
 
+from db.roles import settle_roles
 from db.session import connect
 from db.tables import Base
 
@@ -37,6 +38,10 @@ def main() -> None:
     try:
         with engine.connect() as connection, connection.begin():
             migrate(connection)
+            if upgraded_to_head():
+                left = config.attributes["left"] = settle_roles(connection)
+                for statement in () if "url" in config.attributes else left:
+                    logging.getLogger("rushes").warning("an administrator has to run: %s", statement)
     finally:
         engine.dispose()
 
@@ -51,6 +56,12 @@ def migrate(connection: Connection) -> None:
     context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=True)
     with context.begin_transaction():
         context.run_migrations()
+
+
+def upgraded_to_head() -> bool:
+    """False for a step on the way, a downgrade, and commands that only look."""
+    now = context.get_context()
+    return "destination_rev" in now.opts and set(now.get_current_heads()) == set(context.script.get_heads())
 
 
 main()

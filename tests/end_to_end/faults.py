@@ -152,8 +152,8 @@ class Ground:
 
     def leaks(self) -> list[str]:
         """Where secrets can be read that belong nowhere but into the environment and the stack's own file."""
-        password = urlsplit(self.house.stack()["database_url"]).password
-        secrets = [self.server.secret_key, PLANTED, password or ""]
+        passwords = [urlsplit(self.house.stack()[name]).password or "" for name in ("database_url", "reader_url")]
+        secrets = [self.server.secret_key, PLANTED, *passwords]
         assert all(len(secret) >= 16 for secret in secrets)
         home, places = self.house.home, dict[str, bytes]()
         for file in (*(home / "logs").rglob("*"), *(home / "prefect").rglob("*")):  # parameters, logs, artifacts

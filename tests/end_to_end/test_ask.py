@@ -57,6 +57,9 @@ def test_sql(house: House, runs: dict[str, str]) -> None:
     query = f"select status, count(*) from history where request_id = '{request}' group by 1"
     assert listed(house, "sql", query) == [{"status": "done", "count": 4}]
     assert "read-only" in house.rushes("sql", "delete from takes", code=2)
+    assert "permission denied" in house.rushes("sql", "select * from takes", code=2)
+    asked_by = "select distinct session_user::text as login, current_user::text as role from history"
+    assert listed(house, "sql", asked_by) == [{"login": "reader", "role": "rushes_reader"}]
     assert house.sql("select count(*) from takes")[0]["count"] > 0
 
 

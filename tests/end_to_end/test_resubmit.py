@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import SLOW, House
+from tests.end_to_end.house import SLOW, House, finished
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -24,7 +24,7 @@ def again(house: House, runs: dict[str, str]) -> dict[str, str]:
     wanted: dict[str, dict[str, Any]] = {
         "the same": house.run(runs["form"])["parameters"]["request"],
         "one line changed": house.request([*known[:2], {**known[2], "prompt": "a green cube"}]),
-        "first": house.request([one, two, one], key=f"{seed}-first"),
+        "first": house.request([one, two, one], idempotency_key=f"{seed}-first"),
         "second": house.request([one, two, one], key=f"{seed}-second"),
         "click": double_click,
         "click again": double_click,
@@ -80,3 +80,51 @@ def test_a_double_click_is_one_request(house: House, again: dict[str, str]) -> N
     requests = {request_in(house.ended(again[name])["state"]["message"]) for name in ("click", "click again")}
     (request,) = requests
     assert [clip["attempts"] for clip in house.clips(request)] == [1]
+
+
+def run_in(said: str) -> str:
+    (run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
+    return str(run)
+
+
+def test_twenty_who_submit_at_once_share_one_flow_run(house: House, tmp_path: Path) -> None:
+    """Half of them cannot ask the ledger. No run begins before all have asked, however slow this machine is."""
+    file = tmp_path / "shared.jsonl"
+    file.write_text(json.dumps({"prompt": "a red ball moves left", "seed": house.seed()}) + "\n")
+    away = {"RUSHES_STORE_URL": (house.home / "store").as_uri(), "RUSHES_PREFECT_UI_URL": "http://127.0.0.1:1"}
+    away |= {"RUSHES_PREFECT_API_URL": house.stack()["prefect_api_url"], "RUSHES_HOME": str(tmp_path / "elsewhere")}
+    house.api("PATCH", "/work_pools/control", {"is_paused": True})
+    try:
+        given = ("submit", str(file), "--idempotency-key", f"shared-{house.seed()}")
+        started = [house.start(*given, **(away if k % 2 else {})) for k in range(20)]
+        said = [finished(each) for each in started]
+    finally:
+        house.api("PATCH", "/work_pools/control", {"is_paused": False})
+    (run,) = {run_in(each) for each in said}
+    assert sum("is under way already" in each for each in said) == 19
+    house.ended(run)
+    request = house.request_of(run)
+    tagged = house.api("POST", "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [f"request:{request}"]}}})
+    assert [each["id"] for each in tagged] == [run]
+    assert [clip["attempts"] for clip in house.clips(request)] == [1]
+
+    # That run has ended, and so keeps nobody from asking again: here without a ledger that says it is complete.
+    again = [run_in(house.rushes(*given, **away)) for _ in range(2)]
+    for each in again:
+        assert each != run
+        assert house.ended(each)["state"]["message"] == f"{request}: 1 done (1 found, not rendered again)"
+
+
+def test_what_was_refused_may_be_submitted_again(house: House, tmp_path: Path) -> None:
+    file = tmp_path / "much.jsonl"
+    file.write_text(json.dumps({"prompt": "a blue cube", "frames": 1, "samples": 2, "seed": house.seed()}) + "\n")
+    house.rushes("tenants", "small", "--max-clips", "1")
+    given = ("submit", str(file), "--tenant", "small", "--watch")
+    refused = [house.rushes(*given, code=1) for _ in range(2)]
+    for said in refused:
+        assert re.search(r"rushes: req_[0-9a-f]{12} was refused: tenant small may have 1 clips waiting", said), said
+        assert house.ended(run_in(said), state="QuotaExceeded")
+    assert run_in(refused[0]) != run_in(refused[1])
+    house.rushes("tenants", "small", "--max-clips", "2")
+    said = house.rushes(*given)
+    assert "completed: 2 done" in said and run_in(said) not in map(run_in, refused)

@@ -165,6 +165,7 @@ REFUSED = {
     "drop table clips": "read-only transaction",
     "delete from clips": "read-only transaction",
     "with gone as (delete from clips returning 1) select * from gone": "read-only transaction",
+    "select * from clips": "permission denied for table clips\nHINT:  questions are asked as rushes_reader",
     "select nextval('shards_id_seq')": "read-only transaction|permission denied",
     "select pg_read_file('/etc/passwd')": "permission denied",
     "copy clips to program 'cat'": "permission denied",

@@ -81,7 +81,7 @@ def stack(start: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory)
     assert_nothing_runs(home)
 
 
-def migrate(url: str) -> None:
+def migrate(url: str, reader_url: str) -> None:
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
         connection.execute("create table if not exists migrated ()")
 
@@ -191,7 +191,7 @@ def test_two_homes_run_side_by_side_and_down_ends_one(
 def test_a_failed_start_leaves_nothing(start: Callable[..., Stack], repo: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
 
-    def broken(url: str) -> None:
+    def broken(url: str, reader_url: str) -> None:
         raise StackFailed("no migration")
 
     with pytest.raises(StackFailed, match="no migration"):
@@ -210,7 +210,7 @@ def test_an_interrupted_start_leaves_nothing(how: signal.Signals, repo: Path, tm
     program = (
         "import sys; from pathlib import Path; from infra.local import up\n"
         "home, repo = map(Path, sys.argv[1:])\n"
-        "up(home, repo=repo, migrate=lambda _: print('migrating', flush=True), deployments=repo / 'prefect.yaml')"
+        "up(home, repo=repo, migrate=lambda *_: print('migrating', flush=True), deployments=repo / 'prefect.yaml')"
     )
     command = [sys.executable, "-c", program, str(home), str(repo)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path.cwd()) as starting:

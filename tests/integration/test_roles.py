@@ -5,17 +5,22 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import errors, sql
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
+from typer.testing import CliRunner
 
-from db.history import QUERIES
+from db.history import QUERIES, SqlFailed, run_sql
 from db.ledger import cancel_request, finish_request, progress
-from db.session import connect, sessions
+from db.roles import make_reader
+from db.session import connect, sessions, upgrade
 from db.tables import Base
+from flows.cli import app
+from infra.postgres import start_postgres, stop_postgres
 from tests.ledger import batch, claim, render
 
 
@@ -104,3 +109,166 @@ def refused(engine: Engine, *statements: str) -> None:
         with pytest.raises(Exception, match=r"InsufficientPrivilege") as caught, engine.begin() as connection:
             connection.execute(text(statement))
         assert isinstance(caught.value.__cause__, errors.InsufficientPrivilege), statement
+
+
+# What a statement may try that is one statement and changes nothing. `ts_stat` runs another one, which it is given as a
+# text, and that is looked at only when the first is under way.
+RETURN = "with free as materialized (select set_config('role', 'none', true) as role) "
+WAYS_BACK = {
+    "reset role": "result",
+    "set role none": "result",
+    "set session authorization default": "result",
+    "select 1; reset role; select * from clips": "multiple commands",
+    "select * from clips; reset role": "multiple commands",
+    f"{RETURN}select count(*) from free, clips": "permission denied for table clips",
+    f"{RETURN}select ts_stat('select to_tsvector(prompt) from clips' || left(role, 0)) from free": "permission denied",
+    f"{RETURN}select ts_stat('select to_tsvector(pg_read_file(''/etc/passwd''))' || left(role, 0)) from free": (
+        "permission denied"
+    ),
+}
+
+
+@pytest.mark.parametrize("statement", WAYS_BACK)
+def test_a_statement_does_not_get_back_to_more_rights(database_url: str, request_id: str, statement: str) -> None:
+    """Asked through a reader's login there is nothing to get back to."""
+    with member(database_url, "rushes_reader") as url:
+        engine = connect(url)
+        assert run_sql(engine, "select current_user").rows == [("rushes_reader",)]
+        with pytest.raises(SqlFailed, match=WAYS_BACK[statement]):
+            run_sql(engine, statement)
+        assert run_sql(engine, "select current_user, count(*) from history").rows == [("rushes_reader", 2)]
+        engine.dispose()
+
+
+def test_a_login_that_may_not_become_the_reader_asks_with_its_own_rights(database_url: str, request_id: str) -> None:
+    with member(database_url, "rushes_app") as url:
+        engine = connect(url)
+        assert run_sql(engine, "select count(*) from clips").rows == [(2,)]
+        with pytest.raises(SqlFailed, match="read-only transaction"):
+            run_sql(engine, "delete from clips")
+        engine.dispose()
+
+
+# Every privilege there is on every table, view and sequence of the schema that a role has, by whatever way it has it.
+PRIVILEGES = """
+select c.relname::text, p.name from pg_class c, unnest(cast(:names as text[])) as p (name)
+where c.relnamespace = 'public'::regnamespace and case
+    when c.relkind = 'S' then p.name in ('usage', 'select', 'update') and has_sequence_privilege(:role, c.oid, p.name)
+    when c.relkind in ('r', 'v') then p.name <> 'usage' and (has_table_privilege(:role, c.oid, p.name)
+        or p.name in ('select', 'insert', 'update', 'references') and has_any_column_privilege(:role, c.oid, p.name))
+    else false end
+"""
+NAMES = ["select", "insert", "update", "delete", "truncate", "references", "trigger", "usage"]
+
+
+def privileges(engine: Engine, role: str) -> set[tuple[str, str]]:
+    with engine.connect() as connection:
+        found = connection.execute(text(PRIVILEGES), {"role": role, "names": NAMES})
+        return {(row.relname, row.name) for row in found}
+
+
+def rights(engine: Engine) -> None:
+    """Asserts what each of the roles may do, no more and no less."""
+    assert privileges(engine, "rushes_reader") == {("history", "select")}
+    tables = {name for name in Base.metadata.tables if name != "history"}
+    of_app = privileges(engine, "rushes_app")
+    assert {(name, way) for name, way in of_app if name in tables} == {
+        (name, way) for name in tables for way in ("select", "insert", "update", "delete")
+    }
+    others = {(name, way) for name, way in of_app if name not in tables and way != "usage"}
+    assert others == {("history", "select"), ("alembic_version", "select")}
+
+
+def test_the_roles_may_do_at_head_what_is_said_and_nothing_else(database: Engine) -> None:
+    rights(database)
+
+
+def test_a_view_or_table_that_a_migration_makes_anew_has_its_grants(database: Engine, database_url: str) -> None:
+    with database.begin() as connection:
+        said = connection.scalar(text("select pg_get_viewdef('history'::regclass)"))
+        connection.execute(text("drop view history"))
+        connection.exec_driver_sql(f"create view history as {said}".replace("%", "%%"))
+        connection.execute(text("revoke all on attempts from rushes_app"))
+    assert ("history", "select") not in privileges(database, "rushes_reader")
+    assert ("history", "delete") in privileges(database, "rushes_app"), "the default for all that is made"
+    assert upgrade(database_url) == ()
+    rights(database)
+    before = row_versions(database)
+    assert upgrade(database_url) == ()
+    assert row_versions(database) == before, "nothing lacked, and yet grants were written"
+
+
+def row_versions(engine: Engine) -> set[tuple[str, str]]:
+    with engine.connect() as connection:
+        rows = connection.execute(text("select oid::text, xmin::text from pg_class union select oid::text, xmin::text "
+                                       "from pg_namespace"))  # fmt: skip
+        return {(row[0], row[1]) for row in rows}
+
+
+@pytest.fixture
+def plain_owner(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A login that owns a database and may do nothing else, and its administrator; nobody has made a role there."""
+    server = start_postgres(tmp_path / "postgres", settings={"fsync": "off"})
+    try:
+        with psycopg.connect(server.libpq_url, autocommit=True) as administrator:
+            administrator.execute("create role studio login password 'plain'")
+            administrator.execute("create database studio owner studio")
+        place = f"@127.0.0.1:{server.port}/studio"
+        yield f"postgresql://studio:plain{place}", server.url.rpartition("/")[0] + "/studio"
+    finally:
+        stop_postgres(tmp_path / "postgres")
+
+
+def test_who_may_not_make_roles_migrates_and_is_told_what_an_administrator_must_do(
+    plain_owner: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    owner, administrator = plain_owner
+    monkeypatch.setenv("RUSHES_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RUSHES_DATABASE_URL", owner)
+    told = CliRunner().invoke(app, ["migrate"], prog_name="rushes")
+    assert told.exit_code == 0, told.output
+    assert told.stdout == "The ledger is up to date.\n"
+    statements = [line.strip() for line in told.stderr.splitlines()[1:]]
+    assert statements == ["create role rushes_app nologin;", "create role rushes_reader nologin;"]
+    assert "an administrator has to run this, and then `rushes migrate` again" in told.stderr
+
+    engine = connect(administrator)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    assert privileges(engine, "rushes_reader") == set()
+    told = CliRunner().invoke(app, ["migrate"], prog_name="rushes")
+    assert (told.exit_code, told.stderr) == (0, "")
+    rights(engine)
+    engine.dispose()
+
+    with member(administrator, "rushes_app") as url:
+        app_login = connect(url)
+        with sessions(app_login).begin() as session:
+            batch(session, "theirs", 2)
+            lease, clips = claim(session)
+            render(session, lease, clips[0].clip_id)
+        refused(app_login, "drop table clips")
+        assert upgrade(url) == (), "nothing lacks, so nothing is tried that only the owner may do"
+        app_login.dispose()
+    with member(administrator, "rushes_reader") as url:
+        reader = connect(url)
+        assert sorted(run_sql(reader, "select status from history").rows) == [("done",), ("queued",)]
+        reader.dispose()
+
+
+def test_a_readers_login_is_made_and_its_password_changed(database_url: str) -> None:
+    name = f"reader_{uuid.uuid4().hex[:12]}"
+    place = database_url.partition("@")[2]
+    try:
+        for password in ("first", "first", "second"):
+            url = f"postgresql+psycopg://{name}:{password}@{place}"
+            make_reader(database_url, url)
+            engine = connect(url)
+            assert run_sql(engine, "select current_user, session_user").rows == [("rushes_reader", name)]
+            engine.dispose()
+        with pytest.raises(psycopg.OperationalError, match="password authentication"):
+            psycopg.connect(f"postgresql://{name}:first@{place}").close()
+    finally:
+        with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as owner:
+            owner.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))

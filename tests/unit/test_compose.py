@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,22 @@ import jsonschema
 import psycopg
 import pytest
 import yaml
+from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
+from db.history import SqlFailed, run_sql
+from db.session import connect, sessions, upgrade
 from flows.settings import PREFIX, Settings
 from infra import postgres
 from infra.store import S3Store, open_store
+from tests.ledger import batch, claim, render
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 ONE_SHOT = {"store-setup", "migrate", "deploy"}
 UNASKABLE = {"collector", "control", "gpu", "cpu"}  # without a healthcheck; compose.yaml says why
 SECRETS = {"POSTGRES_PASSWORD", "LEDGER_PASSWORD", "PREFECT_DB_PASSWORD", "STORE_ROOT_PASSWORD", "STORE_SECRET_KEY"}
-SECRETS |= {"PREFECT_AUTH"}
+SECRETS |= {"PREFECT_AUTH", "PLATFORM_PASSWORD", "READER_PASSWORD"}
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +274,20 @@ def test_the_image_gets_all_that_runs() -> None:
     assert {path.name for path in ROOT.iterdir()} & allowed >= {"flows", "model", "db", "infra", "alembic.ini"}
 
 
-def test_postgres_gets_two_roles_that_keep_to_their_own(tmp_path: Path, env_file: Path) -> None:
-    """The script that the image runs on an empty volume, run on a server of our own."""
+def test_what_runs_may_not_change_the_schema(services: dict[str, Any]) -> None:
+    """The owner's password reaches the server that makes the login, and the migration that uses it."""
+    told = {name: str(service.get("environment", {})) for name, service in services.items()}
+    assert {name for name, given in told.items() if "LEDGER_PASSWORD" in given} == {"postgres", "migrate"}
+    assert {name for name, given in told.items() if "PREFECT_DB_PASSWORD" in given} == {"postgres", "prefect"}
+    urls = {name: service.get("environment", {}).get("RUSHES_DATABASE_URL") for name, service in services.items()}
+    logins = {name: url.partition("://")[2].partition(":")[0] for name, url in urls.items() if url}
+    assert logins.pop("migrate") == "rushes"
+    assert set(logins.values()) == {"platform"} and {"control", "gpu", "cpu", "deploy"} <= logins.keys()
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, env_file: Path) -> Iterator[Callable[[str, str], str]]:
+    """A server on which the script has run that the image runs on an empty volume: address by login and database."""
     server = postgres.start_postgres(tmp_path / "postgres")
     try:
         here = {"host": "127.0.0.1", "port": server.port}
@@ -288,16 +305,41 @@ def test_postgres_gets_two_roles_that_keep_to_their_own(tmp_path: Path, env_file
             "PGPASSWORD": "first",
         }
         subprocess.run(["sh", INFRA / "postgres-init.sh"], env=environment, check=True, capture_output=True)
-        own = {"rushes": values["LEDGER_PASSWORD"], "prefect": values["PREFECT_DB_PASSWORD"]}
-        for role, password in own.items():
-            with psycopg.connect(**here, user=role, password=password, dbname=role) as session:
-                session.execute("CREATE TABLE mine (id int)")
-            (other,) = own.keys() - {role}
-            for wrong in ({"dbname": other, "password": password}, {"dbname": role, "password": own[other]}):
-                with pytest.raises(psycopg.OperationalError):
-                    psycopg.connect(**here, user=role, **wrong).close()
+        own = {"rushes": "LEDGER", "prefect": "PREFECT_DB", "platform": "PLATFORM", "reader": "READER"}
+        passwords = {login: values[f"{name}_PASSWORD"] for login, name in own.items()}
+        yield lambda login, place: f"postgresql://{login}:{passwords[login]}@127.0.0.1:{server.port}/{place}"
     finally:
         postgres.stop_postgres(tmp_path / "postgres")
+
+
+def test_owners_keep_to_their_own_database(prepared: Callable[[str, str], str]) -> None:
+    for owner, other in (("rushes", "prefect"), ("prefect", "rushes")):
+        with psycopg.connect(prepared(owner, owner)) as session:
+            session.execute("CREATE TABLE mine (id int)")
+        wrong_password = prepared(other, owner).replace(f"//{other}:", f"//{owner}:")
+        for wrong in (prepared(owner, other), wrong_password):
+            with pytest.raises(psycopg.OperationalError):
+                psycopg.connect(wrong).close()
+    for login in ("platform", "reader"):
+        with pytest.raises(psycopg.OperationalError):
+            psycopg.connect(prepared(login, "prefect")).close()
+
+
+def test_the_platform_works_on_what_the_owner_migrated(prepared: Callable[[str, str], str]) -> None:
+    assert upgrade(prepared("rushes", "rushes")) == ()
+    platform = connect(prepared("platform", "rushes"))
+    with sessions(platform).begin() as session:
+        batch(session, "kept", 2)
+        lease, clips = claim(session)
+        render(session, lease, clips[0].clip_id)
+    with pytest.raises(ProgrammingError, match="InsufficientPrivilege"), platform.begin() as connection:
+        connection.execute(text("drop table clips"))
+    platform.dispose()
+    reader = connect(prepared("reader", "rushes"))
+    assert sorted(run_sql(reader, "select status from history").rows) == [("done",), ("queued",)]
+    with pytest.raises(SqlFailed, match="permission denied for table clips"):
+        run_sql(reader, "select * from clips")
+    reader.dispose()
 
 
 PSQL = """

@@ -95,10 +95,13 @@ def schema() -> Any:
         {"prompts": ["a", {"prompt": "b", "width": 96, "samples": None}], "priority": 0},
         {"prompts_uri": "store:prompts/x", "prompts_format": "jsonl", "solver": "ab2", "seed": 2**63 - 1},
         {"prompts_uri": "store:prompts/x", "files": {"a.png": "blobs/sha256/ab/cd/abcd"}},
+        {"prompts": ["a"], "idempotency_key": "mine"},
+        {"prompts": ["a"], "key": "mine"},
+        {"prompts": ["a"], "key": None},
         # What a form sends that was opened and closed again: null for every field without a value.
         {
             "prompts": ["a"],
-            **dict.fromkeys(["name", "prompts_uri", "width", "frames", "guidance", "solver", "key"]),
+            **dict.fromkeys(["name", "prompts_uri", "width", "frames", "guidance", "solver", "idempotency_key"]),
         },
     ],
 )
@@ -111,6 +114,8 @@ def test_prefect_accepts_what_the_class_accepts(request_json: dict[str, Any]) ->
     "request_json",
     [
         {"prompts": ["a"], "width": 8},
+        {"prompts": ["a"], "key": 1},
+        {"prompts": ["a"], "key": ""},
         {"prompts": ["a"], "frames": "17"},
         {"prompts": ["a"], "priority": 10},
         {"prompts": ["a"], "solver": "rk4"},
@@ -218,8 +223,18 @@ def test_the_same_file_and_settings_are_the_same_request() -> None:
 
 
 def test_a_given_key_decides_alone_within_a_tenant() -> None:
-    assert key_of(key="k") == key_of("other bytes", key="k", width=96)
-    assert key_of(key="k", tenant="a") != key_of(key="k", tenant="b")
+    assert key_of(idempotency_key="k") == key_of("other bytes", idempotency_key="k", width=96)
+    assert key_of(idempotency_key="k", tenant="a") != key_of(idempotency_key="k", tenant="b")
+
+
+def test_the_key_is_known_by_its_first_name_as_well() -> None:
+    assert key_of(key="k") == key_of(idempotency_key="k") == "default:k"
+    assert key_of(key=" ") == key_of(idempotency_key="") == key_of()
+    assert GenerationRequest.model_validate({"prompts": ["a"], "key": "k"}).model_dump()["idempotency_key"] == "k"
+    shown = GenerationRequest.model_json_schema()["properties"]
+    assert "idempotency_key" in shown and "key" not in shown, "the form shows one field"
+    with pytest.raises(ValidationError):
+        GenerationRequest.model_validate({"prompts": ["a"], "key": "one", "idempotency_key": "another"})
 
 
 def test_ids_are_those_of_the_ledger() -> None:

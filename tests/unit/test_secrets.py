@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flows.settings import SECRETS, WrongSetting, load_settings
 PLANTED = "planted-7c1f"
 VALUES = {
     "database_url": f"postgresql+psycopg://me:{PLANTED}@127.0.0.1/ledger",
+    "reader_url": f"postgresql+psycopg://me:{PLANTED}@127.0.0.1/ledger",
     "prefect_auth": f"me:{PLANTED}",
 }
 
@@ -67,3 +69,15 @@ def test_a_misspelt_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RUSHES_STORE_SECRET_KEY_FIEL", str(tmp_path))
     with pytest.raises(WrongSetting, match="did you mean RUSHES_STORE_SECRET_KEY_FILE"):
         load_settings(home=tmp_path / "home")
+
+
+def test_the_stacks_reader_does_not_ask_another_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, reader = (f"postgresql+psycopg://{login}:x@127.0.0.1/stack" for login in ("owner", "reader"))
+    tmp_path.chmod(0o700)
+    (tmp_path / "stack.json").write_text(json.dumps({"database_url": owner, "reader_url": reader}))
+    assert load_settings(home=tmp_path).reader == reader
+    elsewhere = VALUES["database_url"]
+    monkeypatch.setenv("RUSHES_DATABASE_URL", elsewhere)
+    assert load_settings(home=tmp_path).reader == elsewhere
+    monkeypatch.setenv("RUSHES_READER_URL", VALUES["reader_url"])
+    assert load_settings(home=tmp_path).reader == VALUES["reader_url"]

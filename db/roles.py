@@ -1,0 +1,87 @@
+"""Who may do what: `rushes_app` reads and writes rows, `rushes_reader` reads the view `history`; see docs/security.md.
+
+Every upgrade ends with `settle_roles`, so no migration has to remember a grant, and roles that an administrator made
+after the migrations, or a dump that was restored on another server, get theirs by `rushes migrate`.
+"""
+
+from __future__ import annotations
+
+import psycopg
+from psycopg import errors, sql
+from sqlalchemy import Connection, make_url, text
+from sqlalchemy.exc import DBAPIError
+
+APP, READER = "rushes_app", "rushes_reader"
+
+# Statements, one a row, that give the roles what they lack. Views and the schema's version are nobody's to write.
+_LACKING = f"""
+with relations as (
+    select oid, relkind, relname, relkind = 'v' or relname = 'alembic_version' as read_only
+    from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'v')
+), wanted as (
+    select '{APP}' as role, oid, unnest(array['select', 'insert', 'update', 'delete']) as privilege
+    from relations where not read_only
+    union all select '{APP}', oid, 'select' from relations where read_only
+    union all select '{APP}', oid, 'maintain' from relations where relname = 'clips' and :maintain  -- analyze
+    union all select '{READER}', oid, 'select' from relations where relname = 'history'
+), unwanted as (
+    select '{APP}' as role, oid, unnest(array['insert', 'update', 'delete']) as privilege
+    from relations where read_only
+)
+select format('grant usage on schema public to %I', rolname)
+from pg_roles where rolname in ('{APP}', '{READER}') and not has_schema_privilege(oid, 'public', 'usage')
+union all
+select format('grant %s on %s to %I', string_agg(privilege, ', '), w.oid::regclass, role)
+from wanted w join pg_roles r on rolname = role
+where not has_table_privilege(r.oid, w.oid, privilege) group by w.oid, role
+union all
+select format('revoke %s on %s from %I', string_agg(privilege, ', '), u.oid::regclass, role)
+from unwanted u join pg_roles r on rolname = role
+where has_table_privilege(r.oid, u.oid, privilege) group by u.oid, role
+union all
+select format('grant usage on sequence %s to %I', s.oid::regclass, rolname)
+from pg_class s, pg_roles r where rolname = '{APP}' and s.relkind = 'S' and s.relnamespace = 'public'::regnamespace
+and not has_sequence_privilege(r.oid, s.oid, 'usage')
+"""
+
+
+def settle_roles(connection: Connection) -> tuple[str, ...]:
+    """Makes the roles that are missing and gives both what they lack; nothing is written where nothing lacks.
+
+    Gives the statements that the current user has no right to, which an administrator has to run.
+    """
+    left: list[str] = []
+    for role in (APP, READER):
+        if not connection.scalar(text("select exists (select from pg_roles where rolname = :role)"), {"role": role}):
+            left += _try(connection, f"create role {role} nologin")
+    major: int = (connection.dialect.server_version_info or (0,))[0]
+    for statement in connection.scalars(text(_LACKING), {"maintain": major >= 17}).all():
+        left += _try(connection, statement)
+    return tuple(left)
+
+
+def _try(connection: Connection, statement: str) -> list[str]:
+    """The statement itself, where it is not ours to run."""
+    try:
+        with connection.begin_nested():
+            connection.exec_driver_sql(statement)
+    except DBAPIError as error:
+        if isinstance(error.orig, errors.InsufficientPrivilege):
+            return [statement]
+        if not isinstance(error.orig, errors.DuplicateObject | errors.UniqueViolation):
+            raise  # else another database of this server made the role at this moment
+    return []
+
+
+def make_reader(url: str, reader_url: str) -> None:
+    """Makes the login of `reader_url`, a member of `rushes_reader`, or gives it the password that stands there."""
+    reader = make_url(reader_url)
+    name, password = str(reader.username), str(reader.password)
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(plain) as connection:
+        known = connection.execute("select from pg_roles where rolname = %s", [name]).fetchone() is not None
+        # As a verifier: no password stands in the server's log, whatever happens to the statement.
+        verifier = connection.pgconn.encrypt_password(password.encode(), name.encode()).decode()
+        made = "alter role {} login password {}" if known else "create role {} login password {}"
+        connection.execute(sql.SQL(made).format(sql.Identifier(name), sql.Literal(verifier)))
+        connection.execute(sql.SQL("grant {} to {}").format(sql.Identifier(READER), sql.Identifier(name)))
