@@ -33,14 +33,17 @@ class Host:
     house: House
     within: tuple[str, ...] = ()  # what runs a command there
 
-    def engine(self) -> subprocess.Popen[str]:
-        """An engine that has loaded its model and asks for work."""
+    @contextmanager
+    def engine(self) -> Iterator[subprocess.Popen[str]]:
+        """An engine that has loaded its model and asks for work; gone after, whatever happens."""
         engine = self.house.start("engine", "--linger", "600", within=self.within)
         assert engine.stdout
-        for line in iter(engine.stdout.readline, ""):
-            if "is ready" in line:
-                return engine
-        raise AssertionError(finished(engine))
+        try:
+            assert any("is ready" in line for line in iter(engine.stdout.readline, "")), finished(engine)
+            yield engine
+        finally:
+            engine.kill()
+            engine.wait()
 
 
 @contextmanager
@@ -76,13 +79,17 @@ def test_two_hosts_share_one_request(tmp_path: Path) -> None:
             "RUSHES_STORE_SECRET_KEY": s3.secret_key,
             "RUSHES_PARTITION": "tp=1",
         }
-        with small_house(tmp_path / "one", **settings) as near, other_host(near, tmp_path / "two") as far:
-            engines = [host.engine() for host in (Host(near), far)]
+        with (
+            small_house(tmp_path / "one", **settings) as near,
+            other_host(near, tmp_path / "two") as far,
+            Host(near).engine() as here,
+            far.engine() as there,
+        ):
             lines = [f"a red ball moves left slowly {k}" for k in range(CLIPS)]
             run = near.submit(request=near.request(lines, steps=STEPS, seed=near.seed()))
             request = near.request_of(run)
             near.ended(run)
-            for engine in engines:
+            for engine in (here, there):
                 engine.send_signal(signal.SIGTERM)
                 finished(engine, 128 + signal.SIGTERM)
 
