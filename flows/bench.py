@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 
 import model.bench
-from flows import bench_ledger, bench_overhead, bench_planner
+from flows import bench_ledger, bench_overhead, bench_planner, bench_prefect
 
-BENCHES = {**model.bench.BENCHES, **bench_overhead.BENCHES, **bench_planner.BENCHES, **bench_ledger.BENCHES}
+BENCHES = {
+    **model.bench.BENCHES,
+    **bench_overhead.BENCHES,
+    **bench_planner.BENCHES,
+    **bench_ledger.BENCHES,
+    **bench_prefect.BENCHES,
+}
 
 
 def main() -> None:

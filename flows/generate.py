@@ -77,7 +77,8 @@ from model.weights import TRANSFORMER, ModelCard, ModelNotFound
 
 POLL = 1.0  # seconds between two looks at the ledger
 SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
-REPORT = 5.0  # seconds between two reports to the UI, at least
+ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at least
+REPORT_MOST = 60.0  # seconds between two reports to the UI, at most
 TABLE_ROWS = 200  # shards that the UI's table shows
 SHEET_CLIPS = 24  # clips on a contact sheet
 IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
@@ -412,7 +413,7 @@ def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
 def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> Progress:
     """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
     planner, report = Planner(settings, ledgers, request_id, source), Report(request_id)
-    next_report = 0.0
+    next_round = 0.0
 
     def look(session: Session) -> Progress:
         ledger.adopt_takes(session, request_id)
@@ -423,10 +424,10 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
     while True:
         progress = transact(ledgers, look)
         if progress.finished:
-            if_there(partial(report.send, ledgers, progress))
+            if_there(partial(report.send, ledgers, progress, last=True))
             return progress
-        if time.monotonic() >= next_report:
-            next_report = time.monotonic() + REPORT
+        if time.monotonic() >= next_round:
+            next_round = time.monotonic() + ROUND
             # Without Prefect engines go on, and what it is told and asked here waits for the next round.
             send = partial(report.send, ledgers, progress)
             all(if_there(step) for step in (send, partial(end_leases_of_the_dead, ledgers), planner.staff))
@@ -534,20 +535,31 @@ class Planner:
             get_run_logger().info("no GPUs are free for %s: %s shards may be rendered by any engine", short, freed)
 
 
+def pause(age: float) -> float:
+    """Seconds to the next report of a request that has been watched for `age` seconds."""
+    return min(REPORT_MOST, max(ROUND, age / 50))
+
+
 class Report:
-    """What the run's page in the Prefect UI shows: one progress bar and one table of shards, kept up to date."""
+    """What the run's page in the Prefect UI shows: one progress bar and one table of shards, kept up to date.
+
+    Prefect keeps each change as an event with all of the table in it (some 50 kB of 200 rows), so that a request which
+    takes days reports less often than one of minutes.
+    """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.key = request_id.replace("_", "-")
         self.bar: Any = None
         self.table: Any = None
-        self.last: tuple[Any, ...] = ()
+        self.said: tuple[Any, ...] = ()
+        self.began = time.monotonic()
+        self.not_before = self.began
 
-    def send(self, ledgers: sessionmaker[Session], progress: Progress) -> None:
+    def send(self, ledgers: sessionmaker[Session], progress: Progress, *, last: bool = False) -> None:
         share = 100.0 * (progress.added - progress.waiting) / (progress.added or 1)
-        said = tuple(sorted(progress.counts.items()))
-        if said == self.last:
+        said, now = tuple(sorted(progress.counts.items())), time.monotonic()
+        if said == self.said or (now < self.not_before and not last):
             return
         with ledgers() as session:
             rows = [as_line(row) for row in ledger.shard_table(session, self.request_id, limit=TABLE_ROWS)]
@@ -561,7 +573,8 @@ class Report:
             update_progress_artifact(self.bar, share)
             with get_client(sync_client=True) as client:  # each new artifact would be one more card on the page
                 client.update_artifact(self.table, ArtifactUpdate(data=json.dumps(table)))
-        self.last = said
+        self.said = said
+        self.not_before = now + pause(now - self.began)
 
 
 def as_line(row: ledger.ShardRow) -> dict[str, str | int | float]:

@@ -1,7 +1,8 @@
 """The long-lived engine: load the model once, then lease shard after shard until no work is left for a while.
 
-`render` is the flow behind the deployment `render/engine`; `rushes engine` runs the same loop without Prefect. Each
-shard is one Prefect task run and never more: Prefect's records are for people, the ledger is for counting.
+`render` is the flow behind the deployment `render/engine`; `rushes engine` runs the same loop without Prefect. A shard
+is one Prefect task run and never more, and of very short ones only some are shown (TaskRuns): Prefect's records are for
+people, the ledger is for counting.
 
 A clip goes: ranks denoise and decode it ▶ MP4 ▶ object store ▶ ledger. The last three happen in a thread of their own
 while the ranks are already at the next clip. Bytes first, row second: what the ledger calls done can be downloaded.
@@ -42,7 +43,7 @@ from flows.devices import hold_devices
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
 from flows.models import gpus_of, partition_for, resolve
-from flows.patience import away, once, patiently, transact
+from flows.patience import away, if_there, once, patiently, transact
 from flows.settings import AUTO, Settings, load_settings
 from infra.store import NoSuchKey, Store
 from infra.tracing import Event, carrier, continued, current_trace_id, flush, setup_tracing, span_between
@@ -62,6 +63,7 @@ IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
 KEEPING = 8.0  # seconds that an engine that is told to stop has to keep what it is at
 ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
 LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `tidy` closes it as well
+TASK_RUNS = 1000  # of one flow run, which then ends: pages and queries of Prefect bear so many
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
 
 log = logging.getLogger("rushes.engine")
@@ -95,7 +97,9 @@ def render(model: str | None = None, linger: float | None = None, partition: str
     setup_tracing("rushes-engine")
     run_logger = get_run_logger()
     try:
-        done = run_engine(settings, planned=partition, flow_run_id=str(this_run.id), work=as_task, say=run_logger.info)
+        done = run_engine(
+            settings, planned=partition, flow_run_id=str(this_run.id), work=TaskRuns(), say=run_logger.info
+        )
     finally:
         flush()
     return Completed(message=f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
@@ -117,6 +121,31 @@ def as_task(shard: Shard) -> int:
 
 
 @dataclass(slots=True)
+class TaskRuns:
+    """Shards as task runs: no more of them than a flow run's page, Prefect's event queue and its database bear.
+
+    Over all engines about one begins a second, since an engine begins one in as many seconds as engines live; a shard
+    that it claims sooner is rendered all the same, and seen in the ledger alone. After `most` of them it should leave.
+    """
+
+    most: int = TASK_RUNS
+    show: Callable[[Shard], int] = as_task
+    made: int = 0
+    not_before: float = 0.0
+
+    @property
+    def used_up(self) -> bool:
+        return self.made >= self.most
+
+    def __call__(self, shard: Shard) -> int:
+        if time.monotonic() < self.not_before:
+            return shard.run()
+        self.not_before = time.monotonic() + shard.crew.engines_alive()
+        self.made += 1
+        return self.show(shard)
+
+
+@dataclass(slots=True)
 class Done:
     """What an engine did in its life."""
 
@@ -131,18 +160,19 @@ def run_engine(
     *,
     planned: str | None = None,
     flow_run_id: str | None = None,
-    work: Callable[[Shard], int] | None = None,
+    work: TaskRuns | None = None,
     say: Callable[[str], None] = log.info,
+    build: Callable[[Settings, ModelCard, Partition, tuple[int, ...] | None], Engine] | None = None,
 ) -> Done:
-    """Renders until there is no work for `settings.linger` seconds. Ends its ranks whatever happens.
+    """Renders until there is no work for `settings.linger` seconds, or `work` is used up. Ends its ranks in any case.
 
-    planned: the partition for which a plan wants it, in place of the settings'.
+    planned: the partition for which a plan wants it, in place of the settings'. work: how shards are run; None: as they
+    are. build: what makes the engine, by default `engine_of`.
     """
     card = patiently(lambda: resolve(settings, settings.model))
     partition = Partition.parse(planned) if planned else partition_for(settings, card)
     partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
-    work = work or (lambda shard: shard.run())
     # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
     idle = min(IDLE_MOST, settings.lease_seconds)
     with (
@@ -150,7 +180,7 @@ def run_engine(
         devices_of(settings, partition) as gpus,
     ):
         register(ledgers, settings, card, partition, owner, flow_run_id)
-        engine = engine_of(settings, card, partition, gpus)
+        engine = (build or engine_of)(settings, card, partition, gpus)
         crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)
         try:
             with Heart(ledgers, owner):
@@ -251,10 +281,14 @@ class Crew:
     restarts: int = 0  # in a row without a finished clip
     gave_way: int | None = None  # with which shard, a moment ago
     looks_from: float = 0.0  # the time from which it would give way again
+    alive: int = 1  # engines, when it last looked
 
-    def serve(self, done: Done, work: Callable[[Shard], int]) -> None:
+    def serve(self, done: Done, work: TaskRuns | None) -> None:
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < self.settings.linger:
+            if work is not None and work.used_up:
+                self.say(f"engine {self.owner}: has shown {work.made} shards; another one takes its place")
+                return
             claimed = self.claim()
             if claimed is None and self.in_the_way():
                 self.say(f"engine {self.owner}: makes room for engines of other partitions")
@@ -268,7 +302,7 @@ class Crew:
             self.gave_way = None
             shard = Shard(self, *claimed)
             try:
-                done.clips += work(shard)
+                done.clips += work(shard) if work else shard.run()
             except BaseException:  # the engine is stopping or broken: others may have the shard at once
                 shard.give_back()
                 raise
@@ -276,6 +310,17 @@ class Crew:
             idle_since = time.monotonic()
             done.busy += idle_since - began
         self.say(f"engine {self.owner}: no work for {self.settings.linger:.0f} s")
+
+    def engines_alive(self) -> int:
+        """Engines of Prefect that the ledger hears of, whatever their model; while it is away, what was last known."""
+
+        def look() -> None:
+            with self.ledgers() as session:
+                living = ledger.live_engines(session, ledger.ALIVE)
+            self.alive = max(1, sum(engine.flow_run_id is not None for engine in living))
+
+        if_there(look)
+        return self.alive
 
     def claim(self) -> tuple[Lease, list[LeasedClip]] | None:
         """A shard that is for any engine or for this partition; to an engine started by hand, at last, any at all."""

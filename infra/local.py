@@ -57,6 +57,7 @@ WORKER_SECONDS = 90.0
 LOCK_SECONDS = 300.0
 GRACE_SECONDS = 15.0  # what engines get to keep clips that are under way and to give back their shards
 HEARTBEAT_SECONDS = 30.0  # between two signs of life of a worker; Prefect's default
+BEAT_SECONDS = 30  # between two signs of life of a flow run; tidy's automation calls it crashed after 90 of silence
 LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
 
 MARK = "RUSHES_STACK"  # in the environment of every process of a stack: its home
@@ -434,7 +435,7 @@ def _prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
         **({"PREFECT_API_URL": api_url} if api_url else {}),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tidy's automation calls a run crashed after 90 s of silence
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default, which a person at a terminal feels
         "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "10",  # 120 by default, where the events stream is lost
         "PREFECT_LOGGING_COLORS": "false",
@@ -443,6 +444,8 @@ def _prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
 
 
 # Rows are written in batches (the defaults lose task runs in bursts), and old runs are vacuumed as well as old events.
+# Signs of life and changes of progress are of no use once a later one is there, and grow with time alone: they are kept
+# for an hour.
 # Of a schedule only the next run is made: a stack that was down for a week wakes up to one late run, not to many.
 _SERVER = {
     "PREFECT__SERVER_FINAL": "1",
@@ -454,6 +457,9 @@ _SERVER = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
     "PREFECT_SERVER_SERVICES_TRIGGERS_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_EVENT_RETENTION_OVERRIDES": json.dumps(
+        dict.fromkeys(("prefect.flow-run.heartbeat", "prefect.artifact.updated"), 3600)
+    ),
     "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "1",
     "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT1M",
 }

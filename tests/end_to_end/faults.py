@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,8 +25,9 @@ import psycopg
 
 from infra.store import S3Store
 from tests.collector import Collector
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.house import House, command, environment, wait_for
 from tests.integration.s3 import S3Server, s3_server
+from tests.tiny import tiny_model
 
 LEASE = 10.0  # seconds
 CLIPS = 48  # of a request
@@ -193,6 +196,17 @@ def ground(folder: Path, seed: int) -> Iterator[Ground]:
         with house.up():
             yield Ground(house, server, random.Random(seed), collector)
         collector.shutdown()
+
+
+@contextmanager
+def small_house(folder: Path, **settings: str) -> Iterator[House]:
+    """A stack whose engines are started by hand, so that where they run and what they reach is ours to say."""
+    own = {"RUSHES_PARTITION": "tp=2", "RUSHES_LEASE_SECONDS": str(LEASE), "RUSHES_SHARD_SECONDS": "1"}
+    house = House(home=folder / "home", model=tiny_model(folder / "tiny"), settings=own | settings)
+    with house.up():
+        worker = [p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"]
+        house.kill([process for process in worker if "model.rank" not in command(process)])
+        yield house
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -383,6 +397,35 @@ def cable() -> Iterator[Cable]:
         yield made
     finally:
         _ip("netns", "del", name)  # takes its end of the cable with it, and so ours
+
+
+@contextmanager
+def relay(line: Cable, port: int) -> Iterator[int]:
+    """Makes a port of loopback reachable through the cable, and only there."""
+    with socket.create_server((line.ours, 0)) as listener:
+
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            try:
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            except OSError:
+                pass
+            for end in (source, sink):
+                end.close()
+
+        def serve() -> None:
+            while True:
+                try:
+                    theirs, _ = listener.accept()
+                except OSError:
+                    return
+                ours = socket.create_connection(("127.0.0.1", port))
+                for pair in ((theirs, ours), (ours, theirs)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield int(listener.getsockname()[1])
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 # --- a small disk ---------------------------------------------------------------------------------------------------

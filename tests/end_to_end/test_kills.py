@@ -8,11 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,17 +17,17 @@ import pytest
 from tests.end_to_end.faults import (
     FAULTS,
     LEASE,
-    Cable,
     cable,
     campaign,
     fill,
     ground,
     may_make_namespaces,
     may_mount,
+    relay,
     small_disk,
+    small_house,
 )
-from tests.end_to_end.house import House, command, environment, finished, wait_for
-from tests.tiny import tiny_model
+from tests.end_to_end.house import House, finished, wait_for
 
 pytestmark = [pytest.mark.xdist_group("kills"), pytest.mark.timeout(1800), pytest.mark.slow]
 
@@ -49,17 +45,6 @@ def test_anything_may_be_killed(tmp_path: Path) -> None:
 
 
 # Two faults that need a stack of another kind: a folder as store, on a disk that can be filled; engines by hand.
-
-
-@contextmanager
-def small_house(folder: Path, **settings: str) -> Iterator[House]:
-    """A stack whose engines are started by hand, so that where they run and what they reach is ours to say."""
-    own = {"RUSHES_PARTITION": "tp=2", "RUSHES_LEASE_SECONDS": str(LEASE), "RUSHES_SHARD_SECONDS": "1"}
-    house = House(home=folder / "home", model=tiny_model(folder / "tiny"), settings=own | settings)
-    with house.up():
-        worker = [p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"]
-        house.kill([process for process in worker if "model.rank" not in command(process)])
-        yield house
 
 
 def begin(house: House, clips: int) -> tuple[str, str]:
@@ -123,32 +108,3 @@ def test_the_network_is_cut(tmp_path: Path) -> None:
             finished(near)
             far.send_signal(signal.SIGTERM)
             far.communicate(timeout=60)
-
-
-@contextmanager
-def relay(line: Cable, port: int) -> Iterator[int]:
-    """Makes a port of loopback reachable through the cable, and only there."""
-    with socket.create_server((line.ours, 0)) as listener:
-
-        def pump(source: socket.socket, sink: socket.socket) -> None:
-            try:
-                while data := source.recv(65536):
-                    sink.sendall(data)
-            except OSError:
-                pass
-            for end in (source, sink):
-                end.close()
-
-        def serve() -> None:
-            while True:
-                try:
-                    theirs, _ = listener.accept()
-                except OSError:
-                    return
-                ours = socket.create_connection(("127.0.0.1", port))
-                for pair in ((theirs, ours), (ours, theirs)):
-                    threading.Thread(target=pump, args=pair, daemon=True).start()
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield int(listener.getsockname()[1])
-        listener.shutdown(socket.SHUT_RDWR)

@@ -218,6 +218,7 @@ services = server.services
 print(json.dumps({
     "names": sorted(names(Settings)),
     "vacuum": sorted(services.db_vacuum.enabled),
+    "kept": {kind: kept.total_seconds() for kind, kept in services.db_vacuum.event_retention_overrides.items()},
     "recorder": services.task_run_recorder.batch_size,
     "flush": services.task_run_recorder.flush_interval,
     "persister": services.event_persister.batch_size,
@@ -233,7 +234,7 @@ print(json.dumps({
     assert given.keys() <= set(told.pop("names"))
     assert told == {
         "vacuum": ["events", "flow_runs"], "recorder": 500, "flush": 1.0, "persister": 500, "triggers": 100,
-        "analytics": False,
+        "kept": {"prefect.flow-run.heartbeat": 3600.0, "prefect.artifact.updated": 3600.0}, "analytics": False,
     }  # fmt: skip
 
 
