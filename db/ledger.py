@@ -17,6 +17,7 @@ from typing import Any, cast
 import psycopg
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
     Boolean,
     Column,
     Enum,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    any_,
     case,
     delete,
     distinct,
@@ -492,6 +494,16 @@ def unplanned(session: Session, request_id: str, limit: int) -> list[Unplanned]:
     return [Unplanned(**row) for row in rows.mappings()]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewShard:
+    """Clips of one width, height and frames for one engine to lease together."""
+
+    clip_ids: Sequence[str]
+    partition: str | None = None  # the only one whose engines may claim it
+    predicted_seconds: float | None = None  # an engine's for all of `clip_ids`; the shard keeps those of its own clips
+    predicted_bytes: int | None = None  # of its fullest rank
+
+
 def create_shard(
     session: Session,
     request_id: str,
@@ -503,47 +515,85 @@ def create_shard(
     predicted_seconds: float | None = None,
     predicted_bytes: int | None = None,
 ) -> int | None:
-    """Put these clips (of one width, height, frames) into a new shard and return its id.
+    """One shard, as create_shards makes it; None where none of its clips can be taken."""
+    predicted = {"predicted_seconds": predicted_seconds, "predicted_bytes": predicted_bytes}
+    new = NewShard(clip_ids=clip_ids, partition=partition, **predicted)  # type: ignore[arg-type]
+    return next(iter(create_shards(session, request_id, [new], carrier=carrier, priority=priority)), None)
 
-    A clip that meanwhile was taken, cancelled, or whose recipe somebody else renders or has rendered, stays out; None
-    when none is left. Engines on which one of them failed before leave it to others for a while. `priority` is the
-    request's when not given. `partition`: the only one whose engines may claim it.
-    `predicted_seconds` are an engine's for all of `clip_ids`; of clips that stay out the shard does not keep them.
-    `predicted_bytes` are those of its fullest rank. Planners of all requests take turns from here to the end of the
+
+def create_shards(
+    session: Session,
+    request_id: str,
+    shards: Sequence[NewShard],
+    *,
+    carrier: Mapping[str, str] | None = None,
+    priority: int | None = None,
+) -> list[int]:
+    """Put clips into new shards, in this order, and return the shards' ids.
+
+    A clip that meanwhile was taken, cancelled, or whose recipe somebody else renders or has rendered, stays out; a
+    shard of which none is left is not made. Engines on which one of its clips failed before leave a shard to others for
+    a while. `priority` is the request's when not given. Planners of all requests take turns from here to the end of the
     transaction, so commit soon.
+
+    All shards in as many statements as one takes: whether nobody renders its clips, asked of each shard alone, reads
+    all clips that are planned for every one of them, as long as the statistics do not know that there are any.
     """
     request = _lock_request(session, request_id)
     if request.status != RequestStatus.OPEN or request.total is None:
-        return None
+        return []
     session.execute(select(func.pg_advisory_xact_lock(_PLANNING)))
-    takable = select(Clip.id, Clip.width, Clip.height, Clip.frames, Clip.recipe).distinct(Clip.recipe)
-    takable = takable.where(Clip.id.in_(clip_ids), Clip.request_id == request_id, _unplanned(Clip), *_nobody_renders())
-    rows = session.execute(takable.order_by(Clip.recipe, Clip.index, Clip.sample)).all()
-    if not rows:
-        return None
-    shapes = {(row.width, row.height, row.frames) for row in rows}
-    if len(shapes) > 1:
-        raise ValueError(f"a shard renders one shape; these clips of {request_id} have {len(shapes)}: {sorted(shapes)}")
-    ((width, height, frames),) = shapes
-    shard_id = session.execute(
-        insert(Shard)
-        .values(
-            request_id=request_id,
-            priority=request.priority if priority is None else priority,
-            width=width,
-            height=height,
-            frames=frames,
-            size=len(rows),
-            partition=partition,
-            predicted_seconds=predicted_seconds and predicted_seconds * len(rows) / len(clip_ids),
-            predicted_bytes=predicted_bytes,
-            avoid=_failed_on(session, [row.id for row in rows], request.model_digest),
-            carrier=dict(carrier or {}),
+    asked = [clip_id for shard in shards for clip_id in shard.clip_ids]
+    takable = select(Clip.id, Clip.width, Clip.height, Clip.frames, Clip.attempts).distinct(Clip.recipe)
+    takable = takable.where(
+        Clip.id == any_(literal(asked, ARRAY(Text))),
+        Clip.request_id == request_id,
+        _unplanned(Clip),
+        *_nobody_renders(),
+    )
+    rows = {row.id: row for row in session.execute(takable.order_by(Clip.recipe, Clip.index, Clip.sample))}
+    new: list[dict[str, Any]] = []
+    taken: list[list[str]] = []
+    for shard in shards:
+        theirs = [rows.pop(clip_id) for clip_id in shard.clip_ids if clip_id in rows]
+        if not theirs:
+            continue
+        shapes = {(row.width, row.height, row.frames) for row in theirs}
+        if len(shapes) > 1:
+            said = f"these clips of {request_id} have {len(shapes)}: {sorted(shapes)}"
+            raise ValueError(f"a shard renders one shape; {said}")
+        ((width, height, frames),) = shapes
+        tried = [row.id for row in theirs if row.attempts]
+        seconds = shard.predicted_seconds
+        new.append(
+            {
+                "request_id": request_id,
+                "priority": request.priority if priority is None else priority,
+                "width": width,
+                "height": height,
+                "frames": frames,
+                "size": len(theirs),
+                "partition": shard.partition,
+                "predicted_seconds": seconds and seconds * len(theirs) / len(shard.clip_ids),
+                "predicted_bytes": shard.predicted_bytes,
+                "avoid": _failed_on(session, tried, request.model_digest) if tried else None,
+                "carrier": dict(carrier or {}),
+            }
         )
-        .returning(Shard.id)
-    ).scalar_one()
-    change(session, update(Clip).where(Clip.id.in_([row.id for row in rows])).values(shard_id=shard_id))
-    return shard_id
+        taken.append([row.id for row in theirs])
+    if not new:
+        return []
+    made = list(session.scalars(insert(Shard).returning(Shard.id, sort_by_parameter_order=True), new))
+    placed = select(
+        func.unnest(literal([clip_id for part in taken for clip_id in part], ARRAY(Text))).label("id"),
+        func.unnest(
+            literal([shard for shard, part in zip(made, taken, strict=True) for _ in part], ARRAY(BigInteger))
+        ).label("shard_id"),
+    ).cte("placed")
+    change(session, update(Clip).where(Clip.id == placed.c.id).values(shard_id=placed.c.shard_id))
+    if len(asked) >= _ANALYZE_FROM:  # or the next wave asks of each clip whether any planned one is its twin
+        session.execute(text("analyze clips"))
+    return made
 
 
 def _failed_on(session: Session, clip_ids: Sequence[str], model_digest: str) -> list[str] | None:

@@ -466,17 +466,17 @@ class Planner:
             return
         cost = cost_model(session, self.settings, self.source.card)
         remaining = ledger.progress(session, self.request_id).counts[ClipStatus.QUEUED]
-        for squad, bound in self.squads(waiting, cost):
-            for shard in self.cut(squad, cost, remaining):
-                ledger.create_shard(
-                    session,
-                    self.request_id,
-                    shard.clip_ids,
-                    carrier=carrier(),
-                    partition=str(squad.partition) if bound else None,
-                    predicted_seconds=shard.seconds,
-                    predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
-                )
+        new = [
+            ledger.NewShard(
+                clip_ids=shard.clip_ids,
+                partition=str(squad.partition) if bound else None,
+                predicted_seconds=shard.seconds,
+                predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
+            )
+            for squad, bound in self.squads(waiting, cost)
+            for shard in self.cut(squad, cost, remaining)
+        ]
+        ledger.create_shards(session, self.request_id, new, carrier=carrier())
 
     def cut(self, squad: plan.Squad, cost: plan.CostModel, remaining: int) -> list[plan.PlannedShard]:
         """The squad's shards. What failed before is alone in its own: whatever is wrong with it harms nobody else."""
