@@ -1,7 +1,7 @@
 """Whatever engines, planners and people do, and in whatever order: every clip ends accounted for, and once.
 
 The machine below plays all of them against a real Postgres. Engines stall, lose their lease to another and write all
-the same. Take the attempt out of `leases.held` and it fails.
+the same. Take the attempt out of `leases.HELD` and it fails.
 """
 
 from __future__ import annotations
