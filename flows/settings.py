@@ -84,9 +84,10 @@ class Settings(BaseSettings):
     micro_batch: int = Field(
         default=1, ge=1, le=256, description="Clips denoised together; another number may change a clip's last bits"
     )
-    compile: bool = Field(
+    compile: bool | Literal["reduce-overhead"] = Field(
         default=False,
-        description="Compile the model's blocks: quicker steps, a slower first start; on a CPU it needs a C++ compiler",
+        description="Compile the model's blocks: quicker steps, a slower first start; on a CPU it needs a C++ compiler."
+        " reduce-overhead: and replay them as CUDA graphs",
     )
     engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
     linger: float = Field(

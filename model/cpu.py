@@ -30,7 +30,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """What the layer computes of x [B, C, T, H, W]."""
-    if not _serves(x, conv.weight):
+    if isinstance(conv.padding, str) or not _serves(x, conv.weight):
         return nn.Conv3d.forward(conv, x)
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
 

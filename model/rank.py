@@ -234,14 +234,14 @@ class Rank:
             from model.compiled import compile_blocks
 
             for dit in experts:
-                compile_blocks(dit)
+                compile_blocks(dit, settings["compile"])
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
         self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
         self.decoder = DividedDecoder(self.vae, self.rank, self.world)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
-            partition.self_test(dit, path, groups, dtype, self.device, part, settings["compile"]).error
+            partition.self_test(dit, path, groups, dtype, self.device, part, bool(settings["compile"])).error
             for dit, part in zip(experts, parts, strict=True)
         ]
         lap("self_test")
