@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -151,6 +160,14 @@ class Settings(BaseSettings):
             key = f"{PREFIX}{field.field_name}".upper().replace("_URL", "_KEY")
             raise ValueError(f"must not hold a password: {key} holds the endpoint's key")
         return value
+
+    @field_validator("compile", mode="wrap")
+    @classmethod
+    def _compile_is_known(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # one message for both types
+            raise ValueError("must be true, false or reduce-overhead") from None
 
     @field_validator("partition")
     @classmethod

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model import cpu
+from model.dit import ENOUGH
 from model.vae import CausalConv
 
 random = torch.Generator().manual_seed(0)
@@ -29,6 +30,13 @@ def test_products_are_those_of_float64(given: torch.Tensor, weight: torch.Tensor
     assert (cpu.linear(given, weight, BIAS) - true).abs().max() < bound
     assert (cpu.linear(given, weight, None) - (true - BIAS)).abs().max() < bound
     assert (cpu.linear_gelu(given, weight, BIAS) - F.gelu(true, approximate="tanh")).abs().max() < bound
+
+
+@pytest.mark.parametrize("rows", [ENOUGH, ENOUGH + 1, 29, 80, 160])
+def test_a_rows_bits_do_not_depend_on_how_many_others_there_are(rows: int) -> None:
+    flat = X.flatten(0, 1)
+    assert torch.equal(cpu.linear(flat[:rows], WEIGHT, BIAS), cpu.linear(flat, WEIGHT, BIAS)[:rows])
+    assert torch.equal(cpu.linear_gelu(flat[:rows], WEIGHT, BIAS), cpu.linear_gelu(flat, WEIGHT, BIAS)[:rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
