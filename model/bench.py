@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -146,14 +146,39 @@ def their_pipeline(folder: Path) -> Any:
     return pipeline
 
 
-class Diffusers:
-    """`WanPipeline` of mini and our decoder, in a process of their own."""
+class Ours:
+    """Engines of mini, one rank each, started."""
 
-    def __init__(self, threads: int) -> None:
-        self.process = ProcessPoolExecutor(1, mp.get_context("spawn"), initializer=_load_theirs, initargs=(threads,))
+    def __init__(self, engines: int, threads: int, seats: int, running: ExitStack) -> None:
+        self.engines = [
+            running.enter_context(Engine(SHIPPED / "mini", Partition(), threads_per_rank=threads, micro_batch=seats))
+            for _ in range(engines)
+        ]
+        self.callers = running.enter_context(ThreadPoolExecutor(engines))
 
-    def render(self, specs: Sequence[ClipSpec], batch: int) -> Future[None]:
-        return self.process.submit(_render_theirs, specs, batch)
+    def render(self, specs: Sequence[ClipSpec]) -> list[RenderedClip]:
+        """Every engine takes as many."""
+        parts = [specs[k :: len(self.engines)] for k in range(len(self.engines))]
+        made = self.callers.map(lambda engine, some: list(engine.render(some)), self.engines, parts)
+        return [clip for some in made for clip in some]
+
+
+class Theirs:
+    """Processes with `WanPipeline` of mini and our decoder."""
+
+    def __init__(self, processes: int, threads: int, batch: int, running: ExitStack) -> None:
+        spawn = mp.get_context("spawn")
+        self.batch = batch
+        self.processes = [
+            running.enter_context(ProcessPoolExecutor(1, spawn, initializer=_load_theirs, initargs=(threads,)))
+            for _ in range(processes)
+        ]
+
+    def render(self, specs: Sequence[ClipSpec]) -> None:
+        parts = [specs[k :: len(self.processes)] for k in range(len(self.processes))]
+        each = zip(self.processes, parts, strict=True)
+        for done in [process.submit(_render_theirs, some, self.batch) for process, some in each]:
+            done.result()
 
 
 _their: dict[str, Any] = {}  # what this process has loaded
@@ -188,39 +213,6 @@ def _render_theirs(specs: Sequence[ClipSpec], batch: int) -> None:
             to_pixels(vae.decode(latent[None]))
 
 
-def theirs(specs: Sequence[ClipSpec], processes: int, threads: int, batch: int) -> float:
-    """Seconds that diffusers takes, started and warm."""
-    each = [Diffusers(threads) for _ in range(processes)]
-    try:
-        for warm in [one.render(specs[:batch], batch) for one in each]:
-            warm.result()
-        started = time.perf_counter()
-        for done in [one.render(specs[k::processes], batch) for k, one in enumerate(each)]:
-            done.result()
-        return time.perf_counter() - started
-    finally:
-        for one in each:
-            one.process.shutdown()
-
-
-def ours(specs: Sequence[ClipSpec], engines: int, threads: int, seats: int) -> tuple[float, float]:
-    """Seconds that engines of one rank take, started and warm, and decoding's share of their work."""
-
-    def render(engine: Engine, some: Sequence[ClipSpec]) -> list[RenderedClip]:
-        return list(engine.render(some))
-
-    each = [Engine(SHIPPED / "mini", Partition(), threads_per_rank=threads, micro_batch=seats) for _ in range(engines)]
-    with ExitStack() as running, ThreadPoolExecutor(engines) as callers:
-        for engine in each:
-            running.enter_context(engine)
-        list(callers.map(render, each, [specs[:seats]] * engines))
-        started = time.perf_counter()
-        made = list(callers.map(render, each, [specs[k::engines] for k in range(engines)]))
-        taken = time.perf_counter() - started
-    seconds = [clip.seconds for some in made for clip in some]
-    return taken, sum(of["decode"] for of in seconds) / sum(sum(of.values()) for of in seconds)
-
-
 def clips(count: int = 32, cores: int = os.cpu_count() or 1) -> Iterator[str]:
     """Whole clips of mini, 25 steps, guided: engines of one rank against diffusers' pipeline and our decoder."""
     card = find_model(SHIPPED / "mini")
@@ -236,7 +228,22 @@ def clips(count: int = 32, cores: int = os.cpu_count() or 1) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for processes, threads in ((1, cores), (cores, 1)):
         for mine, yours in ((1, 1), (4, 4), (4, 16)):
-            (a, decode), b = ours(specs, processes, threads, mine), theirs(specs, processes, threads, yours)
+            turn, taken = max(8, processes * max(mine, yours)), [0.0, 0.0]
+            made: list[RenderedClip] = []
+            with ExitStack() as running:
+                ours = Ours(processes, threads, mine, running)
+                theirs = Theirs(processes, threads, yours, running)
+                ours.render(specs[: processes * mine])
+                theirs.render(specs[:processes])
+                for first in range(0, count, turn):  # by turns, so that a busy moment hits both
+                    some, started = specs[first : first + turn], time.perf_counter()
+                    made += ours.render(some)
+                    between = time.perf_counter()
+                    theirs.render(some)
+                    taken[0] += between - started
+                    taken[1] += time.perf_counter() - between
+            a, b = taken
+            decode = sum(clip.seconds["decode"] for clip in made) / sum(sum(clip.seconds.values()) for clip in made)
             yield (
                 f"| {processes} x {threads} | {mine} | {a / count:.2f} | {yours} | {b / count:.2f} | {b / a:.2f} "
                 f"| {decode:.0%} |"
