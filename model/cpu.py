@@ -35,6 +35,13 @@ def convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
 
 
+@torch.no_grad()
+def prepare() -> None:
+    """Has oneDNN set itself up while there is memory: later it says that it got none, at first it crashes."""
+    linear_gelu(torch.zeros(2, 64), torch.zeros(64, 64), torch.zeros(64))
+    convolution(nn.Conv3d(16, 16, 3, padding=1), torch.zeros(1, 16, 3, 8, 8))
+
+
 def _serves(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"

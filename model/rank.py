@@ -177,8 +177,9 @@ def out_of_memory(problem: BaseException) -> bool:
     """Whether fewer clips at once could have helped."""
     import torch
 
-    said = "can't allocate memory" in str(problem) or "not enough memory" in str(problem)  # the CPU's allocator
-    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or (isinstance(problem, RuntimeError) and said)
+    of_cpu = ("can't allocate memory", "not enough memory", "could not create a primitive")  # the last is oneDNN's
+    said = isinstance(problem, RuntimeError) and any(words in str(problem) for words in of_cpu)
+    return said or isinstance(problem, MemoryError | torch.OutOfMemoryError)
 
 
 class Rank:
@@ -195,7 +196,7 @@ class Rank:
         started = time.perf_counter()
         import torch
 
-        from model import partition
+        from model import cpu, partition
         from model.batch import Batch
         from model.checkpoint import check_memory, free_bytes
         from model.rows import DividedDecoder
@@ -203,6 +204,7 @@ class Rank:
 
         torch.set_num_threads(settings["threads"])
         torch.set_grad_enabled(False)
+        cpu.prepare()
         self.rank: int = settings["rank"]
         self.device: str = settings["device"]
         self.wire, self.inbox, self.slots = wire, inbox, settings["slots"]
