@@ -54,7 +54,7 @@ def as_duration(seconds: float) -> str:
 def cost_model(session: Session, settings: Settings, card: ModelCard) -> plan.CostModel:
     """What clips of this model take, by what they took so far on devices of this kind."""
     network = network_like(card, settings.bytes_each)
-    measured = watching.measured_costs(session, card.digest, settings.device, compiled=settings.compile)
+    measured = watching.measured_costs(session, card.digest, settings.device, compiled=bool(settings.compile))
     return plan.CostModel.from_history(measured, network, Rates.of(gpu_of(settings)))
 
 

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 # Goes up when the same settings begin to give other pixels (sampler, noise, decoder, precision), so that old takes are
 # never served for new recipes.
-NUMERICS = 2
+NUMERICS = 3
 
 MAX_LINE = 1_000_000  # bytes of one line
 CHUNK = 1 << 18

@@ -83,7 +83,9 @@ def machine(settings: Settings) -> str:
         (settings.micro_batch, "clips at a time", True),
     )
     said = [f"{count} {what}" for count, what, counts in several if counts and count > 1]
-    return ", ".join([f"{settings.device} {platform.machine()}", *said, *(["compiled"] if settings.compile else [])])
+    if settings.compile:
+        said.append("compiled" if settings.compile is True else f"compiled for {settings.compile}")
+    return ", ".join([f"{settings.device} {platform.machine()}", *said])
 
 
 @flow(name="render", description="An engine: keeps a model loaded and renders shards until no work is left.")

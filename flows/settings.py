@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -88,9 +97,10 @@ class Settings(BaseSettings):
     micro_batch: int = Field(
         default=1, ge=1, le=256, description="Clips denoised together; another number may change a clip's last bits"
     )
-    compile: bool = Field(
+    compile: bool | Literal["reduce-overhead"] = Field(
         default=False,
-        description="Compile the model's blocks: quicker steps, a slower first start; on a CPU it needs a C++ compiler",
+        description="Compile the model's blocks: quicker steps, a slower first start; on a CPU it needs a C++ compiler."
+        " reduce-overhead: and replay them as CUDA graphs",
     )
     engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
     linger: float = Field(
@@ -154,6 +164,14 @@ class Settings(BaseSettings):
             key = f"{PREFIX}{field.field_name}".upper().replace("_URL", "_KEY")
             raise ValueError(f"must not hold a password: {key} holds the endpoint's key")
         return value
+
+    @field_validator("compile", mode="wrap")
+    @classmethod
+    def _compile_is_known(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # one message for both types
+            raise ValueError("must be true, false or reduce-overhead") from None
 
     @field_validator("partition")
     @classmethod

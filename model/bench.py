@@ -13,6 +13,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -28,7 +30,7 @@ from model.checkpoint import resident_peak
 from model.config import DiTConfig, Partition, Shape
 from model.diffusion import noise
 from model.dit import DiT
-from model.engine import Engine
+from model.engine import ClipSpec, Engine, RenderedClip
 from model.partition import connect, groups_of, load_partitioned, parameter_bytes
 from model.score_modes import spec_of
 from model.vae import to_pixels
@@ -144,54 +146,108 @@ def their_pipeline(folder: Path) -> Any:
     return pipeline
 
 
-def clips(count: int = 32, threads: int = os.cpu_count() or 1) -> Iterator[str]:
-    """Whole clips of mini, 25 steps, guided: an engine of one rank against diffusers' pipeline and our decoder."""
+class Ours:
+    """Engines of mini, one rank each, started."""
+
+    def __init__(self, engines: int, threads: int, seats: int, running: ExitStack) -> None:
+        self.engines = [
+            running.enter_context(Engine(SHIPPED / "mini", Partition(), threads_per_rank=threads, micro_batch=seats))
+            for _ in range(engines)
+        ]
+        self.callers = running.enter_context(ThreadPoolExecutor(engines))
+
+    def render(self, specs: Sequence[ClipSpec]) -> list[RenderedClip]:
+        """Every engine takes as many."""
+        parts = [specs[k :: len(self.engines)] for k in range(len(self.engines))]
+        made = self.callers.map(lambda engine, some: list(engine.render(some)), self.engines, parts)
+        return [clip for some in made for clip in some]
+
+
+class Theirs:
+    """Processes with `WanPipeline` of mini and our decoder."""
+
+    def __init__(self, processes: int, threads: int, batch: int, running: ExitStack) -> None:
+        spawn = mp.get_context("spawn")
+        self.batch = batch
+        self.processes = [
+            running.enter_context(ProcessPoolExecutor(1, spawn, initializer=_load_theirs, initargs=(threads,)))
+            for _ in range(processes)
+        ]
+
+    def render(self, specs: Sequence[ClipSpec]) -> None:
+        parts = [specs[k :: len(self.processes)] for k in range(len(self.processes))]
+        each = zip(self.processes, parts, strict=True)
+        for done in [process.submit(_render_theirs, some, self.batch) for process, some in each]:
+            done.result()
+
+
+_their: dict[str, Any] = {}  # what this process has loaded
+
+
+def _load_theirs(threads: int) -> None:
+    torch.set_num_threads(threads)
     folder = SHIPPED / "mini"
-    card, vae = find_model(folder), load_vae(folder, torch.float32)
-    shape = Shape(card.width, card.height, card.frames)
+    _their.update(pipeline=their_pipeline(folder), vae=load_vae(folder, torch.float32), card=find_model(folder))
+
+
+@torch.inference_mode()
+def _render_theirs(specs: Sequence[ClipSpec], batch: int) -> None:
+    """Prompts to pixels, so many at once."""
+    vae, card = _their["vae"], _their["card"]
+    for first in range(0, len(specs), batch):
+        some = specs[first : first + batch]
+        shape = Shape(some[0].width, some[0].height, some[0].frames)
+        latents = _their["pipeline"](
+            prompt=[spec.prompt for spec in some],
+            negative_prompt=[""] * len(some),
+            width=shape.width,
+            height=shape.height,
+            num_frames=shape.frames,
+            num_inference_steps=some[0].steps,
+            guidance_scale=some[0].guidance,
+            max_sequence_length=card.max_prompt_tokens,
+            latents=torch.stack([noise(spec.seed, vae.latent_shape(shape)) for spec in some]),
+            output_type="latent",
+        ).frames
+        for latent in latents:
+            to_pixels(vae.decode(latent[None]))
+
+
+def clips(count: int = 32, cores: int = os.cpu_count() or 1) -> Iterator[str]:
+    """Whole clips of mini, 25 steps, guided: engines of one rank against diffusers' pipeline and our decoder."""
+    card = find_model(SHIPPED / "mini")
     prompts = [f"a {colour} ball slides to the left" for colour in ("red", "green", "blue", "yellow")]
     specs = [
         replace(spec_of(card, prompts[k % len(prompts)], seed=k, steps=25, overlap=5), solver="euler")
         for k in range(count)
     ]
-    pipeline = their_pipeline(folder)
-
-    @torch.inference_mode()
-    def theirs(batch: int) -> float:
-        started = time.perf_counter()
-        for first in range(0, count, batch):
-            some = specs[first : first + batch]
-            latents = pipeline(
-                prompt=[spec.prompt for spec in some],
-                negative_prompt=[""] * len(some),
-                width=shape.width,
-                height=shape.height,
-                num_frames=shape.frames,
-                num_inference_steps=25,
-                guidance_scale=card.guidance,
-                max_sequence_length=card.max_prompt_tokens,
-                latents=torch.stack([noise(spec.seed, vae.latent_shape(shape)) for spec in some]),
-                output_type="latent",
-            ).frames
-            for latent in latents:
-                to_pixels(vae.decode(latent[None]))
-        return time.perf_counter() - started
-
-    def ours(batch: int) -> tuple[float, float]:
-        with Engine(folder, Partition(), threads_per_rank=threads, micro_batch=batch) as engine:
-            list(engine.render(specs[:1]))  # started and warm
-            started = time.perf_counter()
-            made = list(engine.render(specs))
-            taken = time.perf_counter() - started
-        return taken, sum(clip.seconds["decode"] for clip in made) / sum(sum(clip.seconds.values()) for clip in made)
-
-    torch.set_num_threads(threads)
-    theirs(count)
-    yield f"| clips at once, of {count}: ours | s a clip | diffusers | s a clip | times as fast | decoding, of ours |"
-    yield "|---|---|---|---|---|---|"
-    for mine, yours in ((1, 1), (4, 4), (4, 16)):
-        (a, decode), b = ours(mine), theirs(yours)
-        yield f"| {mine} | {a / count:.2f} | {yours} | {b / count:.2f} | {b / a:.2f} | {decode:.0%} |"
+    yield (
+        f"| processes x threads | clips at once, of {count}: ours | s a clip | diffusers | s a clip "
+        "| times as fast | decoding, of ours |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for processes, threads in ((1, cores), (cores, 1)):
+        for mine, yours in ((1, 1), (4, 4), (4, 16)):
+            turn, taken = max(8, processes * max(mine, yours)), [0.0, 0.0]
+            made: list[RenderedClip] = []
+            with ExitStack() as running:
+                ours = Ours(processes, threads, mine, running)
+                theirs = Theirs(processes, threads, yours, running)
+                ours.render(specs[: processes * mine])
+                theirs.render(specs[:processes])
+                for first in range(0, count, turn):  # by turns, so that a busy moment hits both
+                    some, started = specs[first : first + turn], time.perf_counter()
+                    made += ours.render(some)
+                    between = time.perf_counter()
+                    theirs.render(some)
+                    taken[0] += between - started
+                    taken[1] += time.perf_counter() - between
+            a, b = taken
+            decode = sum(clip.seconds["decode"] for clip in made) / sum(sum(clip.seconds.values()) for clip in made)
+            yield (
+                f"| {processes} x {threads} | {mine} | {a / count:.2f} | {yours} | {b / count:.2f} | {b / a:.2f} "
+                f"| {decode:.0%} |"
+            )
 
 
 BENCHES = {"loading": loading, "step": step, "clips": clips, "gpu": gpu}

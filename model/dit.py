@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import cpu
 from model.config import DiTConfig
-from model.layers import Block, Heard, LayerNorm32, sinusoid, turns_of
+from model.layers import Block, Heard, LayerNorm32, Linear, sinusoid, turns_of
 from model.patch import grid, patchify, unpatchify
 
 ENOUGH = 16  # rows from which on products of this size gave the same bits whatever their number
@@ -28,7 +29,7 @@ Layer = Callable[[Tensor], Tensor]  # a block with all that it is given beside t
 class TimeMLP(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(channels, width), nn.Linear(width, width)
+        self.linear_1, self.linear_2 = Linear(channels, width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -37,7 +38,7 @@ class TimeMLP(nn.Module):
 class TextMLP(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(channels, width), nn.Linear(width, width)
+        self.linear_1, self.linear_2 = Linear(channels, width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
@@ -49,7 +50,7 @@ class Conditioning(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.time_embedder = TimeMLP(config.freq_dim, config.width)
-        self.time_proj = nn.Linear(config.width, 6 * config.width)
+        self.time_proj = Linear(config.width, 6 * config.width)
         self.text_embedder = TextMLP(config.text_dim, config.width)
         self.channels = config.freq_dim
 
@@ -82,7 +83,7 @@ class DiT(nn.Module):
             Block(width, config.heads, config.ffn_dim, config.cross_norm, config.eps) for _ in range(config.layers)
         )
         self.norm_out = LayerNorm32(width, config.eps, elementwise_affine=False)
-        self.proj_out = nn.Linear(width, config.out_channels * config.patch[0] * config.patch[1] * config.patch[2])
+        self.proj_out = Linear(width, config.out_channels * config.patch[0] * config.patch[1] * config.patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.split: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # the tokens that this process computes
         self.merge: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # and all of them again
@@ -109,7 +110,7 @@ class DiT(nn.Module):
             )
 
         weight = self.patch_embedding.weight
-        x = F.linear(
+        x = cpu.linear(
             patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias
         )
         turns = self.split(turns_of(cells, self.config.rope_axes, latents.device), 0)[:, None]

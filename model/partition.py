@@ -373,6 +373,8 @@ def self_test(
     def velocities(network: DiT, cfg: Axis) -> Tensor:
         return torch.stack(both_halves(network, latents, times, own_text(text, negative, cfg), cfg)).float()
 
+    for _ in range(2 if compiled else 0):  # CUDA graphs are warmed up, recorded, and only then replayed
+        velocities(dit, groups.cfg)
     mine = velocities(dit, groups.cfg)
     truth, rounded = torch.zeros_like(mine), torch.zeros_like(mine)
     if alone or dist.get_rank() == 0:

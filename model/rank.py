@@ -188,8 +188,9 @@ def out_of_memory(problem: BaseException) -> bool:
     """Whether fewer clips at once could have helped."""
     import torch
 
-    said = "can't allocate memory" in str(problem) or "not enough memory" in str(problem)  # the CPU's allocator
-    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or (isinstance(problem, RuntimeError) and said)
+    of_cpu = ("can't allocate memory", "not enough memory", "could not create a primitive")  # the last is oneDNN's
+    said = isinstance(problem, RuntimeError) and any(words in str(problem) for words in of_cpu)
+    return said or isinstance(problem, MemoryError | torch.OutOfMemoryError)
 
 
 class Rank:
@@ -206,7 +207,7 @@ class Rank:
         started = time.perf_counter()
         import torch
 
-        from model import partition
+        from model import cpu, partition
         from model.batch import Batch
         from model.checkpoint import check_memory, free_bytes
         from model.rows import DividedDecoder
@@ -214,6 +215,7 @@ class Rank:
 
         torch.set_num_threads(settings["threads"])
         torch.set_grad_enabled(False)
+        cpu.prepare()
         self.rank: int = settings["rank"]
         self.device: str = settings["device"]
         self.wire, self.inbox, self.slots = wire, inbox, settings["slots"]
@@ -245,14 +247,14 @@ class Rank:
             from model.compiled import compile_blocks
 
             for dit in experts:
-                compile_blocks(dit)
+                compile_blocks(dit, settings["compile"])
         self.text: TextEncoder | None = load_text(path, dtype, self.device) if self.rank == 0 else None
         self.vae: VAE | WanVAE = load_vae(path, torch.float32, self.device)
         self.decoder = DividedDecoder(self.vae, self.rank, self.world)
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
         lap("load")
         tested = [
-            partition.self_test(dit, path, groups, dtype, self.device, part, settings["compile"]).error
+            partition.self_test(dit, path, groups, dtype, self.device, part, bool(settings["compile"])).error
             for dit, part in zip(experts, parts, strict=True)
         ]
         lap("self_test")

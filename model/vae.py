@@ -18,6 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model import cpu
 from model.config import Shape, VAEConfig
 
 STRIDE_TIME, STRIDE_SPACE = 4, 8
@@ -46,7 +47,7 @@ class CausalConv(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         if self.past:
             input = F.pad(input, (0, 0, 0, 0, self.past, 0))
-        return super().forward(input)
+        return cpu.convolution(self, input)
 
 
 class PositionNorm(nn.Module):
@@ -103,7 +104,9 @@ class Up(nn.Module):
         self.spread = nn.Conv3d(inputs, 8 * outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(self.spread(x), "b (c pt ph pw) t h w -> b c (t pt) (h ph) (w pw)", pt=2, ph=2, pw=2)
+        x = rearrange(
+            cpu.convolution(self.spread, x), "b (c pt ph pw) t h w -> b c (t pt) (h ph) (w pw)", pt=2, ph=2, pw=2
+        )
         return x[:, :, 1:].contiguous(memory_format=torch.channels_last_3d)
 
 

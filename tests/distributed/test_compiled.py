@@ -8,23 +8,46 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model.compiled import COMPILERS
 from model.config import Partition
-from model.engine import Engine, StartFailed
+from model.engine import ClipSpec, Compile, Device, Engine, StartFailed
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(900)]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("partition", [Partition(), Partition(tp=2)], ids=str)
-def test_a_compiled_engine_makes_the_same_clips_within_a_level(partition: Partition, tmp_path: Path) -> None:
-    model, cache = tiny_model(tmp_path / "tiny"), tmp_path / "compiled"
-    clips = [CLIP, replace(CLIP, clip_id="longer", frames=13)]
-    with Engine(model, partition, log=tmp_path / "ranks.log") as engine:
+@pytest.mark.parametrize(
+    ("partition", "how"), [(Partition(), True), (Partition(tp=2), True), (Partition(), "reduce-overhead")], ids=str
+)
+def test_a_compiled_engine_makes_the_same_clips_within_a_level(
+    partition: Partition, how: Compile, tmp_path: Path
+) -> None:
+    compare(tiny_model(tmp_path / "tiny"), partition, how, "cpu", [CLIP, replace(CLIP, clip_id="longer", frames=13)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU replays CUDA graphs")
+@pytest.mark.parametrize("how", [True, "reduce-overhead"])
+def test_a_compiled_engine_makes_the_same_clips_on_a_gpu(how: Compile, tmp_path: Path) -> None:
+    """Shapes come back after others, guided and not, with a step cache and without: each has a graph of its own."""
+    others = [
+        replace(CLIP, clip_id="longer", frames=13),
+        replace(CLIP, clip_id="cached", step_cache=0.1),
+        replace(CLIP, clip_id="unguided", guidance=1.0),
+    ]
+    clips = [CLIP, *others, *(replace(clip, clip_id=f"{clip.clip_id} again", seed=7) for clip in (CLIP, *others))]
+    compare(tiny_model(tmp_path / "tiny"), Partition(), how, "cuda", clips)
+
+
+def compare(model: Path, partition: Partition, how: Compile, device: Device, clips: list[ClipSpec]) -> None:
+    """A compiled engine with an eager one, both in float32, which a level of a pixel must not show."""
+    cache, log = model.parent / "compiled", model.parent / "ranks.log"
+    with Engine(model, partition, device=device, dtype="float32", log=log) as engine:
         wanted = list(engine.render(clips))
-    with Engine(model, partition, compile=True, cache=cache, log=tmp_path / "ranks.log") as engine:
+    with Engine(model, partition, device=device, dtype="float32", compile=how, cache=cache, log=log) as engine:
         assert all(0 < rank.self_test <= 1e-5 for rank in engine.ready), "nothing was compared"
         found = list(engine.render(clips))
     assert any(cache.iterdir()), "nothing was kept for the next start"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from db.history import QUERIES
 from flows import bench_ledger, bench_prefect
@@ -48,9 +49,10 @@ def test_a_step_computes_what_diffusers_computes() -> None:
 
 @pytest.mark.xdist_group("ranks")
 def test_whole_clips_are_timed_side_by_side() -> None:
-    rows = cells(bench.clips(2, threads=1))
-    assert [(row[0], row[2]) for row in rows] == [("1", "1"), ("4", "4"), ("4", "16")]
-    assert all(re.fullmatch(r"\d+%", row[5]) and float(row[1]) > 0 for row in rows)
+    rows = cells(bench.clips(2, cores=2))
+    at_once = [("1", "1"), ("4", "4"), ("4", "16")]
+    assert [(row[0], row[1], row[3]) for row in rows] == [(n, *two) for n in ("1 x 2", "2 x 1") for two in at_once]
+    assert all(re.fullmatch(r"\d+%", row[6]) and float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
 
 
 @pytest.mark.skipif(bench_gpu.torch.cuda.is_available(), reason="this is the path without a GPU")
@@ -67,13 +69,15 @@ def test_the_gpu_bench_runs_small_on_a_cpu_and_says_so() -> None:
     assert all(float(row[3]) <= groups[row[0]] for row in trace)
 
 
-def test_what_torch_counts_of_a_block_is_what_the_formula_says() -> None:
+@pytest.mark.parametrize("inference", [False, True], ids=["torch's products", "oneDNN's"])
+def test_what_torch_counts_of_a_block_is_what_the_formula_says(inference: bool) -> None:
     """One block more costs what the formula says, to the operation: the rest of the network is the same."""
     setting, found = bench_gpu.CPU, list[int]()
     for layers in (1, 2):
         deep = replace(setting, config=replace(setting.config, layers=layers))
         dit, given = bench_gpu.network_of(deep), bench_gpu.inputs_of(setting.shapes[0], setting)
-        found.append(bench_gpu.counted(lambda dit=dit, given=given: dit(*given)))
+        with torch.inference_mode(inference):
+            found.append(bench_gpu.counted(lambda dit=dit, given=given: dit(*given)))
     tokens = 3 * 4 * 4  # latent frames, rows and columns of patches of 64x64x9
     one = replace(setting.config, layers=1)
     assert found[1] - found[0] == 2 * one.operations(tokens, setting.text_tokens)

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from flows.cli import _seconds as seconds_of  # pyright: ignore[reportPrivateUsage]
 from flows.cli import app
+from flows.render import machine
+from flows.settings import load_settings
 from flows.show import plain, printable, show_one, show_rows
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +254,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_line_and_leaves_nothing(ho
         ("RUSHES_LEASE_SECONDS", "soon", "RUSHES_LEASE_SECONDS=soon: input should be a valid number"),
         ("RUSHES_ENGINES", "0", "RUSHES_ENGINES=0: input should be greater than or equal to 1"),
         ("RUSHES_DEVICE", "tpu", "RUSHES_DEVICE=tpu: input should be 'cpu' or 'cuda'"),
+        ("RUSHES_COMPILE", "fast", "RUSHES_COMPILE=fast: must be true, false or reduce-overhead"),
         ("RUSHES_PARTITION", "tp=x", "RUSHES_PARTITION=tp=x: partition 'tp=x' must look like tp=2"),
         ("RUSHES_PARTITION", "auto", "RUSHES_PARTITION=auto needs RUSHES_GPUS, like 8xh200 or 2xcpu, to plan for"),
         ("RUSHES_GPUS", "8xtpu", "RUSHES_GPUS=8xtpu: the GPUs '8xtpu' must be a number and a kind, like 8xh200"),
@@ -300,6 +303,18 @@ def test_settings_come_from_the_environment_then_the_stack_then_the_default(home
     assert said == ["http://127.0.0.1:4/api", "file:///here", "1", str(home / "prompts")]
     (home / "stack.json").write_text("{")
     assert "stack.json cannot be read" in rushes("history").stderr
+
+
+@pytest.mark.parametrize(("said", "meant"), [("1", True), ("false", False), ("reduce-overhead", "reduce-overhead")])
+def test_blocks_are_compiled_in_one_of_two_ways(
+    home: Path, monkeypatch: pytest.MonkeyPatch, said: str, meant: bool | str
+) -> None:
+    monkeypatch.setenv("RUSHES_HOME", str(home))
+    monkeypatch.setenv("RUSHES_COMPILE", said)
+    settings = load_settings()
+    assert settings.compile is meant or settings.compile == meant
+    assert ("compiled" in machine(settings)) is bool(meant)
+    assert ("reduce-overhead" in machine(settings)) is (said == "reduce-overhead")
 
 
 def test_standard_input_and_csv_and_text_are_prompt_files(home: Path) -> None:
