@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import cpu
 from model.compiled import NoCompiler, check_compiler, compile_blocks
 from model.config import DiTConfig, Shape
 from model.dit import DiT
 
 TERA = 1e12
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_LINEAR = torch.ops.mkldnn._linear_pointwise
 GROUPS = (  # the first whose word is in an operation's name
     ("attention", ("attention", "flash", "fmha")),
     ("matmul", ("mm", "linear", "conv", "gemm")),
@@ -109,7 +109,7 @@ def _multiplied(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> 
     return 2 * math.prod(x) * weight[0]
 
 
-UNKNOWN = {CPU_ATTENTION: _attended, CPU_LINEAR: _multiplied}  # to torch's counter
+UNKNOWN = {CPU_ATTENTION: _attended, cpu.PRODUCT: _multiplied}  # to torch's counter
 
 
 def matmul_peak(setting: Setting) -> float:

@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PRODUCT: Any = torch.ops.mkldnn._linear_pointwise  # what inductor calls for a linear layer with what follows it
+# What inductor calls for a linear layer with what follows it; a torch that was built without oneDNN lacks it.
+PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]."""
-    return _PRODUCT(x, weight, bias, "none", [], "") if _serves(x, weight) else F.linear(x, weight, bias)
+    return PRODUCT(x, weight, bias, "none", [], "") if _serves(x, weight) else F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same, then tanh-approximated GELU."""
     if _serves(x, weight):
-        return _PRODUCT(x, weight, bias, "gelu", [], "tanh")
+        return PRODUCT(x, weight, bias, "gelu", [], "tanh")
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
@@ -48,5 +49,6 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # inductor chooses for itself
+        and PRODUCT is not None
         and torch.backends.mkldnn.is_available()
     )
