@@ -36,8 +36,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import ledger
-from db.session import connect, sessions, upgrade
+from db.session import connect, sessions
 from flows.generate import TABLE_ROWS
+from flows.ledgers import settle
 from flows.render import Shard, TaskRuns, run_engine
 from flows.settings import Settings, load_settings
 from infra import local
@@ -180,7 +181,7 @@ def prefect_bench(clips: int = 1_000_000) -> Iterator[str]:
         deployments.write_text(local.DEPLOYMENTS.read_text().replace("flows.render.render", f"{__name__}.render"))
         repository = Path(__file__).parents[1]
         try:
-            stack = local.up(home, repo=repository, migrate=upgrade, engines=ENGINES, deployments=deployments)
+            stack = local.up(home, repo=repository, migrate=settle, engines=ENGINES, deployments=deployments)
             yield from _measured(home, stack, clips)
         finally:
             local.down(home)

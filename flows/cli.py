@@ -217,16 +217,11 @@ def up() -> None:
 
 
 def _up(settings: Settings) -> Stack:
-    from db.roles import make_reader
-    from db.session import upgrade
+    from flows.ledgers import settle
     from infra import local
 
-    def migrate(url: str, reader_url: str) -> None:
-        upgrade(url)
-        make_reader(url, reader_url)
-
     return local.up(
-        settings.home, repo=_working_folder(settings), migrate=migrate, engines=settings.most_engines, say=typer.echo
+        settings.home, repo=_working_folder(settings), migrate=settle, engines=settings.most_engines, say=typer.echo
     )
 
 

@@ -10,8 +10,15 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.ledger import RequestNotFound, RequestRow, request_by
-from db.session import connect, sessions
+from db.roles import make_reader
+from db.session import connect, sessions, upgrade
 from flows.settings import Settings
+
+
+def settle(url: str, reader_url: str) -> None:
+    """The ledger at `url` as this version wants it, and the login of `reader_url`, which may look at it."""
+    upgrade(url)
+    make_reader(url, reader_url)
 
 
 @contextmanager
