@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from db.history import QUERIES
 from flows import bench_ledger, bench_prefect
 from model import bench, bench_gpu
+from model.compiled import COMPILERS
 from model.config import DiTConfig, Partition
 
 
@@ -56,12 +58,21 @@ def test_whole_clips_are_timed_side_by_side() -> None:
 
 
 @pytest.mark.skipif(bench_gpu.torch.cuda.is_available(), reason="this is the path without a GPU")
-def test_the_gpu_bench_runs_small_on_a_cpu_and_says_so() -> None:
-    said, *tables = list(bench_gpu.gpu(compiled=False))
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of other parts of torch
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gpu_bench_runs_small_on_a_cpu_and_says_so(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if compiled and not any(map(shutil.which, COMPILERS)):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    said, *tables = list(bench_gpu.gpu(compiled))
     assert "no GPU here" in said
     middle = tables.index("", 1)
     steps, trace = cells(tables[1:middle]), cells(tables[middle + 1 :])
-    assert [row[1] for row in steps] == ["ours", "diffusers"]
+    ours = ["ours", "ours, compiled", "ours, reduce-overhead"]
+    theirs = ["diffusers", "diffusers, compiled"]
+    assert [row[1] for row in steps] == ([*ours, *theirs] if compiled else [ours[0], theirs[0]])
     assert all(float(row[5]) < 1e-4 and float(row[2]) > 0 for row in steps)
     assert {row[0] for row in trace} == {group for group, _ in bench_gpu.GROUPS}
     groups = {row[0]: float(row[3]) for row in trace if row[1] == "all"}
