@@ -172,14 +172,16 @@ def _past(session: Session, digest: str, first: int, count: int, all_of_them: in
         select :request || '-' || lpad(g::text, 8, '0') || '-0', :request, g, 0, 'a blue cube spins, take ' || g,
                64, 64, 17, 8, 25, 4, 'ab2', 3, g, lpad(to_hex(g), 64, '0'), 'done', 1, repeat('b', 64), 1 + g % 7,
                at, at, at
-        from generate_series(:first, :last) g, lateral (select now() - g * :when * interval '1 day' as at) t"""
+        from generate_series(cast(:first as bigint), :last) g,
+             lateral (select now() - g * :when * interval '1 day' as at) t"""
     attempts = """
         insert into attempts (clip_id, number, shard_id, shard_attempt, owner, engine, partition, code_version, status,
                               started_at, finished_at, text_seconds, denoise_seconds, decode_seconds, encode_seconds,
                               put_seconds)
         select :request || '-' || lpad(g::text, 8, '0') || '-0', 1, :shard, 1, 'a', 'a', 'cfg1xsp1xtp2', '1', 'done',
                at, at, .1, 1 + g % 7, .1, .1, .1
-        from generate_series(:first, :last) g, lateral (select now() - g * :when * interval '1 day' as at) t"""
+        from generate_series(cast(:first as bigint), :last) g,
+             lateral (select now() - g * :when * interval '1 day' as at) t"""
     for statement in (clips, attempts):
         session.execute(text(statement), values)
 

@@ -213,8 +213,15 @@ def _render_theirs(specs: Sequence[ClipSpec], batch: int) -> None:
             to_pixels(vae.decode(latent[None]))
 
 
-def clips(count: int = 32, cores: int = os.cpu_count() or 1) -> Iterator[str]:
-    """Whole clips of mini, 25 steps, guided: engines of one rank against diffusers' pipeline and our decoder."""
+def clips(
+    count: int = 32,
+    cores: int = os.cpu_count() or 1,
+    at_once: Sequence[tuple[int, int]] = ((1, 1), (4, 4), (4, 16)),
+) -> Iterator[str]:
+    """Whole clips of mini, 25 steps, guided: engines of one rank against diffusers' pipeline and our decoder.
+
+    at_once: how many clips ours denoises together, and theirs.
+    """
     card = find_model(SHIPPED / "mini")
     prompts = [f"a {colour} ball slides to the left" for colour in ("red", "green", "blue", "yellow")]
     specs = [
@@ -227,7 +234,7 @@ def clips(count: int = 32, cores: int = os.cpu_count() or 1) -> Iterator[str]:
     )
     yield "|---|---|---|---|---|---|---|"
     for processes, threads in ((1, cores), (cores, 1)):
-        for mine, yours in ((1, 1), (4, 4), (4, 16)):
+        for mine, yours in at_once:
             turn, taken = max(8, processes * max(mine, yours)), [0.0, 0.0]
             made: list[RenderedClip] = []
             with ExitStack() as running:
