@@ -220,9 +220,33 @@ def _up(settings: Settings) -> Stack:
     from flows.ledgers import settle
     from infra import local
 
-    return local.up(
+    stack = local.up(
         settings.home, repo=_working_folder(settings), migrate=settle, engines=settings.most_engines, say=typer.echo
     )
+    _take_up(_settings(home=settings.home))
+    return stack
+
+
+def _take_up(settings: Settings) -> None:
+    """Has `tidy` look at once, and not within ten minutes, where the run of an open request has ended without it.
+
+    That is what becomes of a run whose worker was killed. While Prefect cannot say, the schedule will do.
+    """
+    from db.watching import open_requests
+    from flows.ledgers import reading
+    from flows.prefect_api import PrefectApi, PrefectRefused, PrefectUnavailable
+
+    with reading(settings) as session:
+        runs = [request.flow_run_id for request in open_requests(session) if request.flow_run_id]
+    if not runs:
+        return
+    try:
+        with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+            states = [api.run(run) for run in runs]
+            if any(run is None or run.final for run in states):
+                api.submit("tidy/scheduled", {})
+    except (PrefectRefused, PrefectUnavailable) as error:
+        typer.echo(f"tidy will take up what was left: {error}")
 
 
 def _working_folder(settings: Settings) -> Path:

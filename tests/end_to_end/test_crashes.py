@@ -80,7 +80,7 @@ def test_the_flow_that_watches_is_killed(house: House) -> None:
     crashed = {"idempotency_key": f"taken-up-{run}", "parameters": house.run(run)["parameters"]}
     second = house.api("POST", f"/deployments/{deployment}/create_flow_run", crashed | {"state": {"type": "CRASHED"}})
     assert house.run(second["id"])["state_type"] == "CRASHED"
-    house.ended(house.submit("tidy/scheduled"))
+    house.rushes("up")  # has `tidy` look at once
     wait_for(lambda: house.status_of(request) == "completed", "another run to take the request up")
     (row,) = house.sql("select flow_run_id from requests where id = %s", request)
     assert row["flow_run_id"] not in (run, second["id"])
