@@ -20,6 +20,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import ledger, watching
@@ -87,12 +88,18 @@ def ensure(
         work = ledger.progress(session, request_id)
         shards = watching.open_shards(session, request_id)
         living = ledger.live_engines(session, ledger.ALIVE)
+        silent = {engine.flow_run_id for engine in ledger.silent_engines(session, ledger.ALIVE)}
     alive = {engine.flow_run_id for engine in living}
     by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     with get_client(sync_client=True) as client:
         runs = engine_runs(client)
-    active = [run for run in runs if run.state_type in ACTIVE and not gone(run, alive)]
+        dead = {run.id for run in runs if gone(run, alive, silent)}
+        for run in dead:  # nobody else says so where its worker died before it, and it would keep its place in the pool
+            client.set_flow_run_state(
+                run, Crashed(message="The ledger has not heard of this engine for long."), force=True
+            )
+    active = [run for run in runs if run.state_type in ACTIVE and run.id not in dead]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
     starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
     if settings.partition != AUTO:
@@ -149,10 +156,12 @@ class Starter:
             log.info("started engine run %s", run.id)
 
 
-def gone(run: FlowRun, alive: set[str | None]) -> bool:
+def gone(run: FlowRun, alive: set[str | None], silent: set[str | None]) -> bool:
     """True of a run that Prefect calls running while the ledger has not heard of it for long."""
     if run.state_type is not StateType.RUNNING or str(run.id) in alive:
         return False
+    if str(run.id) in silent:
+        return True
     return run.total_run_time.total_seconds() > STARTING or run.estimated_run_time.total_seconds() > STARTING
 
 
