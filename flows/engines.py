@@ -94,12 +94,11 @@ def ensure(
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     with get_client(sync_client=True) as client:
         runs = engine_runs(client)
-        dead = {run.id for run in runs if gone(run, alive, silent)}
-        for run in dead:  # nobody else says so where its worker died before it, and it would keep its place in the pool
-            client.set_flow_run_state(
-                run, Crashed(message="The ledger has not heard of this engine for long."), force=True
-            )
-    active = [run for run in runs if run.state_type in ACTIVE and run.id not in dead]
+        for run in runs:  # nobody else says so where its worker died before it, and it would keep its place in the pool
+            if run.state_type is StateType.RUNNING and str(run.id) in silent:
+                said = "The ledger has not heard of this engine for long."
+                client.set_flow_run_state(run.id, Crashed(message=said), force=True)
+    active = [run for run in runs if run.state_type in ACTIVE and not gone(run, alive, silent)]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
     starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
     if settings.partition != AUTO:
