@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
@@ -34,6 +35,12 @@ def open_requests(session: Session, *, flow_run_id: str | None = None) -> list[O
     if flow_run_id is not None:
         wanted = wanted.where(Request.flow_run_id == flow_run_id)
     return [OpenRequest(row.id, row.flow_run_id) for row in session.execute(wanted.order_by(Request.created_at))]
+
+
+def watched_by(session: Session, flow_run_ids: Sequence[str]) -> set[str]:
+    """Those of the runs that watch a request, or watched one until it ended."""
+    found = session.scalars(select(Request.flow_run_id).where(Request.flow_run_id.in_(flow_run_ids)))
+    return {run for run in found if run is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,12 @@ def work_ahead(session: Session, model_digest: str, priority: int) -> dict[str |
         .group_by(Shard.partition)
     )
     return {partition: seconds for partition, seconds in rows}
+
+
+def server_age(session: Session) -> float:
+    """Seconds since the ledger's server was started: before that nobody could give it a sign of life."""
+    age = func.statement_timestamp() - func.pg_postmaster_start_time()
+    return float(session.scalar(select(func.extract("epoch", age))) or 0)
 
 
 def lease_owners(session: Session) -> list[str]:

@@ -11,27 +11,29 @@ import socket
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowFilter, FlowFilterName
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import ledger, watching
 from flows import plan
 from flows.models import gpus_of
+from flows.prefect_api import TAKEN
 from flows.settings import AUTO, Settings
 from model.config import Partition
 
 DEPLOYMENT = "render/engine"
 ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
-STARTING = 120.0  # seconds that an engine may take to load before its first heartbeat
+STARTING = timedelta(minutes=2)  # that an engine may take until the ledger hears of it: before it fetches its weights
 
 log = logging.getLogger(__name__)
 
@@ -88,17 +90,19 @@ def ensure(
         work = ledger.progress(session, request_id)
         shards = watching.open_shards(session, request_id)
         living = ledger.live_engines(session, ledger.ALIVE)
-        silent = {engine.flow_run_id for engine in ledger.silent_engines(session, ledger.ALIVE)}
+        gone = ledger.silent_engines(session, ledger.ALIVE) if watching.server_age(session) > ledger.ALIVE else []
     alive = {engine.flow_run_id for engine in living}
+    silent = {engine.flow_run_id for engine in gone}
     by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     with get_client(sync_client=True) as client:
         runs = engine_runs(client)
-        for run in runs:  # nobody else says so where its worker died before it, and it would keep its place in the pool
-            if run.state_type is StateType.RUNNING and str(run.id) in silent:
-                said = "The ledger has not heard of this engine for long."
-                client.set_flow_run_state(run.id, Crashed(message=said), force=True)
-    active = [run for run in runs if run.state_type in ACTIVE and not gone(run, alive, silent)]
+        ended: set[uuid.UUID] = set()
+        for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
+            if (state := stuck(run) or unheard_of(run, alive, silent)) is not None:
+                client.set_flow_run_state(run.id, state, force=True)
+                ended.add(run.id)
+    active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
     starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
     if settings.partition != AUTO:
@@ -155,13 +159,29 @@ class Starter:
             log.info("started engine run %s", run.id)
 
 
-def gone(run: FlowRun, alive: set[str | None], silent: set[str | None]) -> bool:
-    """True of a run that Prefect calls running while the ledger has not heard of it for long."""
+def stuck(run: FlowRun) -> State[Any] | None:
+    """The state of a run that a worker took, or was to cancel, and never did: both have died. Else None."""
+    if _age(run) <= TAKEN:
+        return None
+    if run.state_type is StateType.PENDING:
+        return Crashed(message=f"A worker took it, and it has not begun within {TAKEN.seconds} s: both have died.")
+    if run.state_type is StateType.CANCELLING:
+        return Cancelled(message=f"It was to be cancelled, and no worker has done so within {TAKEN.seconds} s.")
+    return None
+
+
+def unheard_of(run: FlowRun, alive: set[str | None], silent: set[str | None]) -> State[Any] | None:
+    """The state of an engine that Prefect calls running, where the ledger has not heard of it for long. Else None."""
     if run.state_type is not StateType.RUNNING or str(run.id) in alive:
-        return False
-    if str(run.id) in silent:
-        return True
-    return run.total_run_time.total_seconds() > STARTING or run.estimated_run_time.total_seconds() > STARTING
+        return None
+    if str(run.id) in silent or _age(run) > STARTING:
+        return Crashed(message="The ledger has not heard of this engine for long.")
+    return None
+
+
+def _age(run: FlowRun) -> timedelta:
+    """How long a run has been in its state."""
+    return datetime.now(UTC) - run.state.timestamp if run.state else timedelta()
 
 
 def engine_runs(client: SyncPrefectClient, limit: int = 200) -> list[FlowRun]:

@@ -5,6 +5,7 @@ Importing Prefect's own client takes two seconds, which is fine for a flow and n
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ import httpx
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 # The server did nothing and asks to be asked again: on SQLite it says 503 whenever two of its transactions meet.
 NOT_NOW = (429, 503)
-TAKEN = timedelta(minutes=5)  # that a run may be with a worker before it runs; after that the worker has died
-PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds
+TAKEN = timedelta(minutes=3)  # that a run may be with a worker before it runs; after that the worker has died
+PATIENCE = 60.0  # seconds that it is asked again: twenty submitters at once on a busy machine need ten
 TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
 
 
@@ -132,12 +133,11 @@ class PrefectApi:
 
     def _answer(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> httpx.Response:
         try:
-            answer = self._ask(method, path, body)
-            for pause in PAUSES:
-                if answer.status_code not in NOT_NOW:
-                    break
-                time.sleep(pause)
-                answer = self._ask(method, path, body)
+            again = time.monotonic() + PATIENCE
+            answer, pause = self._ask(method, path, body), 0.1
+            while answer.status_code in NOT_NOW and time.monotonic() < again:
+                time.sleep(random.uniform(pause / 2, pause))  # who met here would meet again
+                answer, pause = self._ask(method, path, body), min(2 * pause, 4.0)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise PrefectUnavailable(

@@ -42,7 +42,7 @@ from db.tables import ClipDirection, ClipMode
 from flows.devices import hold_devices
 from flows.engines import owner_name
 from flows.ledgers import ledger as ledger_of
-from flows.models import gpus_of, partition_for, resolve
+from flows.models import card_of, gpus_of, partition_for, resolve
 from flows.patience import away, if_there, once, patiently, transact
 from flows.settings import AUTO, Settings, load_settings
 from infra.store import NoSuchKey, Store
@@ -171,26 +171,35 @@ def run_engine(
     planned: the partition for which a plan wants it, in place of the settings'. work: how shards are run; None: as they
     are. build: what makes the engine, by default `engine_of`.
     """
-    card = patiently(lambda: resolve(settings, settings.model))
-    partition = Partition.parse(planned) if planned else partition_for(settings, card)
-    partition.check_heads(card.heads)
     owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
+    digest = patiently(lambda: card_of(settings, settings.model)).digest
     # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
     idle = min(IDLE_MOST, settings.lease_seconds)
-    with (
-        ledger_of(settings, application="rushes-engine", idle=idle, keep_plans=True) as ledgers,
-        devices_of(settings, partition) as gpus,
-    ):
-        register(ledgers, settings, card, partition, owner, flow_run_id)
-        engine = (build or engine_of)(settings, card, partition, gpus)
-        crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, flow_run_id is None)
+    with ledger_of(settings, application="rushes-engine", idle=idle, keep_plans=True) as ledgers:
+        # To fetch weights may take an hour, and whom the ledger does not hear of within minutes counts as dead.
+        register(ledgers, settings, digest, planned or "", owner, flow_run_id)
+
+        def begin() -> None:
+            card = patiently(lambda: resolve(settings, settings.model))
+            partition = Partition.parse(planned) if planned else partition_for(settings, card)
+            partition.check_heads(card.heads)
+            with devices_of(settings, partition) as gpus:
+                transact(ledgers, partial(register_model, card=card))
+                register(ledgers, settings, card.digest, str(partition), owner, flow_run_id)
+                engine = (build or engine_of)(settings, card, partition, gpus)
+                by_hand = flow_run_id is None
+                crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, by_hand)
+                try:
+                    engine.start()
+                    say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
+                    crew.serve(done, work)
+                finally:
+                    engine.close()
+
         try:
             with Heart(ledgers, owner):
-                engine.start()
-                say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
-                crew.serve(done, work)
+                begin()
         finally:
-            engine.close()
             transact(ledgers, lambda session: ledger.close_engine(session, owner), seconds=LEAVING)
     done.alive = time.monotonic() - born
     return done
@@ -220,26 +229,30 @@ def devices_of(settings: Settings, partition: Partition) -> AbstractContextManag
 def register(
     ledgers: sessionmaker[Session],
     settings: Settings,
-    card: ModelCard,
-    partition: Partition,
+    digest: str,
+    partition: str,
     owner: str,
     flow_run_id: str | None,
 ) -> None:
-    def known(session: Session) -> None:
-        ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
-        ledger.register_engine(
+    """The ledger knows this engine, again where it did. `partition`: "" while nobody knows."""
+    transact(
+        ledgers,
+        lambda session: ledger.register_engine(
             session,
             owner,
             host=socket.gethostname(),
             pid=os.getpid(),
             device=machine(settings),
-            partition=str(partition),
-            model_digest=card.digest,
+            partition=partition,
+            model_digest=digest,
             code_version=code_version(),
             flow_run_id=flow_run_id,
-        )
+        ),
+    )
 
-    transact(ledgers, known)
+
+def register_model(session: Session, card: ModelCard) -> None:
+    ledger.register_model(session, card.digest, card.name, str(card.path), card.to_json())
 
 
 class Heart:

@@ -17,12 +17,24 @@ import psutil
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
+from prefect.types import DateTime
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import leases, ledger, watching
@@ -35,6 +47,11 @@ from infra.tracing import flush, setup_tracing
 
 ORPHAN_AGE = timedelta(days=1)  # a blob without a row may belong to a clip that is being recorded right now
 CHECKPOINT_AGE = timedelta(hours=1)  # the same of unfinished clips, which are many and of no use to anybody else
+CRASHED_AGE = timedelta(days=1)  # of runs that crashed before the ledger knew of their request: theirs is not forgotten
+TRIES = 3  # of such a request, by one run after the other
+GENERATE = "generate/default"
+TAKEN_UP = "taken-up-"  # begins the idempotency key of a run that goes on in place of another
+UNDER_WAY = (StateType.PENDING, StateType.CANCELLING)
 HEARTBEATS = "Runs without a heartbeat have crashed"
 SILENCE = timedelta(seconds=90)
 # A run in one of these states is over or was never started: silence then means nothing.
@@ -59,13 +76,15 @@ class Tidied:
 
     leases: int = 0  # expired, given back to the queue
     engines: int = 0  # rows closed whose process is gone
+    runs: int = 0  # which Prefect took for under way, ended
     requests: int = 0  # whose run had ended without them: cancelled, or taken up again
     objects: int = 0  # orphans deleted
     bytes: int = 0
 
     def __str__(self) -> str:
         return (
-            f"{self.leases} leases expired, {self.engines} engines closed, {self.requests} requests taken up, "
+            f"{self.leases} leases expired, {self.engines} engines closed, {self.runs} runs ended that had died, "
+            f"{self.requests} requests taken up, "
             f"{self.objects} orphan objects deleted ({self.bytes:,} bytes)"
         )
 
@@ -85,14 +104,15 @@ def tidy() -> State[Any]:
                     done.leases += leases.expire_owner(session, owner)
                 done.leases += leases.expire_leases(session)
             done.engines = close_silent_engines(client, ledgers)
-            done.requests = take_up_forsaken(client, ledgers)
+            done.runs = end_stuck_runs(client)
+            done.requests = take_up_forsaken(client, ledgers) + take_up_unknown(client, ledgers)
             store = settings.open_store()
             done.objects, done.bytes = sweep_orphans(ledgers, store)
             store.sweep_unfinished(ORPHAN_AGE.total_seconds())
     finally:
         flush()
     log.info("%s", done)
-    if any((done.leases, done.engines, done.requests, done.objects)):
+    if any((done.leases, done.engines, done.runs, done.requests, done.objects)):
         create_markdown_artifact(f"{done}", key="tidy")
     return Completed(message=str(done))
 
@@ -184,18 +204,73 @@ def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) 
     return taken
 
 
+def end_stuck_runs(client: SyncPrefectClient) -> int:
+    """Ends runs that died with the worker that had taken them, before they could say so."""
+    under_way = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(UNDER_WAY))))
+    ended = 0
+    for run in client.read_flow_runs(flow_run_filter=under_way, limit=200):
+        if (state := engines.stuck(run)) is not None:
+            client.set_flow_run_state(run.id, state, force=True)
+            ended += 1
+    return ended
+
+
+def take_up_unknown(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
+    """Requests whose run crashed before the ledger knew of them get a new one, a few times at most."""
+    generate, _, deployment = GENERATE.partition("/")
+    crashed = client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[generate])),
+        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[deployment])),
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
+            expected_start_time=FlowRunFilterExpectedStartTime(after_=cast(DateTime, datetime.now(UTC) - CRASHED_AGE)),
+        ),
+        limit=200,
+    )
+    with ledgers() as session:
+        known = watching.watched_by(session, [str(run.id) for run in crashed])
+    taken = 0
+    for run in crashed:
+        if str(run.id) in known or _next_of(client, run) is not None:
+            continue
+        before, tries = _before(client, run), 1
+        while before is not None and tries < TRIES:
+            before, tries = _before(client, before), tries + 1
+        if tries < TRIES:
+            take_up(run)
+            taken += 1
+    return taken
+
+
+def _next_of(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
+    """The run that took up what this one had left."""
+    key = FlowRunFilterIdempotencyKey(any_=[f"{TAKEN_UP}{run.id}"])
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=key), limit=1)
+    return found[0] if found else None
+
+
+def _before(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
+    """The run that had left what this one took up."""
+    key = run.idempotency_key or ""
+    if not key.startswith(TAKEN_UP):
+        return None
+    with suppress(ObjectNotFound):
+        return client.read_flow_run(UUID(key.removeprefix(TAKEN_UP)))
+    return None
+
+
 def take_up(run: FlowRun) -> None:
     """Starts a run with the same input, once whoever asks. One that ended before the ledger knew of it has a next."""
     while run.state is not None and run.state.is_final():
         run = cast(
             FlowRun,
             run_deployment(
-                "generate/default",
+                GENERATE,
                 parameters=run.parameters,
                 timeout=0,
                 as_subflow=False,
                 flow_run_name=run.name,
-                idempotency_key=f"taken-up-{run.id}",
+                idempotency_key=f"{TAKEN_UP}{run.id}",
             ),
         )
 

@@ -130,6 +130,11 @@ class House:
     def run(self, run_id: str) -> dict[str, Any]:
         return dict(self.api("GET", f"/flow_runs/{run_id}"))
 
+    def runs(self, *, idempotency_key: str) -> list[dict[str, Any]]:
+        """The flow runs that were created with this key: one or none."""
+        filters = {"flow_runs": {"idempotency_key": {"any_": [idempotency_key]}}}
+        return list(self.api("POST", "/flow_runs/filter", filters))
+
     def ended(self, run_id: str, *, state: str = "Completed") -> dict[str, Any]:
         """The flow run once it has ended; asserts how."""
 

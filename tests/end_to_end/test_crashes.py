@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import SLOW, House, wait_for
+from tests.end_to_end.house import SLOW, House, environment, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -88,3 +90,43 @@ def test_the_flow_that_watches_is_killed(house: House) -> None:
     attempts = house.attempts(request)
     assert len(attempts) == CLIPS, "the engine did not notice"
     assert before.items() <= done_attempts(house, request).items()
+
+
+def test_runs_that_a_worker_took_and_never_began(house: House) -> None:
+    """They died with it before they could say anything: they keep no place in the pool, and no request is lost."""
+    house.kill([process for process in house.processes() if environment(process).get("RUSHES_STACK_PART") == "gpu"])
+    engine = taken(house, "render/engine", {"model": str(house.model)})
+    wanted = house.request(["a red ball moves left"], seed=house.seed())
+    first = taken(house, "generate/default", {"request": wanted})
+    an_hour_ago(house, engine, first)
+    house.rushes("up")
+    house.ended(house.submit("tidy/scheduled"))
+    house.ended(first, state="Crashed")
+    second = wait_for(lambda: house.runs(idempotency_key=f"taken-up-{first}"), "another run in its place")
+    (clip,) = house.clips(house.request_of(second[0]["id"]))
+    house.ended(second[0]["id"])
+    house.ended(engine, state="Crashed")
+    assert house.statuses(clip["request_id"]) == ["done"]
+    house.ended(house.submit("tidy/scheduled"))
+    house.rushes("audit")
+    assert not house.runs(idempotency_key=f"taken-up-{second[0]['id']}")
+
+
+def taken(house: House, deployment: str, parameters: dict[str, Any]) -> str:
+    """A flow run that a worker has taken, as it is before its process says anything."""
+    found = house.api("GET", f"/deployments/name/{deployment}")
+    body = {"parameters": parameters, "state": {"type": "PENDING"}}
+    return str(house.api("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
+
+
+def an_hour_ago(house: House, *runs: str) -> None:
+    """They came into their state an hour before."""
+    with closing(sqlite3.connect(house.home / "prefect" / "prefect.db", timeout=60)) as database:
+        for run in runs:
+            changed = database.execute(
+                "update flow_run_state set timestamp = strftime('%Y-%m-%d %H:%M:%f000', timestamp, '-1 hour')"
+                " where flow_run_id = ?",
+                [run],
+            )
+            assert changed.rowcount == 1
+        database.commit()
