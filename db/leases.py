@@ -38,7 +38,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from db.session import UNSYNCED, change
 from db.tables import (
@@ -360,12 +360,12 @@ def fail_clip(
 
 def complete_shard(session: Session, lease: Lease) -> None:
     """The shard is worked off. Clips that went back to the queue leave it, to be planned again. Raises LeaseLost."""
-    shard = _hold(session, lease, _HOLD_TO_END)
+    shard = _end(session, lease, ShardStatus.DONE)
     if shard.running:  # started and never told of again
         _end_running(session, [lease.shard_id], AttemptStatus.LOST)
     if shard.waiting or shard.running:
         change(session, _LEAVE, {"left": lease.shard_id})
-    if shard.status == ShardStatus.LEASED:  # else it was cancelled, which has ended the lease
+    if shard.open:
         end_leases(session, [lease.shard_id], ShardStatus.DONE)
 
 
@@ -374,10 +374,10 @@ def release_shard(session: Session, lease: Lease) -> None:
 
     Checkpoints stay: whoever claims it goes on from there.
     """
-    shard = _hold(session, lease, _HOLD_TO_END)
+    shard = _end(session, lease, ShardStatus.QUEUED)
     if shard.running:
         _end_running(session, [lease.shard_id], AttemptStatus.RELEASED)
-    if shard.status == ShardStatus.LEASED:
+    if shard.open:
         end_leases(session, [lease.shard_id], ShardStatus.QUEUED)
 
 
@@ -557,27 +557,28 @@ def clip_to_render(session: Session, clip_id: str) -> LeasedClip:
     return _leased_clip(session.execute(_BY_ID, {"clip_id": clip_id}).one())
 
 
-_SOURCES = aliased(Artifact), aliased(Artifact)
+_SOURCES = Artifact.__table__.alias("source"), Artifact.__table__.alias("end_source")
 _PLAIN = ("clip_id", "attempt_no", "prompt", *_AS_STORED)
 _OF_ARTIFACT = tuple(field.name for field in fields(NewArtifact))
 
 
 def _wanted(which: ColumnElement[bool]) -> Select[Any]:
     """All that is needed to render these clips, in file order; and whether a take of a clip's recipe is there."""
+    clip = Clip.__table__.c  # columns and no attributes: the mapper would walk through every row once more
     return (
         select(
-            Clip.id,
-            Clip.attempts + 1,
-            func.coalesce(Clip.rewritten_prompt, Clip.prompt),
-            *(getattr(Clip, name) for name in _AS_STORED),
-            *(Clip.checkpoint, Clip.checkpoint_step, Clip.checkpoint_of),
-            *(getattr(source, name) for source in _SOURCES for name in _OF_ARTIFACT),
+            clip.id,
+            clip.attempts + 1,
+            func.coalesce(clip.rewritten_prompt, clip.prompt),
+            *(clip[name] for name in _AS_STORED),
+            *(clip.checkpoint, clip.checkpoint_step, clip.checkpoint_of),
+            *(source.c[name] for source in _SOURCES for name in _OF_ARTIFACT),
             exists().where(adoptable(Clip)).label("there"),
         )
-        .outerjoin(_SOURCES[0], _SOURCES[0].sha256 == Clip.source)
-        .outerjoin(_SOURCES[1], _SOURCES[1].sha256 == Clip.end_source)
+        .outerjoin(_SOURCES[0], _SOURCES[0].c.sha256 == clip.source)
+        .outerjoin(_SOURCES[1], _SOURCES[1].c.sha256 == clip.end_source)
         .where(which)
-        .order_by(Clip.index, Clip.sample)
+        .order_by(clip.index, clip.sample)
     )
 
 
@@ -586,18 +587,20 @@ _BY_ID = _wanted(Clip.id == bindparam("clip_id"))
 
 
 def _leased_clip(row: Row[Any]) -> LeasedClip:
-    key, step, of, *stored = row[len(_PLAIN) : -1]
-    source, end_source = stored[: len(_OF_ARTIFACT)], stored[len(_OF_ARTIFACT) :]
+    key, step, of = row[len(_PLAIN) : len(_PLAIN) + 3]
     return LeasedClip(
         **dict(zip(_PLAIN, row, strict=False)),
-        source=_artifact(source),
-        end_source=_artifact(end_source),
+        source=_artifact(row, len(_PLAIN) + 3),
+        end_source=_artifact(row, len(_PLAIN) + 3 + len(_OF_ARTIFACT)),
         checkpoint=None if key is None else Checkpoint(key=key, step=step, of=of),
     )
 
 
-def _artifact(stored: Sequence[Any]) -> NewArtifact | None:
-    return None if stored[0] is None else NewArtifact(**dict(zip(_OF_ARTIFACT, stored, strict=True)))
+def _artifact(row: Row[Any], at: int) -> NewArtifact | None:
+    """The one whose columns begin there."""
+    if row[at] is None:
+        return None
+    return NewArtifact(**dict(zip(_OF_ARTIFACT, row[at : at + len(_OF_ARTIFACT)], strict=True)))
 
 
 # The fence and what it guards
@@ -605,10 +608,6 @@ def _artifact(stored: Sequence[Any]) -> NewArtifact | None:
 
 # Statements that engines say all the time are built once: that takes longer than the server needs to answer them.
 _HOLD = select(Shard.status).where(HELD).with_for_update(key_share=True)
-_HOLD_TO_END = _HOLD.add_columns(  # a cancellation that has come between ends clips, and begins none
-    exists().where(Clip.shard_id == Shard.id, Clip.status == ClipStatus.RUNNING).label("running"),
-    exists().where(Clip.shard_id == Shard.id, Clip.status == ClipStatus.QUEUED).label("waiting"),
-)
 _RENEW = (
     update(Shard)
     .where(HELD)
@@ -621,12 +620,10 @@ _CANCELLED = select(Clip.id).where(Clip.shard_id == bindparam("shard_id"), Clip.
 _LEAVE = update(Clip).where(Clip.shard_id == bindparam("left"), Clip.status == ClipStatus.QUEUED).values(shard_id=None)
 
 
-def _hold(session: Session, lease: Lease, how: Select[Any] = _HOLD) -> Row[Any]:
+def _hold(session: Session, lease: Lease) -> None:
     """Keeps the shard ours until the end of this transaction: a claim skips or waits for a row that is locked."""
-    shard = session.execute(how, of(lease)).one_or_none()
-    if shard is None:
+    if session.execute(_HOLD, of(lease)).one_or_none() is None:
         raise _lost(lease)
-    return shard
 
 
 def _lost(lease: Lease) -> LeaseLost:
@@ -717,17 +714,38 @@ group by request.tenant, each.minute
 order by request.tenant, each.minute
 on conflict (tenant, minute, part) do update set gpu_seconds = usage.gpu_seconds + excluded.gpu_seconds"""
 
+_ENDS = """set status = cast(:status as shard_status), owner = null, leased_until = null,
+        finished_at = case when :status <> 'queued' then statement_timestamp() end"""
+
 _END = text(f"""
 with ended as (
     select id, request_id, ranks, claimed_at, leased_until from shards
     where id = any (:shard_ids) and leased_until is not null
 ), changed as (
-    update shards
-    set status = cast(:status as shard_status), owner = null, leased_until = null,
-        finished_at = case when :status <> 'queued' then statement_timestamp() end
+    update shards {_ENDS}
     where id = any (:shard_ids)
 )
 {_SPEND}""")
+
+# The same of a lease that is still held, and of which nothing is left to be told: in one statement what is so nearly
+# always. A cancellation that has come between has ended the lease; it ends clips, and begins none.
+_END_HELD = text(f"""
+with held as materialized (
+    select id, request_id, ranks, claimed_at, leased_until, status,
+           exists (select from clips where shard_id = shards.id and status = 'running') as running,
+           exists (select from clips where shard_id = shards.id and status = 'queued') as waiting
+    from shards
+    where id = :held_shard and attempt = :held_attempt and status in ('leased', 'cancelled')
+    for no key update
+), ended as (
+    select * from held
+    where status = 'leased' and not running and (:status = 'queued' or not waiting) and leased_until is not null
+), changed as (
+    update shards {_ENDS}
+    from ended where shards.id = ended.id
+    returning shards.id
+), spent as ({_SPEND})
+select running, waiting, status = 'leased' and not exists (select from changed) as open from held""")
 
 _CHARGE = text(f"""
 with ended (id, request_id, ranks, claimed_at, leased_until) as (
@@ -735,6 +753,14 @@ with ended (id, request_id, ranks, claimed_at, leased_until) as (
             cast(:leased_until as timestamptz))
 )
 {_SPEND}""")
+
+
+def _end(session: Session, lease: Lease, status: ShardStatus) -> Row[Any]:
+    """Holds the shard, and ends the lease where none of its clips asks for more: it is no longer `open` then."""
+    shard = session.execute(_END_HELD, {**of(lease), "status": str(status)}).one_or_none()
+    if shard is None:
+        raise _lost(lease)
+    return shard
 
 
 def end_leases(session: Session, shard_ids: Sequence[int], status: ShardStatus) -> None:

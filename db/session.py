@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -9,11 +11,15 @@ from typing import Any, cast
 import psycopg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import CursorResult, Delete, Engine, Insert, Update, create_engine, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import CursorResult, Delete, Engine, Insert, Update, create_engine, event, make_url
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 
+FRESH = 1.0  # seconds since its last use within which a connection is taken to live
 IDLE = 600.0  # seconds: no transaction of ours thinks for so long, so it belongs to a stalled process
+
+_USED = "used"
 
 # jit costs more than it gives for statements this short.
 _SERVER_OPTIONS = (
@@ -43,11 +49,31 @@ def connect(url: str, *, application: str = "rushes", idle: float = IDLE, keep_p
         raise ValueError(
             f"the ledger needs Postgres: {parsed.render_as_string()} should begin with postgresql+psycopg://"
         )
-    return create_engine(
+    engine = create_engine(
         parsed.set(drivername="postgresql+psycopg"),
-        pool_pre_ping=True,
         connect_args={"application_name": application, "options": options, **_NETWORK},
     )
+    _ping_idle_ones(engine)
+    return engine
+
+
+def _ping_idle_ones(engine: Engine) -> None:
+    """A connection that lay idle is asked whether it lives before it is used, since the server may have been restarted.
+
+    SQLAlchemy's own pre-ping asks at every use, in three round trips: as many as a short transaction has without it.
+    """
+
+    @event.listens_for(engine, "checkin")
+    def put_back(_: Any, record: ConnectionPoolEntry) -> None:  # pyright: ignore[reportUnusedFunction]
+        record.info[_USED] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def taken(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        if time.monotonic() - record.info.get(_USED, math.inf) > FRESH:
+            try:
+                engine.dialect.do_ping(connection)
+            except psycopg.Error as error:  # the pool then connects anew, and all others of it are looked at so
+                raise InvalidatePoolError from error
 
 
 def is_away(error: BaseException) -> bool:

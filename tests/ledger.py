@@ -9,7 +9,18 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from db.leases import Lease, LeasedClip, NewArtifact, claim_shard, record_clip, start_clip
+from db.leases import (
+    Lease,
+    LeasedClip,
+    NewArtifact,
+    claim_shard,
+    complete_shard,
+    expire_leases,
+    fail_clip,
+    record_clip,
+    release_shard,
+    start_clip,
+)
 from db.ledger import NewClip, NewRequest, add_clips, create_shard, open_request, seal_request, unplanned
 
 ENGINE = {"engine": "engine-1", "partition": "cfg1xsp1xtp2", "code_version": "1.0"}
@@ -121,6 +132,20 @@ def render(session: Session, lease: Lease, clip_id: str, content: object = None)
     """Start and record in one go."""
     start_clip(session, lease, clip_id, **ENGINE)
     return record_clip(session, lease, clip_id, artifact=artifact_of(content or clip_id), seconds={"denoise": 2.0})
+
+
+def suffer(session: Session, lease: Lease, clip: LeasedClip, fate: str) -> None:
+    """The clip begins, and it fails ("f"), or its engine is lost ("l") or gives its shard back ("r"); time passes."""
+    start_clip(session, lease, clip.clip_id, **ENGINE)
+    if fate == "f":
+        fail_clip(session, lease, clip.clip_id, "no")
+        complete_shard(session, lease)
+    elif fate == "l":
+        run_out(session, lease.shard_id)
+        assert expire_leases(session) == 1
+    else:
+        release_shard(session, lease)
+    pass_time(session, 91)
 
 
 def run_out(session: Session, shard_id: int) -> None:

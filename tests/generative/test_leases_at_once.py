@@ -46,6 +46,7 @@ from tests.ledger import (
     render,
     run_out,
     statuses,
+    suffer,
 )
 
 Ledger = sessionmaker[Session]
@@ -158,6 +159,37 @@ def test_a_clip_under_which_engine_after_engine_dies_is_quarantined_at_last(ledg
         assert finish_request(session, request) == RequestStatus.COMPLETED_WITH_GAPS
 
 
+@pytest.mark.parametrize("end", [complete_shard, release_shard])
+def test_an_end_that_waits_for_a_renewal_ends_the_lease(ledger: Ledger, end: Callable[[Session, Lease], None]) -> None:
+    with ledger.begin() as session:
+        request = one_shard(session)
+        lease, clips = claim(session)
+        if end is complete_shard:
+            for clip in clips:
+                render(session, lease, clip.clip_id)
+
+    def ends() -> None:
+        with ledger.begin() as session:
+            end(session, lease)
+
+    with ThreadPoolExecutor(1) as pool, ledger.begin() as session:
+        assert renew(session, lease, 60) == set()
+        ended = pool.submit(ends)
+        waits = text("select 1 from pg_stat_activity where wait_event_type = 'Lock' and query like '%held%'")
+        until = time.monotonic() + 60
+        with ledger() as beside:
+            while beside.scalar(waits) is None:
+                assert time.monotonic() < until and not ended.done(), "it did not wait"
+                beside.rollback()
+        session.commit()
+        ended.result(60)
+    with ledger() as session:
+        status, until_when = session.execute(text("select status::text, leased_until from shards")).one()
+        assert (status, until_when) == ("done" if end is complete_shard else "queued", None)
+        assert session.scalar(text("select count(*) from usage")) == 1
+        assert statuses(session, request) == ["done" if end is complete_shard else "queued"] * 2
+
+
 @pytest.mark.parametrize(
     ("fates", "end"),
     [
@@ -174,16 +206,7 @@ def test_failures_and_losses_are_counted_apart(ledger: Ledger, fates: str, end: 
         for fate in fates:
             assert statuses(session, request) == ["queued"]
             lease, (clip,) = claim(session)
-            start_clip(session, lease, clip.clip_id, **ENGINE)
-            if fate == "f":
-                fail_clip(session, lease, clip.clip_id, "no")
-                complete_shard(session, lease)
-            elif fate == "l":
-                run_out(session, lease.shard_id)
-                assert expire_leases(session) == 1
-            else:
-                release_shard(session, lease)
-            pass_time(session, 91)
+            suffer(session, lease, clip, fate)
             planned(session, request)
         assert statuses(session, request) == [end]
         assert list(contradictions(session)) == []

@@ -18,11 +18,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import to_instance
 
 from db.history import COLUMNS
-from db.leases import complete_shard, expire_leases, fail_clip, release_shard, start_clip
 from db.ledger import register_model
 from db.session import connect, downgrade, sessions, upgrade
 from db.tables import Base
-from tests.ledger import ENGINE, MODEL, claim, new_clip, opened, pass_time, planned, run_out
+from tests.ledger import MODEL, claim, new_clip, opened, planned, suffer
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,16 +93,7 @@ def test_failures_and_losses_are_told_apart_by_the_attempts_there_are(empty_data
             for fate in name:
                 planned(session, request)
                 lease, (clip,) = claim(session)
-                start_clip(session, lease, clip.clip_id, **ENGINE)
-                if fate == "f":
-                    fail_clip(session, lease, clip.clip_id, "no")
-                    complete_shard(session, lease)
-                elif fate == "l":
-                    run_out(session, lease.shard_id)
-                    expire_leases(session)
-                else:
-                    release_shard(session, lease)
-                pass_time(session, 91)
+                suffer(session, lease, clip, fate)
             session.execute(text("update shards set status = 'done', finished_at = now() where status = 'queued'"))
     assert counted("tries", "losses") == fates
     downgrade(empty_database_url, "0010-1")
