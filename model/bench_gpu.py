@@ -23,6 +23,7 @@ from model import cpu
 from model.compiled import NoCompiler, check_compiler, compile_blocks
 from model.config import DiTConfig, Shape
 from model.dit import DiT
+from model.vae import WanVAE, to_pixels
 
 TERA = 1e12
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -45,6 +46,9 @@ class Setting:
     shapes: tuple[Shape, ...]
     matrix: int  # side of the matrices whose product gives the peak
     rounds: int
+    steps: int  # of a whole clip, whose stages are added up
+    text: dict[str, int]  # of transformers' UMT5Config
+    vae: dict[str, int]  # of diffusers' AutoencoderKLWan
 
 
 GPU = Setting(
@@ -55,6 +59,9 @@ GPU = Setting(
     shapes=(Shape(832, 480, 81), Shape(1280, 720, 81)),
     matrix=8192,
     rounds=5,
+    steps=50,
+    text={"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    vae={},
 )
 CPU = Setting(
     device="cpu",
@@ -64,6 +71,9 @@ CPU = Setting(
     shapes=(Shape(64, 64, 9),),
     matrix=256,
     rounds=2,
+    steps=4,
+    text={"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+    vae={"base_dim": 8},
 )
 
 
@@ -83,8 +93,14 @@ def gpu(compiled: bool = True) -> Iterator[str]:
     yield ""
     yield "| clip | network | s a step | TFLOP a step | of the matrix peak | difference from ours |"
     yield "|---|---|---|---|---|---|"
+    step: dict[Shape, float] = {}
     for shape in setting.shapes:
-        yield from _steps(shape, setting, peak, compiled)
+        yield from _steps(shape, setting, peak, compiled, step)
+    yield ""
+    yield f"| clip of {setting.steps} steps | stage | s | share |"
+    yield "|---|---|---|---|"
+    for shape in setting.shapes:
+        yield from _stages(shape, setting, step[shape])
     yield ""
     yield "| group | operation | calls | ms | share |"
     yield "|---|---|---|---|---|"
@@ -155,7 +171,8 @@ def inputs_of(shape: Shape, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def _steps(shape: Shape, setting: Setting, peak: float, compiled: bool) -> Iterator[str]:
+def _steps(shape: Shape, setting: Setting, peak: float, compiled: bool, quickest: dict[Shape, float]) -> Iterator[str]:
+    """A row of each network. The seconds of the quickest of ours go into `quickest`."""
     x, times, text = inputs_of(shape, setting)
     calls: dict[str, Callable[[], Tensor]] = {}
     ours = network_of(setting)
@@ -176,9 +193,48 @@ def _steps(shape: Shape, setting: Setting, peak: float, compiled: bool) -> Itera
             calls["diffusers, compiled"] = lambda: fast(x, 1000 * times, text, return_dict=False)[0]
     flops, wanted = counted(calls["ours"]), calls["ours"]().float()
     errors = [(call().float() - wanted).abs().max().item() for call in calls.values()]
-    for name, seconds, error in zip(calls, by_turns(list(calls.values()), setting), errors, strict=True):
+    taken = by_turns(list(calls.values()), setting)
+    quickest[shape] = min(seconds for name, seconds in zip(calls, taken, strict=True) if name.startswith("ours"))
+    for name, seconds, error in zip(calls, taken, errors, strict=True):
         share = flops / seconds / peak
         yield f"| {shape} | {name} | {seconds:.4f} | {flops / TERA:.4g} | {share:.0%} | {error:.0e} |"
+
+
+@torch.inference_mode()
+def _stages(shape: Shape, setting: Setting, step: float) -> Iterator[str]:
+    """Where a whole clip's seconds go: its prompt, its steps at `step` seconds each, its pixels. One clip by itself."""
+    seconds = {"text": _text_seconds(setting), f"denoise, {setting.steps} steps": setting.steps * step}
+    if importlib.util.find_spec("diffusers"):
+        seconds["decode"] = _decode_seconds(shape, setting)
+    total = sum(seconds.values())
+    for stage, spent in seconds.items():
+        yield f"| {shape} | {stage} | {spent:.4f} | {spent / total:.0%} |"
+
+
+def _text_seconds(setting: Setting) -> float:
+    """The encoder of Wan's size for one prompt and the empty one."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device(setting.device):
+        given: dict[str, Any] = dict(setting.text)
+        encoder: Any = UMT5EncoderModel(UMT5Config(**given))
+        ids = torch.ones(2, setting.text_tokens, dtype=torch.long)
+    encoder.to(setting.dtype).eval()
+    (seconds,) = by_turns([lambda: encoder(ids, torch.ones_like(ids)).last_hidden_state], setting)
+    return seconds
+
+
+def _decode_seconds(shape: Shape, setting: Setting) -> float:
+    """Wan's autoencoder, from latents to pixels in the memory of this process."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device(setting.device):
+        given: dict[str, Any] = dict(setting.vae)
+        inner: Any = AutoencoderKLWan(**given)
+        vae = WanVAE(inner.to(setting.dtype).eval())
+        latents = torch.randn(1, *vae.latent_shape(shape))
+    (seconds,) = by_turns([lambda: to_pixels(vae.decode(latents))], setting)
+    return seconds
 
 
 def _theirs(ours: DiT, setting: Setting) -> Any:

@@ -67,12 +67,16 @@ def test_the_gpu_bench_runs_small_on_a_cpu_and_says_so(
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     said, *tables = list(bench_gpu.gpu(compiled))
     assert "no GPU here" in said
-    middle = tables.index("", 1)
-    steps, trace = cells(tables[1:middle]), cells(tables[middle + 1 :])
+    middle, last = (k for k, line in enumerate(tables) if k and not line)
+    steps, stages, trace = (cells(each) for each in (tables[1:middle], tables[middle + 1 : last], tables[last + 1 :]))
     ours = ["ours", "ours, compiled", "ours, reduce-overhead"]
     theirs = ["diffusers", "diffusers, compiled"]
     assert [row[1] for row in steps] == ([*ours, *theirs] if compiled else [ours[0], theirs[0]])
     assert all(float(row[5]) < 1e-4 and float(row[2]) > 0 for row in steps)
+    quickest = min(float(row[2]) for row in steps if row[1] in ours)
+    assert [row[1] for row in stages] == ["text", "denoise, 4 steps", "decode"]
+    assert all(float(row[2]) > 0 for row in stages)
+    assert float(stages[1][2]) == pytest.approx(4 * quickest, abs=3e-4)
     assert {row[0] for row in trace} == {group for group, _ in bench_gpu.GROUPS}
     groups = {row[0]: float(row[3]) for row in trace if row[1] == "all"}
     assert groups["matmul"] > 0 and groups["attention"] > 0
