@@ -1,0 +1,78 @@
+"""An engine that is told to stop while its ranks are at a step that does not end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session, sessionmaker
+
+from flows import render
+from flows.settings import load_settings
+from model.weights import find_model
+from tests.ledger import new_clip, opened, planned
+
+
+@pytest.fixture
+def told_by_usr1() -> Iterator[None]:
+    """What SIGTERM does to an engine, by a signal that means nothing to others."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def ranks() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if "model.rank" in each.cmdline()]
+
+
+@pytest.mark.xdist_group("ranks")
+def test_an_engine_whose_ranks_hang_is_ended_all_the_same(
+    ledger: sessionmaker[Session],
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told_by_usr1: None,
+) -> None:
+    """It waits for them as long as it may, ends them, and gives its shard back; the clip is not charged with it."""
+    monkeypatch.setattr(render, "KEEPING", 1.0)
+    with ledger.begin() as session:
+        clip = new_clip(0, width=64, height=64, frames=9, steps=5000)
+        planned(session, opened(session, [clip], model_digest=find_model("mini").digest))
+    told = list[float]()
+
+    def tell() -> None:
+        with ledger() as session:
+            while session.scalar(text("select count(*) from attempts where status = 'running'")) == 0:
+                session.rollback()
+                time.sleep(0.05)
+        for rank in ranks():
+            rank.suspend()
+        told.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    settings = load_settings(home=tmp_path / "home", database_url=database_url, linger=60)
+    with pytest.raises(SystemExit):
+        render.run_engine(settings)
+    teller.join()
+    assert 1.0 <= time.monotonic() - told[0] < 60
+    assert ranks() == []
+    with ledger() as session:
+        shard = "select status::text, owner, leased_until from shards"
+        assert session.execute(text(shard)).one() == ("queued", None, None)
+        clips = "select status::text, tries, losses from clips"
+        assert session.execute(text(clips)).one() == ("queued", 0, 0)
+        assert session.scalar(text("select status::text from attempts")) == "released"
+        assert session.scalar(text("select closed_at is not null from engines"))
