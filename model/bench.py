@@ -217,6 +217,7 @@ def clips(
     count: int = 32,
     cores: int = os.cpu_count() or 1,
     at_once: Sequence[tuple[int, int]] = ((1, 1), (4, 4), (4, 16)),
+    steps: int = 25,
 ) -> Iterator[str]:
     """Whole clips of mini, 25 steps, guided: engines of one rank against diffusers' pipeline and our decoder.
 
@@ -225,7 +226,7 @@ def clips(
     card = find_model(SHIPPED / "mini")
     prompts = [f"a {colour} ball slides to the left" for colour in ("red", "green", "blue", "yellow")]
     specs = [
-        replace(spec_of(card, prompts[k % len(prompts)], seed=k, steps=25, overlap=5), solver="euler")
+        replace(spec_of(card, prompts[k % len(prompts)], seed=k, steps=steps, overlap=5), solver="euler")
         for k in range(count)
     ]
     yield (

@@ -18,20 +18,27 @@ from tests.tiny import CLIP, tiny_model
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(900)]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of them: much of what is compiled is the same."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
     ("partition", "how"), [(Partition(), True), (Partition(tp=2), True), (Partition(), "reduce-overhead")], ids=str
 )
 def test_a_compiled_engine_makes_the_same_clips_within_a_level(
-    partition: Partition, how: Compile, tmp_path: Path
+    partition: Partition, how: Compile, tmp_path: Path, cache: Path
 ) -> None:
-    compare(tiny_model(tmp_path / "tiny"), partition, how, "cpu", [CLIP, replace(CLIP, clip_id="longer", frames=13)])
+    clips = [CLIP, replace(CLIP, clip_id="longer", frames=13)]
+    compare(tiny_model(tmp_path / "tiny"), partition, how, "cpu", clips, cache)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU replays CUDA graphs")
 @pytest.mark.parametrize("how", [True, "reduce-overhead"])
-def test_a_compiled_engine_makes_the_same_clips_on_a_gpu(how: Compile, tmp_path: Path) -> None:
+def test_a_compiled_engine_makes_the_same_clips_on_a_gpu(how: Compile, tmp_path: Path, cache: Path) -> None:
     """Shapes come back after others, guided and not, with a step cache and without: each has a graph of its own."""
     others = [
         replace(CLIP, clip_id="longer", frames=13),
@@ -39,12 +46,14 @@ def test_a_compiled_engine_makes_the_same_clips_on_a_gpu(how: Compile, tmp_path:
         replace(CLIP, clip_id="unguided", guidance=1.0),
     ]
     clips = [CLIP, *others, *(replace(clip, clip_id=f"{clip.clip_id} again", seed=7) for clip in (CLIP, *others))]
-    compare(tiny_model(tmp_path / "tiny"), Partition(), how, "cuda", clips)
+    compare(tiny_model(tmp_path / "tiny"), Partition(), how, "cuda", clips, cache)
 
 
-def compare(model: Path, partition: Partition, how: Compile, device: Device, clips: list[ClipSpec]) -> None:
+def compare(
+    model: Path, partition: Partition, how: Compile, device: Device, clips: list[ClipSpec], cache: Path
+) -> None:
     """A compiled engine with an eager one, both in float32, which a level of a pixel must not show."""
-    cache, log = model.parent / "compiled", model.parent / "ranks.log"
+    log = model.parent / "ranks.log"
     with Engine(model, partition, device=device, dtype="float32", log=log) as engine:
         wanted = list(engine.render(clips))
     with Engine(model, partition, device=device, dtype="float32", compile=how, cache=cache, log=log) as engine:

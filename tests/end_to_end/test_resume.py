@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
-LONG = {"width": 192, "height": 192, "frames": 33, "guidance": 4.0, "steps": 200}  # half a minute, in several windows
+LONG = {"width": 192, "height": 192, "frames": 33, "guidance": 4.0, "steps": 120}  # a quarter of a minute
 UNDER_WAY = "select checkpoint, checkpoint_step as step from clips where request_id = %s and checkpoint_step >= %s"
 
 
@@ -139,6 +139,12 @@ def released_at(house: House, request: str, attempt: int) -> int:
     return int(house.sql(STEP, request)[0]["step"])
 
 
+def without_gpu(house: House) -> None:
+    """No worker of the stack starts engines."""
+    if workers := [p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"]:
+        house.kill(workers)
+
+
 def assert_went_on(house: House, request: str, kept: list[int]) -> None:
     """Every attempt went on where the one before had been told to stop, and none of them is charged to the clip."""
     attempts = house.attempts(request)
@@ -179,7 +185,7 @@ def test_engines_of_prefect_that_are_stopped_keep_what_they_are_at(keeps_at_the_
 
 def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: House) -> None:
     house = keeps_at_the_end
-    house.kill([p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"])
+    without_gpu(house)
     run = house.submit(request=house.request(["a blue cube"], **LONG, seed=house.seed()))
     request, kept = house.request_of(run), list[int]()
     for attempt, told in enumerate((signal.SIGTERM, signal.SIGINT), 1):
@@ -194,12 +200,11 @@ def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: House) 
     assert " clips in " in finished(house.start("engine", "--linger", "3"))
     house.ended(run)
     assert_went_on(house, request, kept)
-    house.rushes("up")
 
 
 def test_a_worker_that_is_stopped_lets_its_engine_keep_what_it_is_at(keeps_at_the_end: House) -> None:
     house = keeps_at_the_end
-    house.kill([p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"])
+    without_gpu(house)
     with house.start("worker", "gpu") as worker:
         run = house.submit(request=house.request(["a green ball"], **LONG, seed=house.seed()))
         request = house.request_of(run)
