@@ -18,7 +18,7 @@ import httpx
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 # The server did nothing and asks to be asked again: on SQLite it says 503 whenever two of its transactions meet.
 NOT_NOW = (429, 503)
-TAKEN = timedelta(minutes=3)  # that a run may be with a worker before it runs; after that the worker has died
+TAKEN = timedelta(minutes=2)  # that a run may be with a worker before it runs; after that the worker has died
 PATIENCE = 60.0  # seconds that it is asked again: twenty submitters at once on a busy machine need ten
 TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
 

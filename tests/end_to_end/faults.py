@@ -33,7 +33,7 @@ LEASE = 10.0  # seconds
 CLIPS = 48  # of a request
 STEPS = 8  # a clip takes about a second of two cores
 PLANTED = "planted-3b9d51f0c2e84a76"  # a secret that nothing needs, and so nothing may show
-RECOVERY = 180.0  # seconds, on a machine that does other work as well
+RECOVERY = 240.0  # seconds, on a machine that does other work as well
 
 
 @dataclass
