@@ -463,10 +463,18 @@ def tenants(session: Session) -> list[TenantRow]:
 # Planning
 
 
-def adopt_takes(session: Session, request_id: str) -> int:
-    """Every unplanned clip whose recipe was rendered before is done. Returns how many were."""
+def adopt_takes(session: Session, request_id: str, *, within: float | None = None) -> int:
+    """Every unplanned clip whose recipe was rendered before is done. Returns how many were.
+
+    within: only where that was so many seconds ago at most, which spares reading all unplanned clips.
+    """
     _lock_request(session, request_id)
     adopt = update(Clip).where(_unplanned(Clip), Clip.request_id == request_id, adoptable(Clip)).values(adopted())
+    if within is not None:
+        made = aliased(Clip)
+        recent = select(made.recipe).where(made.status == ClipStatus.DONE)
+        recent = recent.where(made.finished_at > func.statement_timestamp() - timedelta(seconds=within))
+        adopt = adopt.where(Clip.recipe.in_(recent))
     return change(session, adopt)
 
 

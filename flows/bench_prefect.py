@@ -274,7 +274,8 @@ def _watch(client: SyncPrefectClient, ledgers: sessionmaker[Session], request: M
 def _looks(request_id: str) -> dict[str, Callable[[Session], object]]:
     """What `generate` asks again and again."""
     return {
-        "every second: takes to adopt": lambda session: ledger.adopt_takes(session, request_id),
+        "every 5 minutes: all takes to adopt": lambda session: ledger.adopt_takes(session, request_id),
+        "every second: new takes to adopt": lambda session: ledger.adopt_takes(session, request_id, within=121),
         "every second: clips to plan": lambda session: ledger.unplanned(session, request_id, limit=50_000),
         "every second: progress": lambda session: ledger.progress(session, request_id),
         f"every 5 seconds: the newest {TABLE_ROWS} shards": lambda session: ledger.shard_table(

@@ -79,6 +79,8 @@ POLL = 1.0  # seconds between two looks at the ledger
 SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
 ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at least
 REPORT_MOST = 60.0  # seconds between two reports to the UI, at most
+UNSEEN = 120.0  # seconds for which what a transaction has written may stay unseen: none of ours lasts so long
+EVERY_TAKE = 300.0  # seconds between two looks at all takes and not at new ones alone, which should find nothing
 TABLE_ROWS = 200  # shards that the UI's table shows
 SHEET_CLIPS = 24  # clips on a contact sheet
 IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
@@ -414,15 +416,21 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
     """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
     planner, report = Planner(settings, ledgers, request_id, source), Report(request_id)
     next_round = 0.0
+    looked: float | None = None  # when it looked for takes
+    every_take = time.monotonic() + EVERY_TAKE
 
     def look(session: Session) -> Progress:
-        ledger.adopt_takes(session, request_id)
+        ledger.adopt_takes(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
         planner.plan(session)
         ledger.compact(session, request_id)
         return ledger.progress(session, request_id)
 
     while True:
+        began = time.monotonic()
+        if began >= every_take:
+            looked, every_take = None, began + EVERY_TAKE
         progress = transact(ledgers, look)
+        looked = began
         if progress.finished:
             if_there(partial(report.send, ledgers, progress, last=True))
             return progress
