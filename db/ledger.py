@@ -918,12 +918,19 @@ def silent_engines(session: Session, for_seconds: float) -> list[EngineRow]:
     return _engines(session, _silent_for() > for_seconds, None)
 
 
+def closed_engines(session: Session, within_seconds: float) -> list[EngineRow]:
+    """Engines that have left in the last seconds, or were closed as they were silent."""
+    ago = func.extract("epoch", func.statement_timestamp() - Engine.closed_at)
+    return _engines(session, ago <= within_seconds, None, left=True)
+
+
 def _silent_for() -> Any:
     return func.extract("epoch", func.statement_timestamp() - Engine.heartbeat_at)
 
 
-def _engines(session: Session, which: Any, model_digest: str | None) -> list[EngineRow]:
-    found = select(Engine).where(Engine.closed_at.is_(None), which).order_by(Engine.started_at, Engine.id)
+def _engines(session: Session, which: Any, model_digest: str | None, *, left: bool = False) -> list[EngineRow]:
+    there = Engine.closed_at.is_not(None) if left else Engine.closed_at.is_(None)
+    found = select(Engine).where(there, which).order_by(Engine.started_at, Engine.id)
     if model_digest is not None:
         found = found.where(Engine.model_digest == model_digest)
     engines = session.scalars(found, execution_options={"populate_existing": True})

@@ -34,6 +34,7 @@ from model.config import Partition
 DEPLOYMENT = "render/engine"
 ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
 STARTING = timedelta(minutes=2)  # that an engine may take until the ledger hears of it: before it fetches its weights
+LEAVING = 3600.0  # seconds for which an engine that has closed its row may still be at telling Prefect so
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ def ensure(
         shards = watching.open_shards(session, request_id)
         living = ledger.live_engines(session, ledger.ALIVE)
         gone = ledger.silent_engines(session, ledger.ALIVE) if watching.server_age(session) > ledger.ALIVE else []
+        left = {engine.flow_run_id for engine in ledger.closed_engines(session, LEAVING)}
     alive = {engine.flow_run_id for engine in living}
     silent = {engine.flow_run_id for engine in gone}
     by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
@@ -99,10 +101,10 @@ def ensure(
         runs = engine_runs(client)
         ended: set[uuid.UUID] = set()
         for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
-            if (state := stuck(run) or unheard_of(run, alive, silent)) is not None:
+            if (state := stuck(run) or unheard_of(run, alive | left, silent)) is not None:
                 client.set_flow_run_state(run.id, state, force=True)
                 ended.add(run.id)
-    active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended]
+    active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended and str(run.id) not in left]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
     starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
     if settings.partition != AUTO:
@@ -170,9 +172,12 @@ def stuck(run: FlowRun) -> State[Any] | None:
     return None
 
 
-def unheard_of(run: FlowRun, alive: set[str | None], silent: set[str | None]) -> State[Any] | None:
-    """The state of an engine that Prefect calls running, where the ledger has not heard of it for long. Else None."""
-    if run.state_type is not StateType.RUNNING or str(run.id) in alive:
+def unheard_of(run: FlowRun, known: set[str | None], silent: set[str | None]) -> State[Any] | None:
+    """The state of an engine that Prefect calls running, where the ledger has not heard of it for long. Else None.
+
+    known: flow runs of engines that live, or have left in order.
+    """
+    if run.state_type is not StateType.RUNNING or str(run.id) in known:
         return None
     if str(run.id) in silent or _age(run) > STARTING:
         return Crashed(message="The ledger has not heard of this engine for long.")

@@ -34,6 +34,7 @@ from db.ledger import (
     clip_by,
     clips_of,
     close_engine,
+    closed_engines,
     create_shard,
     engine_heartbeat,
     finish_request,
@@ -564,11 +565,13 @@ def test_engines_come_go_and_fall_silent(ledger: Ledger) -> None:
         close_engine(session, "c")
         assert [engine.id for engine in live_engines(session, 30)] == ["b"]
         assert [engine.id for engine in silent_engines(session, 30)] == ["a"]
+        assert [engine.id for engine in closed_engines(session, 30)] == ["c"]
         engine_heartbeat(session, "a")
         assert [engine.id for engine in live_engines(session, 30, model_digest=MODEL)] == ["a", "b"]
         assert live_engines(session, 30, model_digest="another") == []
         register_engine(session, "c", **register)
         assert [engine.id for engine in live_engines(session, 30)] == ["a", "b", "c"]
+        assert closed_engines(session, 30) == []
 
 
 def test_scores_are_added_to_what_is_known_of_a_model(ledger: Ledger) -> None:
