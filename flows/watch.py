@@ -61,6 +61,8 @@ def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> E
                 if row is None and run.state_name in REFUSALS:
                     return Ended(None, run.state_name, run.message.partition("\n")[2], refused=True)
                 said = f"its flow run {run.name} ended as {run.state_name}: {run.message}".rstrip(": ")
+                if run.state == "CRASHED":
+                    said += "\nAnother run takes it up within ten minutes, and at once after `rushes up`"
                 return Ended(row.id if row else None, run.state_name or run.state, said)
             time.sleep(POLL)
 
