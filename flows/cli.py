@@ -223,29 +223,26 @@ def _up(settings: Settings) -> Stack:
     stack = local.up(
         settings.home, repo=_working_folder(settings), migrate=settle, engines=settings.most_engines, say=typer.echo
     )
-    _take_up(stack, settings.prefect_password)
+    _take_up(settings, stack)
     return stack
 
 
-def _take_up(stack: Stack, password: str | None) -> None:
+def _take_up(settings: Settings, stack: Stack) -> None:
     """Has `tidy` look at once, and not within ten minutes, where the run of an open request has ended without it.
 
     That is what becomes of a run whose worker was killed. While Prefect cannot say, the schedule will do.
     """
-    from db.session import connect, sessions
+    from db.session import sessions
     from db.watching import open_requests
+    from flows.ledgers import database
     from flows.prefect_api import PrefectApi, PrefectRefused, PrefectUnavailable
 
-    engine = connect(stack.database_url)
-    try:
-        with sessions(engine)() as session:
-            runs = [request.flow_run_id for request in open_requests(session) if request.flow_run_id]
-    finally:
-        engine.dispose()
+    with database(settings, url=stack.database_url) as engine, sessions(engine)() as session:
+        runs = [request.flow_run_id for request in open_requests(session) if request.flow_run_id]
     if not runs:
         return
     try:
-        with PrefectApi(stack.prefect_api_url, password) as api:
+        with PrefectApi(stack.prefect_api_url, settings.prefect_password) as api:
             states = [api.run(run) for run in runs]
             if any(run is None or not run.under_way for run in states):
                 api.submit("tidy/scheduled", {})

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
@@ -98,7 +104,7 @@ def ensure(
     by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     with get_client(sync_client=True) as client:
-        runs = engine_runs(client)
+        runs = runs_of(client, DEPLOYMENT)
         ended: set[uuid.UUID] = set()
         for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
             if (state := stuck(run) or unheard_of(run, alive | left, silent)) is not None:
@@ -189,12 +195,15 @@ def _age(run: FlowRun) -> timedelta:
     return datetime.now(UTC) - run.state.timestamp if run.state else timedelta()
 
 
-def engine_runs(client: SyncPrefectClient, limit: int = 200) -> list[FlowRun]:
-    """Flow runs of the engine's deployment, newest first."""
-    flow_name, _, deployment = DEPLOYMENT.partition("/")
+def runs_of(
+    client: SyncPrefectClient, deployment: str, only: FlowRunFilter | None = None, limit: int = 200
+) -> list[FlowRun]:
+    """Flow runs of a deployment ("flow/name"), newest first."""
+    flow_name, _, name = deployment.partition("/")
     return client.read_flow_runs(
         flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
-        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[deployment])),
+        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
+        flow_run_filter=only,
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
     )

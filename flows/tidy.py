@@ -18,10 +18,6 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowFilter,
-    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterIdempotencyKey,
@@ -217,21 +213,17 @@ def end_stuck_runs(client: SyncPrefectClient) -> int:
 
 def take_up_unknown(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
     """Requests whose run crashed before the ledger knew of them get a new one, a few times at most."""
-    generate, _, deployment = GENERATE.partition("/")
-    crashed = client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[generate])),
-        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[deployment])),
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
-            expected_start_time=FlowRunFilterExpectedStartTime(after_=cast(DateTime, datetime.now(UTC) - CRASHED_AGE)),
-        ),
-        limit=200,
+    only = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
+        expected_start_time=FlowRunFilterExpectedStartTime(after_=cast(DateTime, datetime.now(UTC) - CRASHED_AGE)),
     )
+    crashed = engines.runs_of(client, GENERATE, only)
     with ledgers() as session:
         known = watching.watched_by(session, [str(run.id) for run in crashed])
+    taken_up = _taken_up(client, crashed)
     taken = 0
     for run in crashed:
-        if str(run.id) in known or _next_of(client, run) is not None:
+        if str(run.id) in known or f"{TAKEN_UP}{run.id}" in taken_up:
             continue
         before, tries = _before(client, run), 1
         while before is not None and tries < TRIES:
@@ -242,11 +234,11 @@ def take_up_unknown(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -
     return taken
 
 
-def _next_of(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
-    """The run that took up what this one had left."""
-    key = FlowRunFilterIdempotencyKey(any_=[f"{TAKEN_UP}{run.id}"])
-    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=key), limit=1)
-    return found[0] if found else None
+def _taken_up(client: SyncPrefectClient, runs: list[FlowRun]) -> set[str | None]:
+    """The idempotency keys of the runs that took up what these had left."""
+    keys = FlowRunFilterIdempotencyKey(any_=[f"{TAKEN_UP}{run.id}" for run in runs])
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=keys), limit=200)
+    return {run.idempotency_key for run in found}
 
 
 def _before(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:

@@ -120,8 +120,12 @@ class House:
 
     def submit(self, deployment: str = "generate/default", **parameters: Any) -> str:
         """What the button Run of the form does; the id of the flow run."""
+        return self.created(deployment, parameters=parameters)
+
+    def created(self, deployment: str, **fields: Any) -> str:
+        """A flow run with these fields, its state among them; its id."""
         found = self.api("GET", f"/deployments/name/{deployment}")
-        return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"])
+        return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", fields)["id"])
 
     def request(self, prompts: Sequence[str | dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """A request as the form gives it."""

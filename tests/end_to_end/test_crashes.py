@@ -78,14 +78,13 @@ def test_the_flow_that_watches_is_killed(house: House) -> None:
     house.kill(house.processes_of(run))
     house.ended(run, state="Crashed")
     assert house.status_of(request) == "open"
-    deployment = house.api("GET", "/deployments/name/generate/default")["id"]
     crashed = {"idempotency_key": f"taken-up-{run}", "parameters": house.run(run)["parameters"]}
-    second = house.api("POST", f"/deployments/{deployment}/create_flow_run", crashed | {"state": {"type": "CRASHED"}})
-    assert house.run(second["id"])["state_type"] == "CRASHED"
+    second = house.created("generate/default", **crashed, state={"type": "CRASHED"})
+    assert house.run(second)["state_type"] == "CRASHED"
     house.rushes("up")  # has `tidy` look at once
     wait_for(lambda: house.status_of(request) == "completed", "another run to take the request up")
     (row,) = house.sql("select flow_run_id from requests where id = %s", request)
-    assert row["flow_run_id"] not in (run, second["id"])
+    assert row["flow_run_id"] not in (run, second)
     house.ended(row["flow_run_id"])
     attempts = house.attempts(request)
     assert len(attempts) == CLIPS, "the engine did not notice"
@@ -95,9 +94,10 @@ def test_the_flow_that_watches_is_killed(house: House) -> None:
 def test_runs_that_a_worker_took_and_never_began(house: House) -> None:
     """They died with it before they could say anything: they keep no place in the pool, and no request is lost."""
     house.kill([process for process in house.processes() if environment(process).get("RUSHES_STACK_PART") == "gpu"])
-    engine = taken(house, "render/engine", {"model": str(house.model)})
+    pending = {"type": "PENDING"}  # as they are before their processes say anything
+    engine = house.created("render/engine", parameters={"model": str(house.model)}, state=pending)
     wanted = house.request(["a red ball moves left"], seed=house.seed())
-    first = taken(house, "generate/default", {"request": wanted})
+    first = house.created("generate/default", parameters={"request": wanted}, state=pending)
     an_hour_ago(house, engine, first)
     house.rushes("up")
     house.ended(house.submit("tidy/scheduled"))
@@ -110,13 +110,6 @@ def test_runs_that_a_worker_took_and_never_began(house: House) -> None:
     house.ended(house.submit("tidy/scheduled"))
     house.rushes("audit")
     assert not house.runs(idempotency_key=f"taken-up-{second[0]['id']}")
-
-
-def taken(house: House, deployment: str, parameters: dict[str, Any]) -> str:
-    """A flow run that a worker has taken, as it is before its process says anything."""
-    found = house.api("GET", f"/deployments/name/{deployment}")
-    body = {"parameters": parameters, "state": {"type": "PENDING"}}
-    return str(house.api("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
 
 def an_hour_ago(house: House, *runs: str) -> None:
