@@ -914,8 +914,12 @@ def live_engines(session: Session, within_seconds: float, *, model_digest: str |
 
 
 def silent_engines(session: Session, for_seconds: float) -> list[EngineRow]:
-    """Engines that have not left, but gave no sign of life for so long: for tidy to end."""
-    return _engines(session, _silent_for() > for_seconds, None)
+    """Engines that have not left, but gave no sign of life for so long: for tidy to end.
+
+    While the server was down nobody could give one, so silence counts from its start at the earliest.
+    """
+    server_age = func.extract("epoch", func.statement_timestamp() - func.pg_postmaster_start_time())
+    return _engines(session, func.least(_silent_for(), server_age) > for_seconds, None)
 
 
 def closed_engines(session: Session, within_seconds: float) -> list[EngineRow]:

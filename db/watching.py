@@ -84,12 +84,6 @@ def work_ahead(session: Session, model_digest: str, priority: int) -> dict[str |
     return {partition: seconds for partition, seconds in rows}
 
 
-def server_age(session: Session) -> float:
-    """Seconds since the ledger's server was started: before that nobody could give it a sign of life."""
-    age = func.statement_timestamp() - func.pg_postmaster_start_time()
-    return float(session.scalar(select(func.extract("epoch", age))) or 0)
-
-
 def lease_owners(session: Session) -> list[str]:
     """Who holds leases now."""
     owners = session.scalars(select(Shard.owner).where(Shard.status == ShardStatus.LEASED).distinct())

@@ -97,7 +97,7 @@ def ensure(
         work = ledger.progress(session, request_id)
         shards = watching.open_shards(session, request_id)
         living = ledger.live_engines(session, ledger.ALIVE)
-        gone = ledger.silent_engines(session, ledger.ALIVE) if watching.server_age(session) > ledger.ALIVE else []
+        gone = ledger.silent_engines(session, ledger.ALIVE)
         left = {engine.flow_run_id for engine in ledger.closed_engines(session, LEAVING)}
     alive = {engine.flow_run_id for engine in living}
     silent = {engine.flow_run_id for engine in gone}

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from mmap import PROT_READ, mmap
@@ -253,6 +254,7 @@ class Engine:
             self.step_timeout = max(step_timeout, 600.0)
         self.ready: tuple[RankInfo, ...] = ()
         self._ranks: list[_Rank] = []
+        self._starter: ThreadPoolExecutor | None = None  # the thread that started them, and that they end with
         self._slots: list[int] = []  # memory files for frames
         self._free: list[int] = []  # those that no job uses
         self._left: dict[int, int] = {}  # jobs that their caller has left, and their slots
@@ -292,7 +294,9 @@ class Engine:
             except NotEnoughMemory as error:
                 raise StartFailed(str(error)) from None
         try:
-            self._spawn()
+            # The kernel ends a rank with the thread that started it: that is one which lasts, whoever calls this.
+            self._starter = ThreadPoolExecutor(1, "ranks")
+            self._starter.submit(self._spawn).result()
             self.ready = tuple(self._greeting(rank) for rank in range(self.partition.world))
         except BaseException:
             self._end_ranks()
@@ -615,6 +619,9 @@ class Engine:
 
     def _end_ranks(self) -> None:
         """Ends every rank now and takes back what belonged to them."""
+        if self._starter is not None:
+            self._starter.shutdown()  # first, for an interrupt may have come while it still starts some
+            self._starter = None
         for rank in self._ranks:
             rank.process.kill()
         for rank in self._ranks:

@@ -12,6 +12,7 @@ the others.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
@@ -46,27 +47,21 @@ if TYPE_CHECKING:
 
 PROMPTS_KEPT = 256
 STAGES = ("text", "denoise", "decode")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 IDLE = 1.0  # seconds after which rank 0 says that there is nothing to do: the others wait for its word
 
 
 class Inbox:
-    """The parent's messages, read by a thread of its own that ends the process the moment the parent is gone.
+    """The parent's messages, read by a thread of its own, which hears them inside a long step too."""
 
-    That holds inside a long step too: the thread needs no turn from the one that computes.
-    """
-
-    def __init__(self, wire: Wire, parent: int) -> None:
-        self.wire, self.parent = wire, parent
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
         self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
         try:
             while True:
-                # A forked relative of the parent may hold the other end open after its death, so ask who our parent is.
-                while not self.wire.connection.poll(0.5):
-                    if os.getppid() != self.parent:
-                        os._exit(1)
                 self.messages.put(self.wire.receive())
         except (EOFError, OSError):
             os._exit(1)
@@ -162,6 +157,7 @@ class Side:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to a whole host, it is for the parent, who ends its ranks
     settings = json.loads(sys.argv[1])
+    end_with(settings["parent"])
     wire = Wire(Connection(settings["wire"]))
     rank: Rank | None = None
 
@@ -177,11 +173,23 @@ def main() -> None:
         os._exit(1)  # no destructors: in a broken process group they abort
 
     try:
-        rank = Rank(settings, wire, Inbox(wire, settings["parent"]), fatal)
+        rank = Rank(settings, wire, Inbox(wire), fatal)
         rank.serve()
     except BaseException as problem:
         fatal(problem, rank.at_work if rank else ())
     os._exit(0)
+
+
+def end_with(parent: int) -> None:
+    """From now on the kernel kills this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
+
+    That needs no turn of this process: one that computes is ended, and one that somebody stopped, which no closed
+    socket can tell anything.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) is refused: a rank could outlive its engine")
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
 
 
 def out_of_memory(problem: BaseException) -> bool:

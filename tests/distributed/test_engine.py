@@ -5,6 +5,7 @@ Starting ranks costs seconds, so one engine serves many tests here. Where a test
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -198,6 +199,20 @@ def test_a_clip_that_the_model_refuses_is_named(engine: Engine) -> None:
     assert [failure.clip_id for failure in failed] == ["odd"]
 
 
+@pytest.fixture
+def adopts() -> Iterator[None]:
+    """This process adopts orphans, as the first one of a container does (prctl(2), PR_SET_CHILD_SUBREAPER).
+
+    It is of their session, so the kernel does not send those that are stopped SIGHUP and SIGCONT, as it would if their
+    new parent were of another.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(36, 1) == 0
+    yield
+    assert libc.prctl(36, 0) == 0
+
+
+@pytest.mark.usefixtures("adopts")
 def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
     code = (
         "from pathlib import Path; from model.config import Partition; from model.engine import Engine, ClipSpec\n"
@@ -221,11 +236,22 @@ def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
         parent.wait()
         parent.stdout.close()
     try:
-        assert gone(pids, 3.0)
+        assert gone(pids, 10.0)
     finally:
         for pid in pids:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def test_the_thread_that_starts_an_engine_may_end(model: Path) -> None:
+    with Engine(model, Partition(cfg=2), log=model / "ranks.log") as engine:
+        (wanted,) = frames(engine, CLIP)
+        engine.close()
+        thread = threading.Thread(target=engine.start)
+        thread.start()
+        thread.join()
+        assert frames(engine, CLIP) == [wanted]
 
 
 def test_clips_join_and_leave_a_batch_and_are_the_same_as_alone(model: Path) -> None:
