@@ -12,11 +12,10 @@ import shutil
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from flows.locks import locked
 
-_used: dict[Path, TextIO] = {}  # by this process: locks that go with it
+_used: dict[Path, int] = {}  # by this process: descriptors, never closed, whose locks go with it
 
 
 def in_use(folder: Path) -> bool:
@@ -24,11 +23,11 @@ def in_use(folder: Path) -> bool:
     lock = _beside(folder, "use")
     lock.parent.mkdir(parents=True, exist_ok=True)
     if folder not in _used:
-        _used[folder] = lock.open("a")
+        _used[folder] = os.open(lock, os.O_WRONLY | os.O_CREAT)
         fcntl.flock(_used[folder], fcntl.LOCK_SH)
     os.utime(lock)
     if not folder.is_dir():
-        _used.pop(folder).close()
+        os.close(_used.pop(folder))
         return False
     return True
 
