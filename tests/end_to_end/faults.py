@@ -25,7 +25,7 @@ import psycopg
 
 from infra.store import S3Store
 from tests.collector import Collector
-from tests.end_to_end.house import House, command, environment, wait_for
+from tests.end_to_end.house import House, wait_for
 from tests.integration.s3 import S3Server, s3_server
 from tests.tiny import tiny_model
 
@@ -204,8 +204,7 @@ def small_house(folder: Path, **settings: str) -> Iterator[House]:
     own = {"RUSHES_PARTITION": "tp=2", "RUSHES_LEASE_SECONDS": str(LEASE), "RUSHES_SHARD_SECONDS": "1"}
     house = House(home=folder / "home", model=tiny_model(folder / "tiny"), settings=own | settings)
     with house.up():
-        worker = [p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"]
-        house.kill([process for process in worker if "model.rank" not in command(process)])
+        house.kill(house.of_pool("gpu"))
         yield house
 
 

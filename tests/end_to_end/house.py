@@ -224,6 +224,14 @@ class House:
         """Ranks of any engine of this stack."""
         return [process for process in self.processes() if "model.rank" in command(process)]
 
+    def of_pool(self, pool: str) -> list[psutil.Process]:
+        """The stack's worker of a pool and the flow runs that it started, without the ranks of an engine."""
+        return [
+            process
+            for process in self.processes()
+            if environment(process).get("RUSHES_STACK_PART") == pool and "model.rank" not in command(process)
+        ]
+
     def processes_of(self, run_id: str) -> list[psutil.Process]:
         """The processes that execute a flow run, without the ranks of an engine."""
         return [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import SLOW, House, environment, wait_for
+from tests.end_to_end.house import SLOW, House, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -93,7 +93,7 @@ def test_the_flow_that_watches_is_killed(house: House) -> None:
 
 def test_runs_that_a_worker_took_and_never_began(house: House) -> None:
     """They died with it before they could say anything: they keep no place in the pool, and no request is lost."""
-    house.kill([process for process in house.processes() if environment(process).get("RUSHES_STACK_PART") == "gpu"])
+    house.kill(house.of_pool("gpu"))
     pending = {"type": "PENDING"}  # as they are before their processes say anything
     engine = house.created("render/engine", parameters={"model": str(house.model)}, state=pending)
     wanted = house.request(["a red ball moves left"], seed=house.seed())

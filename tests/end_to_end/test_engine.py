@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.end_to_end.house import House, command, environment, wait_for
+from tests.end_to_end.house import House, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def test_an_engine_without_a_worker(house: House) -> None:
-    of_gpu = [p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"]
-    house.kill([process for process in of_gpu if "model.rank" not in command(process)])
+    house.kill(house.of_pool("gpu"))
     wait_for(lambda: not house.ranks(), "the ranks to follow")
     house.rushes("status", code=1)
 

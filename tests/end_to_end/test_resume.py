@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House, environment, finished, wait_for
+from tests.end_to_end.house import House, finished, wait_for
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -141,7 +141,7 @@ def released_at(house: House, request: str, attempt: int) -> int:
 
 def without_gpu(house: House) -> None:
     """No worker of the stack starts engines."""
-    if workers := [p for p in house.processes() if environment(p).get("RUSHES_STACK_PART") == "gpu"]:
+    if workers := house.of_pool("gpu"):
         house.kill(workers)
 
 
