@@ -40,6 +40,7 @@ class Audited:
 
     rows: int = 0
     blobs: int = 0
+    young: int = 0  # objects that may still await their rows, and were not compared
     hashed: int = 0  # bytes
 
 
@@ -62,12 +63,14 @@ def audit(
             yield breach
     yield from _checkpoints(session, store, audited)
     for prefix, known in (("blobs/", known_keys), ("checkpoints/", checkpoints)):
-        listed = (item for item in store.list(prefix) if item.modified < datetime.now(UTC) - YOUNG)
+        listed = store.list(prefix)
         while batch := list(islice(listed, BATCH)):
-            audited.blobs += len(batch)
-            keys = known(session, [item.key for item in batch])
+            old = [item for item in batch if item.modified < datetime.now(UTC) - YOUNG]
+            audited.blobs += len(old)
+            audited.young += len(batch) - len(old)
+            keys = known(session, [item.key for item in old])
             session.rollback()
-            yield from (_orphan(item) for item in batch if item.key not in keys)
+            yield from (_orphan(item) for item in old if item.key not in keys)
 
 
 def _draw(session: Session, count: int) -> set[str]:

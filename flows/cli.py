@@ -944,7 +944,9 @@ def audit(
     if breaches or format != "table":
         show_rows(breaches, ["problem", "key", "detail"], format)
     hashed = "not hashed" if quick else f"{audited.hashed:,} bytes hashed"
-    counts = f"{audited.rows} rows and {audited.blobs} blobs compared, {hashed}: {len(breaches) or 'no'} breaches"
+    young = f" ({audited.young} younger than a minute left alone)" if audited.young else ""
+    counts = f"{audited.rows} rows and {audited.blobs} blobs{young} compared, {hashed}"
+    counts += f": {len(breaches) or 'no'} breaches"
     typer.echo(counts, err=format != "table")
     raise typer.Exit(FAILED if breaches else DONE)
 
