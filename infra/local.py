@@ -686,7 +686,7 @@ def _end_flow_runs(home: Path, say: Say) -> None:
             say(f"Ending {count} flow {'run' if count == 1 else 'runs'}")
         for member in runs:
             # Only the top of each: an engine ends its own ranks.
-            if member.pid not in told and not any(member.process.ppid() == other.pid for other in runs):
+            if member.pid not in told and not member.ancestors & {other.pid for other in runs}:
                 told.add(member.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.process.terminate()

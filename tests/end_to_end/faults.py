@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -315,24 +316,30 @@ class Struck:
 
     what: str
     seconds: float  # until a clip was finished that had been begun after it
-    repeated: int  # attempts that it cost
+    repeated: int  # attempts that ended in vain from then on, until the next one struck
 
 
 def campaign(on: Ground, faults: Sequence[Fault], *, clips: int = CLIPS) -> list[Struck]:
     """Strikes with each in turn, at random moments of requests that are being rendered."""
-    struck: list[Struck] = []
+    took: list[float] = []
+    moments: list[Any] = []
     on.submit(clips)
     for fault in faults:
         if on.waiting() < 12:
             on.submit(clips)
         on.rendering()
         began, since = time.monotonic(), on.now()
+        moments.append(since)
         print(f"{time.strftime('%H:%M:%S')} {fault.what}", flush=True)
         fault.strike(on)
         on.recovered(since)
-        lost = "select count(*) as n from attempts where status in ('lost', 'failed', 'released') and finished_at > %s"
-        struck.append(Struck(fault.what, time.monotonic() - began, int(on.house.sql(lost, since)[0]["n"])))
-    return struck
+        took.append(time.monotonic() - began)
+    for request in on.requests:
+        on.ended(request)
+    lost = "select count(*) as n from attempts where status in ('lost', 'failed', 'released')"
+    lost += " and finished_at > %s and finished_at <= %s"
+    repeated = [on.house.sql(lost, since, until)[0]["n"] for since, until in pairwise([*moments, on.now()])]
+    return [Struck(fault.what, *figures) for fault, *figures in zip(faults, took, repeated, strict=True)]
 
 
 # --- a namespace of its own, whose cable can be pulled --------------------------------------------------------------
