@@ -5,6 +5,7 @@ Importing Prefect's own client takes two seconds, which is fine for a flow and n
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 import uuid
@@ -17,10 +18,20 @@ import httpx
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 # The server did nothing and asks to be asked again: on SQLite it says 503 whenever two of its transactions meet.
-NOT_NOW = (429, 503)
+NOT_NOW = (429, 500, 502, 503, 504)
+FAULTS = 3  # times that a 500 is asked again: it may be a lack of connections while SQLite waits, or a fault that stays
+# The question arrived, or may have, and the answer is lost; every request here may be made twice.
+LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadTimeout, httpx.WriteTimeout)
 TAKEN = timedelta(minutes=2)  # that a run may be with a worker before it runs; after that the worker has died
-PATIENCE = 60.0  # seconds that it is asked again: twenty submitters at once on a busy machine need ten
+# Seconds that it is asked again. Twenty submitters at once on a busy machine need ten; but after two transactions have
+# met, a server on SQLite may stand still for the minute that SQLite waits for a lock: collecting the garbage of the
+# failed one, its event loop waits for a connection that waits for the lock of a third, which waits for the event loop.
+PATIENCE = 180.0
+TIMEOUT = httpx.Timeout(90.0, connect=15.0)  # seconds; the first one outlasts such a minute
+QUIET = 10.0  # seconds after which a person is told what is waited for
 TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
+
+log = logging.getLogger(__name__)
 
 
 class PrefectRefused(RuntimeError):
@@ -28,7 +39,10 @@ class PrefectRefused(RuntimeError):
 
 
 class PrefectUnavailable(RuntimeError):
-    """The Prefect server did not answer. Start the stack with `rushes up`, or mend RUSHES_PREFECT_API_URL."""
+    """The Prefect server did not answer, or was too busy to.
+
+    Start the stack with `rushes up`, or mend RUSHES_PREFECT_API_URL.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +72,16 @@ class Run:
 class PrefectApi:
     """A connection to one server; use it in a with statement."""
 
-    def __init__(self, url: str, auth: str | None = None) -> None:
-        """`url` ends in /api; `auth` is user:password where the server asks for it."""
+    def __init__(self, url: str, auth: str | None = None, *, patience: float = PATIENCE) -> None:
+        """`url` ends in /api; `auth` is user:password where the server asks for it.
+
+        `patience`: seconds for which a server that is there, but does not answer or is too busy to, is asked again.
+        """
         user, _, password = (auth or "").partition(":")
-        self._url = url
+        self._url, self._patience = url, patience
         # No proxy: a proxy meant for the internet would swallow calls to loopback.
         self._http = httpx.Client(
-            base_url=url, timeout=60, auth=(user, password) if auth else None, trust_env="://127." not in url
+            base_url=url, timeout=TIMEOUT, auth=(user, password) if auth else None, trust_env="://127." not in url
         )
 
     def __enter__(self) -> PrefectApi:
@@ -120,29 +137,12 @@ class PrefectApi:
         self._call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": kind}})
         return True
 
-    def _ask(self, method: str, path: str, body: Any) -> httpx.Response:
-        """One request; a server that is only slow is asked once more (every request here may be made twice)."""
-        try:
-            return self._http.request(method, path, json=body)
-        except httpx.TimeoutException:
-            return self._http.request(method, path, json=body)
-
     def _call(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> dict[str, Any]:
         answer = self._answer(method, path, body, missing=missing)
         return cast(dict[str, Any], answer.json()) if answer.content else {}
 
     def _answer(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> httpx.Response:
-        try:
-            again = time.monotonic() + PATIENCE
-            answer, pause = self._ask(method, path, body), 0.1
-            while answer.status_code in NOT_NOW and time.monotonic() < again:
-                time.sleep(random.uniform(pause / 2, pause))  # who met here would meet again
-                answer, pause = self._ask(method, path, body), min(2 * pause, 4.0)
-        except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
-            raise PrefectUnavailable(
-                f"the Prefect server at {self._url} does not answer ({reason}): is the stack up? `rushes up` starts it"
-            ) from None
+        answer = self._patiently(method, path, body)
         if answer.status_code == 404 and missing == "gone":
             raise LookupError(path)
         if answer.status_code == 404 and missing:
@@ -150,6 +150,32 @@ class PrefectApi:
         if answer.is_error:
             raise PrefectRefused(f"the Prefect server refused: {_detail(answer)}")
         return answer
+
+    def _patiently(self, method: str, path: str, body: Any) -> httpx.Response:
+        """The server's answer, once it is none of NOT_NOW; who cannot be reached at all is not asked again."""
+        began, pause, told, faults = time.monotonic(), 0.1, False, 0
+        while True:
+            try:
+                answer = self._http.request(method, path, json=body)
+                faults += answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+                if answer.status_code not in NOT_NOW or faults > FAULTS:
+                    return answer
+                said = f"is too busy ({answer.status_code})"
+            except httpx.TransportError as error:
+                said = f"does not answer ({str(error) or type(error).__name__})"
+                if not isinstance(error, LOST):
+                    raise self._unavailable(f"{said}: is the stack up? `rushes up` starts it") from None
+            waited = time.monotonic() - began
+            if waited >= self._patience:
+                raise self._unavailable(f"{said}, for {waited:.0f} s by now: try again later, or see `rushes doctor`")
+            if waited >= QUIET and not told:
+                log.warning("the Prefect server %s: asking again, for %.0f s at most", said, self._patience)
+                told = True
+            time.sleep(random.uniform(pause / 2, pause))  # who met here would meet again
+            pause = min(2 * pause, 4.0)
+
+    def _unavailable(self, said: str) -> PrefectUnavailable:
+        return PrefectUnavailable(f"the Prefect server at {self._url} {said}")
 
 
 def _run(answer: dict[str, Any]) -> Run:

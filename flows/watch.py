@@ -72,12 +72,12 @@ def _prefect(settings: Settings) -> Generator[PrefectApi | None]:
     if settings.prefect_api_url is None:
         yield None
         return
-    with PrefectApi(settings.prefect_api_url, settings.prefect_password) as api:
+    with PrefectApi(settings.prefect_api_url, settings.prefect_password, patience=0.0) as api:
         yield _Patient(api)  # type: ignore[misc]
 
 
 class _Patient:
-    """A Prefect server that is away for a while is no reason to stop watching the ledger."""
+    """A Prefect server that is away or busy for a while is no reason to stop watching the ledger."""
 
     def __init__(self, api: PrefectApi) -> None:
         self._api = api

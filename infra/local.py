@@ -57,6 +57,7 @@ WORKER_SECONDS = 90.0
 LOCK_SECONDS = 300.0
 GRACE_SECONDS = 15.0  # what engines get to keep clips that are under way and to give back their shards
 HEARTBEAT_SECONDS = 30.0  # between two signs of life of a worker; Prefect's default
+ANSWER_SECONDS = 90.0  # its server on SQLite may stand still for a minute after two transactions have met
 BEAT_SECONDS = 30  # between two signs of life of a flow run; tidy's automation calls it crashed after 90 of silence
 LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
 
@@ -510,7 +511,7 @@ def doctor(
     family = _family(home)
     postgres = running_postgres(home / POSTGRES)
     server = _part(family, SERVER)
-    api = _Api(_api_url(server.port)) if server else None
+    api = _Api(_api_url(server.port), patience=30.0) if server else None
 
     def in_ledger() -> str:
         return schema(_running(postgres).url)
@@ -635,7 +636,7 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     postgres = running_postgres(home / POSTGRES)
     ran = tuple(p for p in PARTS if _part(family, p) or (p == POSTGRES and postgres))
     server = _part(family, SERVER)
-    api = _Api(_api_url(server.port)) if server is not None else None
+    api = _Api(_api_url(server.port), patience=30.0) if server is not None else None
     if api is not None and not api.healthy():
         api = None
     under_way: dict[str, list[dict[str, Any]]] = {}
@@ -815,8 +816,9 @@ def _listens(process: psutil.Process, port: int) -> bool:
 class _Api:
     """The Prefect server's REST interface, as far as the stack needs it."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, *, patience: float = ANSWER_SECONDS) -> None:
+        """`patience`: seconds that one answer may take, repetitions included."""
+        self.url, self.patience = url, patience
 
     def healthy(self, *, patience: float = 2.0) -> bool:
         try:
@@ -856,12 +858,19 @@ class _Api:
         )
 
     def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        for pause in (0.1, 0.3, 1.0, 2.0):
-            answer = self._send(method, path, body, 30.0)
-            if answer.status_code != 503:
-                return answer
-            time.sleep(pause)  # two transactions of its SQLite have met, and this one did nothing
-        return self._send(method, path, body, 30.0)
+        """Asks until there is an answer; every request here may be made twice. Raises httpx.HTTPError if none comes."""
+        until, pause = time.monotonic() + self.patience, 0.1
+        while True:
+            left = until - time.monotonic()
+            try:
+                answer = self._send(method, path, body, max(left, 5.0))
+                if answer.status_code not in (500, 503) or left <= 0:
+                    return answer
+            except (httpx.ReadError, httpx.RemoteProtocolError):  # it closed a connection that was made just then
+                if left <= 0:
+                    raise
+            time.sleep(pause)  # two transactions of its SQLite have met (503), or all connections wait for it (500)
+            pause = min(2 * pause, 4.0)
 
     def _send(self, method: str, path: str, body: Any, timeout: float) -> httpx.Response:
         # No proxy from the environment: it would swallow calls to loopback.

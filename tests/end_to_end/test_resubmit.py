@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def test_twenty_who_submit_at_once_share_one_flow_run(house: House, tmp_path: Pa
     house.api("PATCH", "/work_pools/control", {"is_paused": True})
     try:
         given = ("submit", str(file), "--idempotency-key", f"shared-{house.seed()}")
-        started = [house.start(*given, **(away if k % 2 else {})) for k in range(20)]
-        said = [finished(each) for each in started]
+        with ExitStack() as theirs:  # one of them that fails leaves nothing of the others behind
+            started = [theirs.enter_context(house.start(*given, **(away if k % 2 else {}))) for k in range(20)]
+            said = [finished(each) for each in started]
     finally:
         house.api("PATCH", "/work_pools/control", {"is_paused": False})
     (run,) = {run_in(each) for each in said}

@@ -226,9 +226,10 @@ def test_an_interrupted_start_leaves_nothing(how: signal.Signals, repo: Path, tm
 
 
 def api(stack: Stack, path: str, method: str = "POST", **body: Any) -> Any:
-    for _ in range(10):
-        answer = httpx.request(method, stack.prefect_api_url + path, json=body, timeout=30)
-        if answer.status_code != 503:  # on a busy machine two transactions of Prefect's SQLite may meet
+    until = time.monotonic() + 120
+    while True:  # when two transactions of Prefect's SQLite meet it says 503, and may stand still for a minute
+        answer = httpx.request(method, stack.prefect_api_url + path, json=None if method == "GET" else body, timeout=90)
+        if answer.status_code not in (500, 503) or time.monotonic() > until:
             break
         time.sleep(0.3)
     answer.raise_for_status()
@@ -236,12 +237,12 @@ def api(stack: Stack, path: str, method: str = "POST", **body: Any) -> Any:
 
 
 def submit(stack: Stack, deployment: str, **parameters: Any) -> str:
-    found = httpx.get(f"{stack.prefect_api_url}/deployments/name/{deployment}").json()
+    found = api(stack, f"/deployments/name/{deployment}", "GET")
     return str(api(stack, f"/deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
 
 def state(stack: Stack, run: str) -> str:
-    return str(httpx.get(f"{stack.prefect_api_url}/flow_runs/{run}", timeout=30).json()["state_type"])
+    return str(api(stack, f"/flow_runs/{run}", "GET")["state_type"])
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
