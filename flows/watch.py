@@ -18,6 +18,7 @@ from flows.show import console, printable
 
 POLL = 0.5  # seconds between two looks at the ledger
 ASK_PREFECT = 2.0  # seconds between two looks at the flow run
+WAIT_PREFECT = 10.0  # seconds that a busy server is asked again for it
 LINE_EVERY = 5.0  # seconds between two lines where there is no terminal to draw on
 REFUSALS = ("BadInput", "QuotaExceeded", "RewriterFailed")  # how `generate` names what it does not even begin
 QUIET = 120.0  # seconds after which a run that has not begun is worth a word
@@ -72,7 +73,7 @@ def _prefect(settings: Settings) -> Generator[PrefectApi | None]:
     if settings.prefect_api_url is None:
         yield None
         return
-    with PrefectApi(settings.prefect_api_url, settings.prefect_password, patience=0.0) as api:
+    with PrefectApi(settings.prefect_api_url, settings.prefect_password, patience=WAIT_PREFECT) as api:
         yield _Patient(api)  # type: ignore[misc]
 
 
