@@ -24,7 +24,7 @@ MEGABYTE = 1 << 20
 
 
 def modest(act: Callable[[], None], megabytes: float = 64) -> None:
-    """It takes less than a second of this process, and so much memory at most. Does it twice: to trace takes time."""
+    """It takes a few seconds of this process and so much memory at most. Twice, since to trace takes time."""
     began = time.process_time()
     act()
     spent = time.process_time() - began
