@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from db.session import is_away
+from flows.prefect_api import NOT_NOW
 from infra.store import StoreUnavailable
 
 PATIENCE = 900.0  # seconds: a restart takes less, and what is away for longer needs a person
-NOT_NOW = (408, 429, 500, 502, 503, 504)  # of HTTP: says nothing about what was asked
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from typing import Any, cast
 import httpx
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-# The server did nothing and asks to be asked again: on SQLite it says 503 whenever two of its transactions meet.
-NOT_NOW = (429, 500, 502, 503, 504)
+# Says nothing about what was asked, which is asked again: on SQLite it is 503 whenever two of its transactions meet.
+NOT_NOW = (408, 429, 500, 502, 503, 504)
 FAULTS = 3  # times that a 500 is asked again: it may be a lack of connections while SQLite waits, or a fault that stays
 # The question arrived, or may have, and the answer is lost; every request here may be made twice.
 LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadTimeout, httpx.WriteTimeout)

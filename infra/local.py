@@ -57,6 +57,7 @@ WORKER_SECONDS = 90.0
 LOCK_SECONDS = 300.0
 GRACE_SECONDS = 15.0  # what engines get to keep clips that are under way and to give back their shards
 HEARTBEAT_SECONDS = 30.0  # between two signs of life of a worker; Prefect's default
+SOON_SECONDS = 30.0  # what one answer may take where the stack is only looked at, or ended with or without it
 ANSWER_SECONDS = 90.0  # its server on SQLite may stand still for a minute after two transactions have met
 BEAT_SECONDS = 30  # between two signs of life of a flow run; tidy's automation calls it crashed after 90 of silence
 LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
@@ -511,7 +512,7 @@ def doctor(
     family = _family(home)
     postgres = running_postgres(home / POSTGRES)
     server = _part(family, SERVER)
-    api = _Api(_api_url(server.port), patience=30.0) if server else None
+    api = _Api(_api_url(server.port), patience=SOON_SECONDS) if server else None
 
     def in_ledger() -> str:
         return schema(_running(postgres).url)
@@ -636,7 +637,7 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     postgres = running_postgres(home / POSTGRES)
     ran = tuple(p for p in PARTS if _part(family, p) or (p == POSTGRES and postgres))
     server = _part(family, SERVER)
-    api = _Api(_api_url(server.port), patience=30.0) if server is not None else None
+    api = _Api(_api_url(server.port), patience=SOON_SECONDS) if server is not None else None
     if api is not None and not api.healthy():
         api = None
     under_way: dict[str, list[dict[str, Any]]] = {}
