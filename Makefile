@@ -20,7 +20,7 @@ eval: $(VENV)/.set-up   ## set up, measure what mini can do, print the tables (A
 	@$(BIN)/rushes eval $(ARGS)
 
 bench: $(VENV)/.set-up  ## set up, measure engine, platform and planner, print the tables (ARGS='step')
-	@$(BIN)/python -m flows.bench $(ARGS)
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 chaos: $(VENV)/.set-up-dev  ## break a stack a hundred times and check it, an hour (ARGS='--faults 8 --seed 7')
 	HYPOTHESIS_PROFILE=chaos $(BIN)/python -m pytest -q --timeout 3600 tests/generative/test_prompts_laws.py tests/generative/test_request_laws.py

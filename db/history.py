@@ -6,7 +6,7 @@ What the view holds is said once, in COLUMNS; the migration that makes it is che
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import islice
@@ -107,7 +107,6 @@ COLUMNS: dict[str, tuple[Any, str]] = {
     "error_class": (Text, "what kind of failure the last attempt was"),
     "resumed_step": (Integer, "that the last attempt went on from, where an earlier one had come so far"),
 }
-
 # In a MetaData of its own: a view is no table that migrations would create.
 history = Table("history", MetaData(), *(Column(name, kind) for name, (kind, _) in COLUMNS.items()))
 
@@ -340,8 +339,6 @@ where rolname = '{READER}' and pg_has_role(oid, case when current_setting('serve
 union all
 select 'pg_read_all_data' from pg_roles where rolname = current_user and rolsuper
 limit 1"""
-
-
 # Ten questions people ask, as README prints them.
 QUERIES: dict[str, str] = {
     "Which model and partition succeed, and how fast?": """\
@@ -418,3 +415,13 @@ where queued_at > now() - interval '1 day' and (prompt ilike '%red%' or rewritte
 order by queued_at desc
 limit 20""",
 }
+
+
+def clips_of(
+    session: Session, request_id: str, *, statuses: Sequence[ClipStatus] | None = None
+) -> Iterator[HistoryRow]:
+    """The request's clips in file order, read through a server-side cursor."""
+    wanted = select(history).where(history.c.request_id == request_id).order_by(history.c.index, history.c.sample)
+    if statuses is not None:
+        wanted = wanted.where(history.c.status.in_([str(status) for status in statuses]))
+    return rows_of(session, wanted)

@@ -10,10 +10,12 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy import ColumnElement, case, delete, func, literal, or_, select, update
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from db.ledger import FILES, register_model
+from db.session import change
 from db.tables import Artifact, Clip, Model, Request, RequestStatus, Take
 
 _NAMING = 0x4E616D65  # advisory lock: "Name"
@@ -102,3 +104,29 @@ def _added(session: Session, which: ColumnElement[bool]) -> list[ModelRow]:
 
 def _row(found: Model) -> ModelRow:
     return ModelRow(**{f.name: getattr(found, f.name) for f in fields(ModelRow)})
+
+
+FILES = "files"  # in a card: what of the model lies in the store
+
+
+def register_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
+    """Note the weights of this digest; said again it refreshes where they lie and adds to what is known of them.
+
+    Weights that lie in the store (db/models.py) keep the name they were added under, whatever their folder is called.
+    """
+    known = upsert(Model).values(digest=digest, name=name, path=path, card=dict(card))
+    stays = case((Model.card.has_key(FILES), Model.name), else_=known.excluded.name)
+    change(
+        session,
+        known.on_conflict_do_update(
+            index_elements=[Model.digest],
+            set_={"name": stays, "path": path, "card": Model.card.concat(known.excluded.card)},
+        ),
+    )
+
+
+def record_scores(session: Session, digest: str, scores: Mapping[str, Any]) -> None:
+    """Add to what was measured of the weights of this digest; what has the same name is replaced, all else stays."""
+    known = func.coalesce(Model.card["scores"], literal({}, JSONB))
+    card = Model.card.concat(func.jsonb_build_object("scores", known.concat(dict(scores)), type_=JSONB))
+    change(session, update(Model).where(Model.digest == digest).values(card=card))

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session, aliased
 
-from db.leases import LeasedClip, NewArtifact, clip_to_render
+from db.artifacts import NewArtifact
+from db.claim import LeasedClip, clip_to_render
 from db.session import change
 from db.tables import ACTIVE, Artifact, Attempt, Clip, ClipStatus, Engine, Reproduction, Request, Take
 

@@ -18,14 +18,11 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 FRESH = 1.0  # seconds since its last use within which a connection is taken to live
 IDLE = 600.0  # seconds: no transaction of ours thinks for so long, so it belongs to a stalled process
-
 _USED = "used"
-
 # jit costs more than it gives for statements this short.
 _SERVER_OPTIONS = (
     "-c timezone=UTC -c jit=off -c plan_cache_mode={plans} -c idle_in_transaction_session_timeout={idle:.0f}"
 )
-
 # A cut network answers nothing, and a connection may wait for it for hours: seconds until that counts as an error.
 _NETWORK = {
     "connect_timeout": 10,
@@ -122,3 +119,6 @@ def _config(url: str) -> Config:
     config.set_main_option("path_separator", "os")
     config.attributes["url"] = url
     return config
+
+
+ANALYZE_FROM = 2000  # clips at which a request changes the statistics that plans are made from

@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 if TYPE_CHECKING:
-    from infra.store import Store
+    from infra.store.contract import Store
 
 PREFIX = "RUSHES_"
 DEFAULT_HOME = Path("~/.local/share/rushes")
@@ -186,7 +186,7 @@ class Settings(BaseSettings):
     @classmethod
     def _gpus_parse(cls, value: str | None) -> str | None:
         if value is not None:
-            from flows.layout import parse_gpus
+            from flows.plan.layout import parse_gpus
 
             parse_gpus(value)
         return value
@@ -226,7 +226,7 @@ class Settings(BaseSettings):
         """That may run at once: with partition auto, one for each of the GPUs."""
         if self.partition != AUTO or self.gpus is None:
             return self.engines
-        from flows.layout import parse_gpus
+        from flows.plan.layout import parse_gpus
 
         return parse_gpus(self.gpus)[0]
 
@@ -247,7 +247,7 @@ class Settings(BaseSettings):
 
     def open_store(self) -> Store:
         """The object store that these settings name. Raises WrongSetting."""
-        from infra.store import open_store
+        from infra.store.open import open_store
 
         secret = self.store_secret_key.get_secret_value() if self.store_secret_key else None
         try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.orm import Session, sessionmaker
 
-    from infra.postgres import Postgres
+    from infra.stack.postgres import Postgres
 
 # A law that holds slowly holds: how long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("rushes", deadline=None)
@@ -28,7 +28,7 @@ _numbers = itertools.count()
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """A server for this test process, gone with everything in it when the process is done."""
-    from infra.postgres import start_postgres, stop_postgres
+    from infra.stack.postgres import start_postgres, stop_postgres
 
     folder = tmp_path_factory.mktemp("postgres")
     in_memory = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "64MB"}

@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flows.variants import Lora, write_variant
-from model import checker
-from model.captioner import Captioner, CaptionerConfig, save_captioner
-from model.conditioning import stand_still, times_of
+from flows.library.variants import Lora, write_variant
 from model.config import DiTConfig, VAEConfig
-from model.dit import DiT
-from model.engine import ClipSpec
-from model.text import TextEncoder, small_encoder, word_tokenizer
-from model.vae import VAE
-from model.weights import CAPTIONER, covered_files, load_dit, save_model
+from model.engine.clip import ClipSpec
+from model.language.captioner import Captioner, CaptionerConfig, save_captioner
+from model.loading.card import CAPTIONER, covered_files
+from model.loading.load import load_dit, save_model
+from model.media.windows import stand_still, times_of
+from model.network.dit import DiT
+from model.network.text import TextEncoder, small_encoder, word_tokenizer
+from model.network.vae import VAE
+from model.score import judge
 
 DEFAULTS = {
     "name": "tiny",
@@ -138,7 +139,7 @@ def tiny_captioner(model: Path) -> None:
 def tiny_judge(path: Path) -> Path:
     """Writes a judge with random weights, who says something, always the same of the same clip."""
     torch.manual_seed(1)
-    checker.save(checker.Checker(), VAE(VAEConfig(channels=(8, 8, 8))), path)
+    judge.save(judge.Checker(), VAE(VAEConfig(channels=(8, 8, 8))), path)
     return path
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model import world
-from model.encode import encode_mp4, encode_png
+from model.media.encode import encode_mp4, encode_png
+from model.world.render import render
+from model.world.scene import sample_scene
 
 
 def clip_of(seed: int, width: int = 32, height: int = 32, frames: int = 9) -> NDArray[np.uint8]:
     """[T, H, W, 3]"""
-    return world.render(world.sample_scene(random.Random(seed)), width=width, height=height, frames=frames)
+    return render(sample_scene(random.Random(seed)), width=width, height=height, frames=frames)
 
 
 def write_video(path: Path, clip: NDArray[np.uint8], fps: int = 8) -> None:

@@ -15,27 +15,19 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.checkpoint import rank_bytes
 from model.config import Partition
-from model.diffusion import denoise, guide, schedule
-from model.dit import DiT
-from model.partition import (
-    ALONE,
-    Axis,
-    Groups,
-    both_halves,
-    connect,
-    groups_of,
-    load_partitioned,
-    own_text,
-    parameter_bytes,
-    self_test,
-    total,
-)
-from model.stepcache import StepCache
-from model.traffic import Work, hearing_traffic, step_traffic
-from model.weights import kept_weights, load_dit
-from model.zero_inference import held
+from model.loading.card import kept_weights
+from model.loading.load import load_dit
+from model.network.diffusion import denoise, guide, schedule
+from model.network.dit import DiT
+from model.network.stepcache import StepCache
+from model.parallel.guidance import both_halves, own_text, total
+from model.parallel.memory import rank_bytes
+from model.parallel.mesh import ALONE, Axis, Groups, connect, groups_of
+from model.parallel.partition import load_partitioned, parameter_bytes
+from model.parallel.self_test import self_test
+from model.parallel.zero_inference import held
+from tests.bench.traffic import Work, hearing_traffic, step_traffic
 from tests.tiny import hold
 
 PARTITIONS = {

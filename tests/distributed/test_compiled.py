@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.compiled import COMPILERS
 from model.config import Partition
-from model.engine import ClipSpec, Compile, Device, Engine, StartFailed
+from model.engine.clip import ClipSpec, StartFailed
+from model.engine.engine import Compile, Device, Engine
+from model.network.compiled import COMPILERS
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(900)]

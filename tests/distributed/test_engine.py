@@ -23,7 +23,8 @@ import psutil
 import pytest
 
 from model.config import Partition
-from model.engine import ClipSpec, Engine, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
+from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
+from model.engine.engine import Engine
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]

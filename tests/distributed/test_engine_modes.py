@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.conditioning import Frames
 from model.config import Partition
-from model.engine import Engine, RenderFailed
+from model.engine.clip import RenderFailed
+from model.engine.engine import Engine
+from model.media.windows import Frames
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from model.config import Partition
-from model.engine import ClipSpec, Engine, RenderedClip
+from model.engine.clip import ClipSpec, RenderedClip
+from model.engine.engine import Engine
 from tests.tiny import CLIP, tiny_model, tiny_wan
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from model.config import Partition
-from model.partition import ALONE, WAN_PLAN, Axis, Groups, Plan, groups_of, load_partitioned, parameter_bytes, place
-from model.weights import load_dit
+from model.loading.load import load_dit
+from model.parallel.mesh import ALONE, Axis, Groups, groups_of
+from model.parallel.partition import WAN_PLAN, Plan, load_partitioned, parameter_bytes, place
 from tests.distributed.partition_worker import INPUTS, PARTITIONS, inputs
 from tests.tiny import tiny_lora, tiny_model, variant
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from model.config import Partition
-from model.engine import ClipSpec, Engine, RankDied
+from model.engine.clip import ClipSpec, RankDied
+from model.engine.engine import Engine
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from model.rows import DividedDecoder
-from model.vae import to_pixels
-from model.weights import load_vae
+from model.loading.load import load_vae
+from model.network.vae import to_pixels
+from model.parallel.vae_rows import DividedDecoder
 from tests.tiny import tiny_model, tiny_wan
 
 MODELS = ("mini", "2.1", "2.2-ti2v")

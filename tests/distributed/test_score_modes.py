@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.config import Shape
-from model.score_modes import EXACT, EXTENSIONS, STRENGTHS, measure_modes, table, world_clips
+from model.score.modes import EXACT, EXTENSIONS, STRENGTHS, measure_modes, table, world_clips
 from tests.tiny import DEFAULTS, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.collector import Collector
-from tests.end_to_end.house import PREFECT, House
+from tests.end_to_end.stack import PREFECT, House
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 import psutil
 import psycopg
 
-from infra.store import S3Store
+from infra.store.s3 import S3Store
 from tests.collector import Collector
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.stack import House, wait_for
 from tests.integration.s3 import S3Server, s3_server
 from tests.tiny import tiny_model
 

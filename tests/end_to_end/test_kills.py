@@ -27,7 +27,7 @@ from tests.end_to_end.faults import (
     small_disk,
     small_house,
 )
-from tests.end_to_end.house import House, finished, wait_for
+from tests.end_to_end.stack import House, finished, wait_for
 
 pytestmark = [pytest.mark.xdist_group("kills"), pytest.mark.timeout(1800), pytest.mark.slow]
 

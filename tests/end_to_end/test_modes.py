@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.encode import encode_png
-from tests.end_to_end.house import House, decode
+from model.media.encode import encode_png
+from tests.end_to_end.stack import House, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Locator, Page, TimeoutError, expect, sync_playwright
 
-from tests.end_to_end.house import House, wait_for
+from tests.end_to_end.stack import House, wait_for
 
 CHROMIUM = shutil.which("chromium")
 # Without these a browser on a closed network keeps asking for its maker's servers.

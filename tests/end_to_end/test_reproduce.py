@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.encode import encode_png
-from tests.end_to_end.house import House
+from model.media.encode import encode_png
+from tests.end_to_end.stack import House
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.end_to_end.house import PATIENCE, House, decode
+from tests.end_to_end.stack import PATIENCE, House, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 

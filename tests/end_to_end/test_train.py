@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.house import House, command, wait_for
+from tests.end_to_end.stack import House, command, wait_for
 from tests.tiny import tiny_captioner, tiny_model
 from tests.videos import write_folder
 

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import pytest
 
 from tests.end_to_end.faults import cable, may_make_namespaces, relay, small_house
-from tests.end_to_end.house import House, finished
+from tests.end_to_end.stack import House, finished
 from tests.integration.s3 import s3_server
 
 pytestmark = [pytest.mark.xdist_group("kills"), pytest.mark.timeout(1800), pytest.mark.slow]

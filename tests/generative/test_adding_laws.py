@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.ledger import add_clips, open_request
-from tests.ledger import clear, new_clip, new_request
+from db.clips import add_clips
+from db.requests import open_request
+from tests.factories import clear, new_clip, new_request
 
 # All that UTF-8 can write but NUL, which the prompt reader refuses; and what a COPY stream gives a meaning of its own.
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)

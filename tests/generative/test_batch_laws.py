@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.batch import Batch
 from model.config import DiTConfig
-from model.diffusion import SOLVERS, noise, schedule, walk
-from model.dit import DiT
+from model.engine.batch import Batch
+from model.network.diffusion import SOLVERS, noise, schedule, walk
+from model.network.dit import DiT
 
 SHAPE = (16, 3, 2, 2)  # so few tokens that sums are ordered by how many clips there are
 NOTHING = (False, False, False)

@@ -5,20 +5,22 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import world
-from model.captioner import parse, plainly, truth
-from model.text import split_words
+from model.language.captioner import parse, plainly, truth
+from model.network.text import split_words
+from model.world.captions import LONGEST, describe, vocabulary
+from model.world.scene import CLASSES, Scene, sample_scene
+from model.world.scene import labels as labels_of
 
-scenes = st.integers(0, 2**32).map(lambda seed: world.sample_scene(random.Random(seed)))
+scenes = st.integers(0, 2**32).map(lambda seed: sample_scene(random.Random(seed)))
 lengths = st.sampled_from((1, 17))
 
 
 @given(scenes, lengths)
-def test_the_plain_caption_says_everything_in_words_of_the_world(scene: world.Scene, frames: int) -> None:
+def test_the_plain_caption_says_everything_in_words_of_the_world(scene: Scene, frames: int) -> None:
     caption = plainly(scene, frames)
     assert parse(caption, frames) == truth(scene, frames)
-    assert set(split_words(caption)) <= set(world.vocabulary())
-    assert len(split_words(caption)) + caption.count(",") + caption.count(".") <= world.LONGEST
+    assert set(split_words(caption)) <= set(vocabulary())
+    assert len(split_words(caption)) + caption.count(",") + caption.count(".") <= LONGEST
 
 
 def pairs(said: dict[str, str]) -> list[tuple[str, str]]:
@@ -26,10 +28,10 @@ def pairs(said: dict[str, str]) -> list[tuple[str, str]]:
 
 
 @given(scenes, lengths, st.randoms(use_true_random=False))
-def test_every_caption_is_read_back_truly(scene: world.Scene, frames: int, rng: random.Random) -> None:
-    found = parse(world.describe(scene, rng, frames=frames), frames)
-    labels = world.labels(scene, frames)
-    true = {name: world.CLASSES[name][index] for name, index in labels.items() if index >= 0}
+def test_every_caption_is_read_back_truly(scene: Scene, frames: int, rng: random.Random) -> None:
+    found = parse(describe(scene, rng, frames=frames), frames)
+    labels = labels_of(scene, frames)
+    true = {name: CLASSES[name][index] for name, index in labels.items() if index >= 0}
     if frames == 1 and len(scene.solids) == 2 and scene.motion != "still":  # "a and b" has no first
         for colour, shape in pairs(true):
             assert (colour, shape) in pairs(found)
@@ -43,4 +45,4 @@ def test_every_caption_is_read_back_truly(scene: world.Scene, frames: int, rng: 
 
 @given(st.text())
 def test_other_texts_are_read_without_complaint(text: str) -> None:
-    assert parse(text).keys() <= world.CLASSES.keys()
+    assert parse(text).keys() <= CLASSES.keys()

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from model.compare import WHITE, compare
-from model.conditioning import Frames
 from model.config import Shape
+from model.media.compare import WHITE, compare
+from model.media.windows import Frames
 
 
 def clips(*, height: int = 3, width: int = 4) -> st.SearchStrategy[Frames]:

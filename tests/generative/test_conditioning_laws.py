@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.conditioning import FADE, Canvas, Given, Window, seed_of, times_from, windows
-from model.diffusion import SOLVERS, denoise, schedule
+from model.media.windows import FADE, Canvas, Given, Window, seed_of, times_from, windows
+from model.network.diffusion import SOLVERS, denoise, schedule
 from tests.tiny import hold
 
 STEP = 4

@@ -9,7 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.diffusion import SOLVERS, blend, denoise, guide, noise, schedule, whole_times
+from model.network.diffusion import SOLVERS, blend, denoise, guide, noise, schedule, whole_times
 
 shifts = st.floats(0.1, 20)
 

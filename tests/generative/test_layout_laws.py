@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.layout import (
+from flows.plan.layout import (
     GIB,
     GPUS,
     RELEASES,

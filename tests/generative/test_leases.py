@@ -26,12 +26,10 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.audit import contradictions
+from db.claim import LeasedClip, claim_shard
+from db.fence import Lease, LeaseLost
 from db.leases import (
     BACKOFF_MOST,
-    Lease,
-    LeasedClip,
-    LeaseLost,
-    claim_shard,
     complete_shard,
     expire_leases,
     expire_owner,
@@ -41,18 +39,10 @@ from db.leases import (
     renew,
     start_clip,
 )
-from db.ledger import (
-    adopt_takes,
-    cancel_request,
-    create_shard,
-    finish_request,
-    open_request,
-    progress,
-    retry_request,
-    unplanned,
-)
+from db.planning import adopt_takes, create_shard, unplanned
+from db.requests import cancel_request, finish_request, open_request, progress, retry_request
 from db.tables import TERMINAL, ClipStatus, RequestStatus
-from tests.ledger import ENGINE, MODEL, artifact_of, clear, new_clip, new_request, opened, pass_time, run_out
+from tests.factories import ENGINE, MODEL, artifact_of, clear, new_clip, new_request, opened, pass_time, run_out
 
 Result = TypeVar("Result")
 

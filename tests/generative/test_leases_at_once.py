@@ -14,11 +14,10 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.audit import contradictions
+from db.claim import claim_shard
+from db.fence import Lease, LeaseLost
 from db.leases import (
     Checkpoint,
-    Lease,
-    LeaseLost,
-    claim_shard,
     complete_shard,
     expire_leases,
     expire_owner,
@@ -29,9 +28,10 @@ from db.leases import (
     save_checkpoint,
     start_clip,
 )
-from db.ledger import adopt_takes, cancel_request, create_shard, finish_request, progress, retry_request, unplanned
+from db.planning import adopt_takes, create_shard, unplanned
+from db.requests import cancel_request, finish_request, progress, retry_request
 from db.tables import MAX_LOSSES, ClipStatus, RequestStatus
-from tests.ledger import (
+from tests.factories import (
     ENGINE,
     MODEL,
     artifact_of,

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO, cast
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from flows.prompts import BadFile, BadLine, Prompt, read_prompts, recipe
-from flows.request import MAX_SEED, Defaults, PromptsFormat
+from flows.request.form import MAX_SEED, Defaults, PromptsFormat
+from flows.request.lines import BadFile
+from flows.request.read import BadLine, read_prompts
+from flows.request.recipe import Prompt, recipe
 
 DEFAULTS = Defaults(
     width=64,

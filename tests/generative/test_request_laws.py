@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flows.request import MAX_SEED, GenerationRequest
+from flows.request.form import MAX_SEED, GenerationRequest
 
 names = st.sampled_from([*GenerationRequest.model_fields, "promts", "__class__", "__init__", "model_config"])
 values = st.recursive(

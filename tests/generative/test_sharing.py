@@ -12,34 +12,25 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.audit import contradictions
+from db.claim import claim_shard, outranked
+from db.clips import add_clips
+from db.engines import register_engine
+from db.fence import Lease, LeaseLost
 from db.history import QUERIES
 from db.leases import (
     Checkpoint,
-    Lease,
-    LeaseLost,
-    claim_shard,
     complete_shard,
     expire_leases,
     fail_clip,
-    outranked,
     record_clip,
     release_shard,
     save_checkpoint,
     start_clip,
 )
-from db.ledger import (
-    QuotaExceeded,
-    add_clips,
-    adopt_takes,
-    cancel_request,
-    open_request,
-    register_engine,
-    seal_request,
-    set_tenant,
-    tenants,
-    unplanned,
-)
-from tests.ledger import (
+from db.planning import adopt_takes, unplanned
+from db.requests import QuotaExceeded, cancel_request, open_request, seal_request
+from db.tenants import set_tenant, tenants
+from tests.factories import (
     ENGINE,
     MODEL,
     artifact_of,

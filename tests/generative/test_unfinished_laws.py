@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from model.batch import Batch
-from model.diffusion import SOLVERS, Here, noise, remembered, schedule, told, told_times, walk
-from model.stepcache import Computed, StepCache
-from model.unfinished import Due, Unfinished, Unusable, alike, from_bytes, to_bytes
+from model.engine.batch import Batch
+from model.engine.resume import Due, Unfinished, Unusable, alike, from_bytes, to_bytes
+from model.network.diffusion import SOLVERS, Here, noise, remembered, schedule, told, told_times, walk
+from model.network.stepcache import Computed, StepCache
 from tests.generative.test_batch_laws import SHAPE, Clip, network
 from tests.tiny import CLIP
 

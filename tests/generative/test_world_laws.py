@@ -4,7 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.world import Scene, describe, labels, mirrored, render, sample_scene
+from model.world.captions import describe
+from model.world.render import render
+from model.world.scene import Scene, labels, mirrored, sample_scene
 
 scenes = st.integers(0, 2**32).map(lambda seed: sample_scene(random.Random(seed)))
 

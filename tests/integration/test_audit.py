@@ -14,12 +14,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.audit import RULES, contradictions
-from db.leases import claim_shard, complete_shard, start_clip
-from db.ledger import finish_request
-from flows.audit import Audited, audit
-from flows.tidy import sweep_orphans
-from infra.store import FolderStore
-from tests.ledger import ENGINE, MODEL, new_clip, opened, planned, render
+from db.claim import claim_shard
+from db.leases import complete_shard, start_clip
+from db.requests import finish_request
+from flows.operate.audit import Audited, audit
+from flows.operate.maintenance import sweep_orphans
+from infra.store.folder import FolderStore
+from tests.factories import ENGINE, MODEL, new_clip, opened, planned, render
 
 # What breaks each rule, in a ledger of one closed request of two clips and of an open one whose first clip runs.
 TAMPER = {

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from db.history import QUERIES
-from flows import bench_ledger, bench_prefect
-from model import bench, bench_gpu
-from model.compiled import COMPILERS
 from model.config import DiTConfig, Partition
+from model.network.compiled import COMPILERS
+from tests.bench import ledger as bench_ledger
+from tests.bench import model_engine as bench
+from tests.bench import model_gpu as bench_gpu
+from tests.bench import prefect as bench_prefect
 
 
 def cells(lines: Iterable[str]) -> list[list[str]]:

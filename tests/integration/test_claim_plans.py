@@ -10,9 +10,10 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from db import leases
+from db.claim import CLAIM
+from db.leases import complete_shard, fail_clip, renew, start_clip
 from db.session import connect, sessions
-from tests.ledger import MODEL, claim, opened
+from tests.factories import MODEL, claim, opened
 
 ENDED, QUEUED = 20_000, 5_000  # shards, with a clip each
 ASKED = {"model_digest": MODEL, "partition": "tp2", "owner": "a", "ranks": 2, "seconds": 60.0}
@@ -75,7 +76,7 @@ def check(plan: list[dict[str, Any]], *indexes: str) -> None:
 
 def test_a_claim_reads_what_can_be_claimed_and_no_more(busy: sessionmaker[Session]) -> None:
     with busy() as session:
-        plan = session.scalar(text(f"explain (analyze, format json) {leases.CLAIM.text}"), {**ASKED, **RULES})
+        plan = session.scalar(text(f"explain (analyze, format json) {CLAIM.text}"), {**ASKED, **RULES})
         check(plan, "ix_shards_active", "ix_shards_leased", "ix_shards_claimed_at")
         rows = sum(
             step["Actual Loops"] * (step["Actual Rows"] + step.get("Rows Removed by Filter", 0)) for step in whole(plan)
@@ -85,8 +86,8 @@ def test_a_claim_reads_what_can_be_claimed_and_no_more(busy: sessionmaker[Sessio
 
 def test_the_plan_that_the_server_keeps_does_so_too(busy: sessionmaker[Session]) -> None:
     """For parameters that it does not know: what an engine's connection gets after some claims."""
-    names = list(dict.fromkeys(re.findall(r"(?<!:):(\w+)", leases.CLAIM.text)))
-    generic = re.sub(r"(?<!:):(\w+)", lambda found: f"${names.index(found[1]) + 1}", leases.CLAIM.text)
+    names = list(dict.fromkeys(re.findall(r"(?<!:):(\w+)", CLAIM.text)))
+    generic = re.sub(r"(?<!:):(\w+)", lambda found: f"${names.index(found[1]) + 1}", CLAIM.text)
     with busy() as session:
         plan = session.connection().exec_driver_sql(f"explain (generic_plan, format json) {generic}").scalar_one()
     check(plan, "ix_shards_active", "ix_shards_leased", "ix_shards_claimed_at")
@@ -101,10 +102,10 @@ def test_what_an_engine_says_about_its_shard_goes_by_keys(busy: sessionmaker[Ses
             before = _scans(session)
             for number in range(12):
                 lease, (clip,) = claim(session, f"keeper-{number}")
-                leases.renew(session, lease, 60)
-                leases.start_clip(session, lease, clip.clip_id, engine="e", partition="p", code_version="1")
-                leases.fail_clip(session, lease, clip.clip_id, "no", permanent=True)
-                leases.complete_shard(session, lease)
+                renew(session, lease, 60)
+                start_clip(session, lease, clip.clip_id, engine="e", partition="p", code_version="1")
+                fail_clip(session, lease, clip.clip_id, "no", permanent=True)
+                complete_shard(session, lease)
             said = {name: count - before[name] for name, count in _scans(session).items()}
     finally:
         keeping.dispose()

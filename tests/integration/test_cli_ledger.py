@@ -16,11 +16,14 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
-from db.leases import NewArtifact, claim_shard, complete_shard, fail_clip, record_clip, start_clip
-from db.ledger import adopt_takes, finish_request
-from flows.cli import app
-from infra.store import FolderStore
-from tests.ledger import ENGINE, MODEL, new_clip, opened, planned
+from db.artifacts import NewArtifact
+from db.claim import claim_shard
+from db.leases import complete_shard, fail_clip, record_clip, start_clip
+from db.planning import adopt_takes
+from db.requests import finish_request
+from flows.cli.main import app
+from infra.store.folder import FolderStore
+from tests.factories import ENGINE, MODEL, new_clip, opened, planned
 
 # One with a custom_id, two samples, an id that is no file name, two ids that would be one file, one failed, one bad.
 CLIPS = [

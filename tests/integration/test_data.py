@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.config import Shape
-from model.data import BadData, Bucket, Cut, Source, digest, load_list, save_list, scan, world_cuts
+from model.train.data import BadData, Bucket, Cut, Source, digest, load_list, save_list, scan, world_cuts
 from tests.videos import clip_of, on_its_side, write_folder, write_video
 
 SHAPES = [Shape(64, 64, 17), Shape(96, 64, 17), Shape(64, 64, 9), Shape(96, 64, 9), Shape(64, 64, 1), Shape(96, 64, 1)]

@@ -22,20 +22,20 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import datasets
 from db.datasets import DatasetNotFound, DatasetNotReady, NewDataset
-from db.ledger import register_model
+from db.models import register_model
 from db.tables import CaptionOrigin
-from flows import recaption
-from flows.datasets import as_rows, cuts_of, find_dataset, source_of
-from flows.recaption import caption_shard, seal, shards_of
 from flows.settings import Settings, WrongSetting, load_settings
-from infra.store import open_store
-from model import chat
-from model.chat import ChatFailed
+from flows.train import recaption
+from flows.train.datasets import as_rows, cuts_of, find_dataset, source_of
+from flows.train.recaption import caption_shard, seal, shards_of
+from infra.store.open import open_store
 from model.config import Shape
-from model.data import BadData, Bucket, digest, scan
-from model.vision import FRAMES, VisionModel
+from model.language import chat
+from model.language.chat import ChatFailed
+from model.language.vision import FRAMES, VisionModel
+from model.train.data import BadData, Bucket, digest, scan
+from tests.factories import MODEL
 from tests.integration.s3 import S3Server
-from tests.ledger import MODEL
 from tests.videos import clip_of, write_folder, write_video
 
 BUCKETS = [Bucket(shape=Shape(32, 32, 9), clips=6, share=1, batch=2)]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from model.bench import their_pipeline
 from model.config import Partition, Shape
-from model.diffusion import denoise, guide, noise, schedule, whole_times
-from model.engine import Engine
-from model.weights import SECOND, SHIPPED, find_model, load_dit, load_text, load_vae
+from model.engine.engine import Engine
+from model.loading.card import SECOND, SHIPPED, find_model
+from model.loading.load import load_dit, load_text, load_vae
+from model.network.diffusion import denoise, guide, noise, schedule, whole_times
+from tests.bench.model_engine import their_pipeline
 from tests.tiny import CLIP, tiny_model, tiny_wan
 
 STEPS, GUIDANCE, NEGATIVE = 6, 3.0, "a green cube"

@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.ledger import record_scores, register_model
-from model.weights import REWRITER, SHIPPED, find_model, folder_digest
+from db.models import record_scores, register_model
+from model.loading.card import REWRITER, SHIPPED, find_model, folder_digest
 from tests.tiny import tiny_captioner, tiny_judge, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ class Scene:
         env = {name: value for name, value in os.environ.items() if not name.startswith("RUSHES_")}
         env |= {"RUSHES_HOME": str(self.folder / "home"), "RUSHES_DATABASE_URL": self.database_url}
         env |= {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "flows.cli", "eval", "--threads", "1", *arguments]
+        command = [sys.executable, "-m", "flows.cli.main", "eval", "--threads", "1", *arguments]
         done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr.strip().splitlines()[-1]

@@ -20,44 +20,30 @@ from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.history import show_clip
-from db.leases import claim_shard, complete_shard, fail_clip, others_wait, record_clip, renew, start_clip
-from db.ledger import (
-    NewClip,
+from db.artifacts import add_artifacts, artifacts, known_keys
+from db.claim import claim_shard, others_wait
+from db.clips import NewClip, add_clips, clip_by
+from db.engines import close_engine, closed_engines, engine_heartbeat, live_engines, register_engine, silent_engines
+from db.history import clips_of, show_clip
+from db.leases import complete_shard, fail_clip, record_clip, renew, start_clip
+from db.models import record_scores, register_model
+from db.planning import adopt_takes, create_shard, shard_table, unbind_shards, unplanned
+from db.requests import (
     RequestNotFound,
     RequestNotReady,
-    add_artifacts,
-    add_clips,
-    adopt_takes,
-    artifacts,
     cancel_request,
-    clip_by,
-    clips_of,
-    close_engine,
-    closed_engines,
-    create_shard,
-    engine_heartbeat,
     finish_request,
-    known_keys,
     latest_requests,
-    live_engines,
     open_request,
     progress,
-    record_scores,
-    register_engine,
-    register_model,
     request_by,
     retry_request,
     seal_request,
-    shard_table,
-    silent_engines,
-    unbind_shards,
-    unplanned,
 )
 from db.session import connect
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
 from db.watching import measured_costs, open_shards
-from tests.ledger import (
+from tests.factories import (
     ENGINE,
     MODEL,
     artifact_of,
@@ -734,7 +720,7 @@ def test_a_killed_process_leaves_nothing_half_written(database_url: str, ledger:
 import os, signal, sys
 from db.leases import Lease, record_clip
 from db.session import connect, sessions
-from tests.ledger import artifact_of
+from tests.factories import artifact_of
 url, shard, request, clip = sys.argv[1:]
 session = sessions(connect(url))()
 lease = Lease(int(shard), "a", 1, request, {})

@@ -10,12 +10,15 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
+from db.claim import claim_shard
+from db.clips import add_clips
 from db.history import COLUMNS, QUERIES, SqlFailed, find_clips, run_sql, show_clip
-from db.leases import STAGES, claim_shard, complete_shard, fail_clip, record_clip, start_clip
-from db.ledger import add_clips, adopt_takes, request_id
+from db.leases import STAGES, complete_shard, fail_clip, record_clip, start_clip
+from db.planning import adopt_takes
+from db.requests import request_id
 from db.session import connect, sessions
 from db.tables import AttemptStatus, ClipStatus, EdgeKind
-from tests.ledger import ENGINE, MODEL, artifact_of, new_clip, opened, planned
+from tests.factories import ENGINE, MODEL, artifact_of, new_clip, opened, planned
 
 Ledger = sessionmaker[Session]
 

@@ -13,7 +13,7 @@ import psutil
 import psycopg
 import pytest
 
-from infra.postgres import PostgresFailed, is_running, running_postgres, start_postgres, stop_postgres
+from infra.stack.postgres import PostgresFailed, is_running, running_postgres, start_postgres, stop_postgres
 
 QUICK = {"fsync": "off", "shared_buffers": "16MB"}
 

@@ -19,9 +19,11 @@ import psutil
 import psycopg
 import pytest
 
-from infra import local
-from infra.local import Stack, StackFailed, down, up
-from infra.postgres import is_running
+from infra.stack.doctor import Check, doctor
+from infra.stack.down import down
+from infra.stack.home import PARTS, Stack, StackFailed
+from infra.stack.postgres import is_running
+from infra.stack.up import status, up
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -39,7 +41,7 @@ def nap(note: str, seconds: float = 0.0) -> None:
 @flow
 def brood(note: str) -> None:
     """An engine, as far as processes go: it has a child with the command line of a rank."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "model.rank"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "model.engine.rank"])
     Path(note).write_text(str(child.pid))
     child.wait()
 '''
@@ -87,7 +89,7 @@ def migrate(url: str, reader_url: str) -> None:
 
 
 def test_everything_is_there(stack: Stack) -> None:
-    assert stack.started == local.PARTS
+    assert stack.started == PARTS
     assert stat.S_IMODE(stack.home.stat().st_mode) == 0o700
     assert stat.S_IMODE((stack.home / "stack.json").stat().st_mode) == 0o600
     told = json.loads((stack.home / "stack.json").read_text())
@@ -97,7 +99,7 @@ def test_everything_is_there(stack: Stack) -> None:
     assert {d["name"] for d in api(stack, "/deployments/filter")} == {"default", "engine"}
     assert {p["name"]: p["concurrency_limit"] for p in api(stack, "/work_pools/filter")} == {"control": 8, "gpu": 2}
     assert httpx.get(stack.prefect_ui_url, follow_redirects=True).text.lower().startswith("<!doctype html")
-    assert local.status(stack.home).running
+    assert status(stack.home).running
 
 
 def test_it_listens_on_loopback_only(stack: Stack) -> None:
@@ -121,11 +123,11 @@ def test_a_flow_run_knows_its_home(stack: Stack, repo: Path, tmp_path: Path) -> 
 
 def test_a_killed_worker_is_started_again(stack: Stack, start: Callable[..., Stack]) -> None:
     os.kill(stack.pids["gpu"], signal.SIGKILL)
-    wait_for(lambda: not local.status(stack.home).running, "the worker to be missed")
+    wait_for(lambda: not status(stack.home).running, "the worker to be missed")
     mended = start(stack.home, engines=2)
     assert mended.started == ("gpu",)
-    assert {part for part in local.PARTS if mended.pids[part] != stack.pids[part]} == {"gpu"}
-    assert local.status(stack.home).running
+    assert {part for part in PARTS if mended.pids[part] != stack.pids[part]} == {"gpu"}
+    assert status(stack.home).running
 
 
 def test_a_changed_limit_is_taken_over(stack: Stack, start: Callable[..., Stack]) -> None:
@@ -137,9 +139,9 @@ def test_doctor_finds_nothing_wrong_and_then_what_is(stack: Stack, repo: Path) -
     def broken() -> str:
         raise OSError("no such bucket")
 
-    def examine(home: Path, store: Callable[[], str] = lambda: "fine") -> dict[str, local.Check]:
+    def examine(home: Path, store: Callable[[], str] = lambda: "fine") -> dict[str, Check]:
         file = repo / "prefect.yaml"
-        checks = local.doctor(home, schema=lambda _: "fine", store=store, weights=lambda: "fine", deployments=file)
+        checks = doctor(home, schema=lambda _: "fine", store=store, weights=lambda: "fine", deployments=file)
         return {check.name: check for check in checks}
 
     assert [check for check in examine(stack.home).values() if not check.ok] == []
@@ -169,12 +171,12 @@ def test_two_homes_run_side_by_side_and_down_ends_one(
         rank = psutil.Process(int(pid.read_text()))
         (home / "stack.json").unlink()
 
-        assert down(home) == local.PARTS
+        assert down(home) == PARTS
         assert_nothing_runs(home, other)
         assert not rank.is_running()
         assert stranger.poll() is None
         assert down(home) == ()
-        assert local.status(stack.home).running
+        assert status(stack.home).running
 
         again = start(home)
         assert again.ports == other.ports
@@ -208,7 +210,7 @@ def test_a_failed_start_leaves_nothing(start: Callable[..., Stack], repo: Path, 
 def test_an_interrupted_start_leaves_nothing(how: signal.Signals, repo: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     program = (
-        "import sys; from pathlib import Path; from infra.local import up\n"
+        "import sys; from pathlib import Path; from infra.stack.up import up\n"
         "home, repo = map(Path, sys.argv[1:])\n"
         "up(home, repo=repo, migrate=lambda *_: print('migrating', flush=True), deployments=repo / 'prefect.yaml')"
     )

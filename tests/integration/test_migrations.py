@@ -18,10 +18,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import to_instance
 
 from db.history import COLUMNS
-from db.ledger import register_model
+from db.models import register_model
 from db.session import connect, downgrade, sessions, upgrade
 from db.tables import Base
-from tests.ledger import MODEL, claim, new_clip, opened, planned, suffer
+from tests.factories import MODEL, claim, new_clip, opened, planned, suffer
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,17 +23,21 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
-from db.ledger import cancel_request, known_keys, open_request, register_model
-from flows.audit import Audited, audit
-from flows.checks import weights
-from flows.cli import app
-from flows.models import BrokenModel, card_of, resolve
+from db.artifacts import known_keys
+from db.models import register_model
+from db.requests import cancel_request, open_request
+from flows.cli.main import app
+from flows.library.models import BrokenModel, card_of, resolve
+from flows.operate.audit import Audited, audit
+from flows.operate.checks import weights
 from flows.settings import Settings, load_settings
-from infra.store import FolderStore, blob_key
+from infra.store.contract import blob_key
+from infra.store.folder import FolderStore
 from model.config import Partition
-from model.engine import Engine
-from model.weights import CAPTIONER, REWRITER, SHIPPED, WEIGHTS, ModelNotFound, find_model, load_dit
-from tests.ledger import new_request
+from model.engine.engine import Engine
+from model.loading.card import CAPTIONER, REWRITER, SHIPPED, WEIGHTS, ModelNotFound, find_model
+from model.loading.load import load_dit
+from tests.factories import new_request
 from tests.tiny import CLIP, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -282,7 +286,7 @@ def test_two_engines_fetch_at_once(scene: Scene) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from flows.models import resolve\n"
+        "from flows.library.models import resolve\n"
         "from flows.settings import load_settings\n"
         f"print('ready', flush=True)\n"
         f"while not Path({str(go)!r}).exists(): time.sleep(0.001)\n"
@@ -308,7 +312,7 @@ def test_two_engines_fetch_at_once(scene: Scene) -> None:
 @contextmanager
 def user_of(name: str, settings: Settings) -> Generator[None]:
     """Another process that resolves a model, and lives as long as this block. Raises where it cannot."""
-    program = "import sys\nfrom flows.models import resolve\nfrom flows.settings import load_settings\n"
+    program = "import sys\nfrom flows.library.models import resolve\nfrom flows.settings import load_settings\n"
     program += f"print(resolve(load_settings(), {name!r}).digest, flush=True)\nsys.stdin.read()\n"
     own = {"RUSHES_HOME": str(settings.home), "RUSHES_MODEL_CACHE": str(settings.model_cache), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

@@ -13,9 +13,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from db.session import connect, sessions, upgrade
-from flows.patience import away, if_there, patiently, transact
-from infra.postgres import start_postgres, stop_postgres
-from infra.store import FolderStore, StoreUnavailable
+from flows.clients.retry import away, if_there, patiently, transact
+from infra.stack.postgres import start_postgres, stop_postgres
+from infra.store.contract import StoreUnavailable
+from infra.store.folder import FolderStore
 
 COUNT = "select count(*) from tenants"
 

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.ledger import NewShard, create_shards, unplanned
-from tests.ledger import new_clip, opened
+from db.planning import NewShard, create_shards, unplanned
+from tests.factories import new_clip, opened
 
 
 def wave(session: Session, request: str, size: int, limit: int = 10_000) -> list[int]:

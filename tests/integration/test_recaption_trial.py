@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import world
-from model.captioner import parse, truth
-from model.recaption_trial import WRONG, alt_texts, deafen, run_trial
-from model.train import Recipe, encode_latents, render, train_dit, train_vae, trained_writer
+from model.language.captioner import parse, truth
+from model.score.recaption_trial import WRONG, alt_texts, deafen, run_trial
+from model.train.autoencoder import encode_latents, train_vae
+from model.train.clips import render
+from model.train.recipe import Recipe
+from model.train.transformer import train_dit, trained_writer
+from model.world.scene import sample_scene
 from tests.integration.test_train import small
 
 
@@ -55,7 +58,7 @@ def test_what_hears_the_text_begins_anew_and_nothing_else(recipe: Recipe) -> Non
 
 def test_alt_texts_say_little_and_not_always_the_truth() -> None:
     rng = random.Random(1)
-    scenes = [world.sample_scene(rng) for _ in range(1500)]
+    scenes = [sample_scene(rng) for _ in range(1500)]
     texts = alt_texts(scenes, rng)
     said = [(parse(text), truth(scene)) for text, scene in zip(texts, scenes, strict=True)]
     assert not any({"motion", "camera", "floor", "sky"} & found.keys() for found, _ in said)

@@ -18,16 +18,17 @@ from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
 from db import rewrites
-from db.ledger import clips_of
+from db.history import clips_of
 from db.rewrites import Words
 from db.tables import Request, Rewrite
-from flows import generate, rewriting
-from flows.cli import app
-from flows.request import GenerationRequest
-from flows.rewriting import Endpoint, RewriterFailed, rewrite_all, rewriter_of
+from flows.cli.main import app
+from flows.generate.request import find_source, lines_of, record
+from flows.request import rewriting
+from flows.request.form import GenerationRequest
+from flows.request.rewriting import Endpoint, RewriterFailed, rewrite_all, rewriter_of
 from flows.settings import Settings, WrongSetting, load_settings
-from model import chat
-from model.weights import ModelCard, find_model
+from model.language import chat
+from model.loading.card import ModelCard, find_model
 
 KEY = "sk-not-to-be-seen"
 
@@ -109,10 +110,10 @@ def submitted(
     """A request recorded as the flow records it: its id, and what the flow said."""
     request = GenerationRequest(model=str(model), prompts=prompts, **options)
     store, said = settings.open_store(), []
-    source = generate.find_source(settings, ledgers, store, request)
+    source = find_source(settings, ledgers, store, request)
     with rewriter_of(settings, source.card) as rewriter:
         wanted = rewriter if request.rewrite else None
-        return generate.record(settings, ledgers, store, source, request, wanted, say=said.append).id, said
+        return record(settings, ledgers, store, source, request, wanted, say=said.append).id, said
 
 
 def words_of(ledgers: sessionmaker[Session], request_id: str) -> list[tuple[str, str | None]]:
@@ -242,8 +243,8 @@ def test_a_run_that_was_killed_goes_on_with_the_words_it_had(
     settings: Settings, server: Server, ledger: sessionmaker[Session], tiny: ModelCard
 ) -> None:
     request = GenerationRequest(model=str(tiny.path), prompts=["a red ball", "a blue ball"])
-    source = generate.find_source(settings, ledger, settings.open_store(), request)
-    lines = list(generate.lines_of(io.BytesIO(request.inline_bytes()), source, request))
+    source = find_source(settings, ledger, settings.open_store(), request)
+    lines = list(lines_of(io.BytesIO(request.inline_bytes()), source, request))
     with Endpoint(settings, tiny) as endpoint:
         rewrite_all(ledger, endpoint, tiny, lines)  # killed here: the request is not open yet
     server.answer = lambda prompt: "something else"

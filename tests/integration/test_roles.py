@@ -15,13 +15,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
 from db.history import QUERIES, SqlFailed, run_sql
-from db.ledger import cancel_request, finish_request, progress
+from db.requests import cancel_request, finish_request, progress
 from db.roles import make_reader
 from db.session import connect, sessions, upgrade
 from db.tables import Base
-from flows.cli import app
-from infra.postgres import start_postgres, stop_postgres
-from tests.ledger import batch, claim, render
+from flows.cli.main import app
+from infra.stack.postgres import start_postgres, stop_postgres
+from tests.factories import batch, claim, render
 
 
 @contextmanager

@@ -14,10 +14,11 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from flows import render
+from flows.render import shard
+from flows.render.engine import run_engine
 from flows.settings import load_settings
-from model.weights import find_model
-from tests.ledger import new_clip, opened, planned
+from model.loading.card import find_model
+from tests.factories import new_clip, opened, planned
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def told_by_usr1() -> Iterator[None]:
 
 
 def ranks() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if "model.rank" in each.cmdline()]
+    return [each for each in psutil.Process().children(recursive=True) if "model.engine.rank" in each.cmdline()]
 
 
 @pytest.mark.xdist_group("ranks")
@@ -45,7 +46,7 @@ def test_an_engine_whose_ranks_hang_is_ended_all_the_same(
     told_by_usr1: None,
 ) -> None:
     """It waits for them as long as it may, ends them, and gives its shard back; the clip is not charged with it."""
-    monkeypatch.setattr(render, "KEEPING", 1.0)
+    monkeypatch.setattr(shard, "KEEPING", 1.0)
     with ledger.begin() as session:
         clip = new_clip(0, width=64, height=64, frames=9, steps=5000)
         planned(session, opened(session, [clip], model_digest=find_model("mini").digest))
@@ -65,13 +66,13 @@ def test_an_engine_whose_ranks_hang_is_ended_all_the_same(
     teller.start()
     settings = load_settings(home=tmp_path / "home", database_url=database_url, linger=60)
     with pytest.raises(SystemExit):
-        render.run_engine(settings)
+        run_engine(settings)
     teller.join()
     assert 1.0 <= time.monotonic() - told[0] < 60
     assert ranks() == []
     with ledger() as session:
-        shard = "select status::text, owner, leased_until from shards"
-        assert session.execute(text(shard)).one() == ("queued", None, None)
+        row = "select status::text, owner, leased_until from shards"
+        assert session.execute(text(row)).one() == ("queued", None, None)
         clips = "select status::text, tries, losses from clips"
         assert session.execute(text(clips)).one() == ("queued", 0, 0)
         assert session.scalar(text("select status::text from attempts")) == "released"

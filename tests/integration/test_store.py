@@ -28,18 +28,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from infra.store import (
-    PART,
-    FolderStore,
-    Listed,
-    NoSuchKey,
-    S3Store,
-    Store,
-    Stored,
-    StoreUnavailable,
-    blob_key,
-    open_store,
-)
+from infra.store.contract import Listed, NoSuchKey, Store, Stored, StoreUnavailable, blob_key
+from infra.store.folder import FolderStore
+from infra.store.open import open_store
+from infra.store.s3 import S3Store
+from infra.store.source import PART
 from tests.integration.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,15 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.ledger import register_engine
-from flows import bench_prefect
-from flows.bench_prefect import Sleeper, Sleeping
-from flows.render import Done, Shard, TaskRuns, run_engine
+from db.engines import register_engine
+from flows.render.engine import Done, run_engine
+from flows.render.flow import TaskRuns
+from flows.render.shard import Shard
 from flows.settings import load_settings
-from model.weights import find_model
-from tests.ledger import batch
+from model.loading.card import find_model
+from tests.bench import prefect as bench_prefect
+from tests.bench.prefect import Sleeper, Sleeping
+from tests.factories import batch
 
 Engine = Callable[..., tuple[Done, list[int]]]
 

@@ -18,30 +18,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.captioner import Reporter, train_captioner
-from model.conditioning import Canvas, Given, windows
 from model.config import DiTConfig, Shape
-from model.diffusion import noise
-from model.train import (
-    Bucket,
-    Checkpoint,
-    Recipe,
-    Stock,
-    clips_of,
-    draw_known,
-    draw_times,
-    encode_latents,
-    join,
-    publish,
-    render,
-    scene_of,
-    train_decoder,
-    train_dit,
-    train_vae,
-    trained_vae,
-)
-from model.vae import to_video
-from model.weights import find_model, folder_digest, load_dit, load_text, load_vae
+from model.language.captioner import Reporter
+from model.loading.card import find_model, folder_digest
+from model.loading.load import load_dit, load_text, load_vae
+from model.media.windows import Canvas, Given, windows
+from model.network.diffusion import noise
+from model.network.vae import to_video
+from model.train.__main__ import Bucket, publish
+from model.train.autoencoder import encode_latents, train_decoder, train_vae, trained_vae
+from model.train.captioner import train_captioner
+from model.train.clips import clips_of, render, scene_of
+from model.train.loop import Checkpoint, join
+from model.train.recipe import Recipe
+from model.train.transformer import Stock, draw_known, draw_times, train_dit
 
 pytestmark = pytest.mark.timeout(600)  # many processes are started, each of which imports torch
 

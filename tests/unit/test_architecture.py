@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.deploy import read_deployments
-from infra.local import DEPLOYMENTS, POOLS
+from infra.stack.deploy import read_deployments
+from infra.stack.home import DEPLOYMENTS, POOLS
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("flows", "model", "db", "infra")
@@ -53,7 +53,8 @@ def test_the_search_for_readers_finds_them() -> None:
 
 
 def test_only_engines_and_training_load_torch() -> None:
-    program = "import json, sys, flows.cli, flows.generate, flows.tidy; print(json.dumps(list(sys.modules)))"
+    modules = "flows.cli.main, flows.generate.flow, flows.operate.maintenance"
+    program = f"import json, sys, {modules}; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert {"torch", "deepspeed", "diffusers", "transformers"} & set(json.loads(done.stdout.splitlines()[-1])) == set()
 

@@ -17,23 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from model import checkpoint
-from model.checkpoint import (
-    BadCheckpoint,
+from model.config import Partition
+from model.loading.card import SHIPPED
+from model.loading.inspect import BadCheckpoint, Stored, check_folder, read_header
+from model.loading.load import load_dit, load_text, load_vae
+from model.parallel.memory import (
     NotEnoughMemory,
-    Stored,
-    check_folder,
+    _left_to,
     check_memory,
     free_bytes,
     rank_bytes,
-    read_header,
     text_bytes,
     vae_bytes,
     what_fits,
 )
-from model.config import Partition
-from model.partition import parameter_bytes
-from model.weights import SHIPPED, load_dit, load_text, load_vae
+from model.parallel.partition import parameter_bytes
 from tests.tiny import tiny_model, tiny_wan
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +94,8 @@ def test_mini_is_whole_and_can_be_told_without_tensors() -> None:
 
 
 def test_importing_it_loads_no_torch() -> None:
-    code = "import sys, model.checkpoint, flows.models; print({'torch', 'safetensors', 'prefect'} & set(sys.modules))"
+    heavy = {"torch", "safetensors", "prefect"}
+    code = f"import sys, model.loading.inspect, flows.library.models; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -429,7 +428,7 @@ def test_the_hosts_memory_is_what_its_cgroups_leave(tmp_path: Path) -> None:
     (old / "memory.stat").write_text("active_file 0\ntotal_active_file 50\ntotal_inactive_file 150\n")
     own = tmp_path / "own"
     own.write_text("4:memory:/elsewhere\n3:cpu:/\n0::/a/b\n")
-    left = checkpoint._left_to(tmp_path, own)  # pyright: ignore[reportPrivateUsage]
+    left = _left_to(tmp_path, own)  # pyright: ignore[reportPrivateUsage]
     assert sorted(left) == [100, 4400]
 
 

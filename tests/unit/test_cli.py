@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import _seconds as seconds_of  # pyright: ignore[reportPrivateUsage]
-from flows.cli import app
-from flows.render import machine
+from flows.cli.main import app
+from flows.cli.requests import _seconds as seconds_of  # pyright: ignore[reportPrivateUsage]
+from flows.render.worker import machine
 from flows.settings import load_settings
 from flows.show import plain, printable, show_one, show_rows
 
@@ -82,7 +82,7 @@ def rushes(*arguments: str, input: str | bytes | None = None, env: dict[str, str
 
 def rushes_process(*arguments: str) -> Done:
     """Runs a command as a person does."""
-    command = [sys.executable, "-m", "flows.cli", *arguments]
+    command = [sys.executable, "-m", "flows.cli.main", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, env=env, timeout=120)
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -98,7 +98,9 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
-HELP = "import flows.cli\ntry:\n    flows.cli.app({arguments}, prog_name='rushes')\nexcept SystemExit:\n    pass"
+HELP = (
+    "import flows.cli.main\ntry:\n    flows.cli.main.app({arguments}, prog_name='rushes')\nexcept SystemExit:\n    pass"
+)
 
 
 def test_help_is_a_manual_page(home: Path) -> None:
@@ -128,7 +130,7 @@ def test_help_loads_nothing_heavy_and_answers_at_once(home: Path) -> None:
     assert loaded_after(HELP.format(arguments=["--help"])) == set()
     # Processor time, since the clock on the wall also tells of the neighbours; a slow machine is measured against an
     # interpreter that does nothing.
-    best = min(processor_seconds("-m", "flows.cli", "--help") for _ in range(4))
+    best = min(processor_seconds("-m", "flows.cli.main", "--help") for _ in range(4))
     idle = min(processor_seconds("-c", "pass") for _ in range(4))
     assert best < max(0.5, 12 * idle), (best, idle)
 

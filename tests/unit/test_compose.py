@@ -23,9 +23,10 @@ from sqlalchemy.exc import ProgrammingError
 from db.history import SqlFailed, run_sql
 from db.session import connect, sessions, upgrade
 from flows.settings import PREFIX, Settings
-from infra import postgres
-from infra.store import S3Store, open_store
-from tests.ledger import batch, claim, render
+from infra.stack import postgres
+from infra.store.open import open_store
+from infra.store.s3 import S3Store
+from tests.factories import batch, claim, render
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import cpu
-from model.dit import ENOUGH
-from model.vae import CausalConv
+from model.network import cpu
+from model.network.dit import ENOUGH
+from model.network.vae import CausalConv
 
 random = torch.Generator().manual_seed(0)
 X, WEIGHT, BIAS = (torch.randn(*size, generator=random) for size in ((3, 80, 256), (320, 256), (320,)))

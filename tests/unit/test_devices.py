@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.devices import NoDevices, hold_devices
+from flows.render.devices import NoDevices, hold_devices
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from flows.devices import hold_devices
+from flows.render.devices import hold_devices
 with hold_devices(Path(sys.argv[1]), 4, 3, 0) as numbers:
     print(*numbers, flush=True)
     time.sleep(600)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import DiTConfig, Partition
-from model.dit import DiT
-from model.layers import attention, short_attention, turns_of
-from model.patch import INPUT, OUTPUT, grid, patchify, unpatchify
+from model.network.dit import DiT
+from model.network.layers import attention, short_attention, turns_of
+from model.network.patch import INPUT, OUTPUT, grid, patchify, unpatchify
 
 CONFIG = DiTConfig(layers=2, heads=4, head_dim=16, ffn_dim=128, text_dim=24)
 

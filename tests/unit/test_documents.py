@@ -7,7 +7,7 @@ import pytest
 from typer.main import get_command
 
 from db.history import COLUMNS, QUERIES
-from flows.cli import app
+from flows.cli.main import app
 from flows.settings import PREFIX, SECRETS, Settings
 
 ROOT = Path(__file__).parents[2]

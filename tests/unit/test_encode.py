@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.encode import SheetRow, contact_sheet, decode_frames, encode_mp4, encode_png, read_metadata
+from model.media.encode import SheetRow, contact_sheet, decode_frames, encode_mp4, encode_png, read_metadata
 
 ROOT = Path(__file__).parents[2]
 METADATA = {
@@ -69,7 +69,7 @@ def test_same_frames_same_bytes() -> None:
 def test_bytes_do_not_depend_on_what_lay_in_memory_before() -> None:
     """glibc fills what it hands out, each time with another byte."""
     code = (
-        "import hashlib, numpy as np; from model.encode import encode_mp4\n"
+        "import hashlib, numpy as np; from model.media.encode import encode_mp4\n"
         "y, x, t = np.mgrid[:32, :48, :9]\n"
         "waves = [np.sin(x * a + y * b + t * 0.4) for a, b in ((0.1, 0.2), (0.23, 0.07), (0.15, 0.3))]\n"
         "clip = (np.stack(waves, -1).transpose(2, 0, 1, 3) * 100 + 128).astype(np.uint8)\n"

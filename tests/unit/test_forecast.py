@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.forecast import forecast
-from flows.layout import BadGpus, CannotFit, parse_gpus
+from flows.generate.forecast import forecast
+from flows.plan.layout import BadGpus, CannotFit, parse_gpus
 from flows.settings import Settings
-from model.weights import ModelNotFound
+from model.loading.card import ModelNotFound
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.prompts import BadFile, BadLine, open_file, read_prompts
-from flows.request import GenerationRequest, PromptsFormat
-from model.checkpoint import BadCheckpoint, read_header
-from model.media import BadMedia, read_frames
+from flows.request.files import open_file
+from flows.request.form import GenerationRequest, PromptsFormat
+from flows.request.lines import BadFile
+from flows.request.read import BadLine, read_prompts
+from model.loading.inspect import BadCheckpoint, read_header
+from model.media.decode import BadMedia, read_frames
 from tests.generative.test_prompts_laws import DEFAULTS
 
 MEGABYTE = 1 << 20

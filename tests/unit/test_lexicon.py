@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.lexicon import SLOTS, Said, caption, inflect, instructions, read, settle, spot, unknown_words, words_of
-from model.words import COLOUR_WORDS, FILMED_AS, FLOOR_WORDS, SHAPE_WORDS, SKY_WORDS, UNSURE
-from model.world import LONGEST, Scene, describe, sample_scene, vocabulary
+from model.world.captions import LONGEST, describe, vocabulary
+from model.world.lexicon import SLOTS, Said, caption, inflect, instructions, read, settle, spot, unknown_words, words_of
+from model.world.scene import Scene, sample_scene
+from model.world.words import COLOUR_WORDS, FILMED_AS, FLOOR_WORDS, SHAPE_WORDS, SKY_WORDS, UNSURE
 
 scenes = st.integers(0, 2**32).map(lambda seed: sample_scene(random.Random(seed)))
 saids = st.builds(

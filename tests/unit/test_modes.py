@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.modes import BadSource, Source
-from flows.prompts import BadLine, Prompt, check_defaults, check_prompts, read_prompts, recipe, strange_shapes
-from flows.request import Defaults, GenerationRequest, Mode, PromptLine, PromptsFormat, request_key
+from flows.request.form import Defaults, GenerationRequest, Mode, PromptLine, PromptsFormat, request_key
+from flows.request.modes import BadSource, Source
+from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts, strange_shapes
+from flows.request.recipe import Prompt, recipe
 from tests.unit.test_prompts import DEFAULTS as PLAIN
 from tests.unit.test_request import CARD
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.layout import GPUS, MINI, Rates
-from flows.models import network_of
-from flows.plan import MAX_SHARDS, START_SECONDS, CostModel, Shape, arrange, engines_wanted, shards
-from model.checkpoint import text_bytes, vae_bytes
+from flows.library.models import network_of
+from flows.plan.layout import GPUS, MINI, Rates
+from flows.plan.shards import MAX_SHARDS, START_SECONDS, CostModel, Shape, arrange, engines_wanted, shards
 from model.config import Partition
-from model.weights import find_model
+from model.loading.card import find_model
+from model.parallel.memory import text_bytes, vae_bytes
 
 
 @dataclass(frozen=True)

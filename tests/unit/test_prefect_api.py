@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from flows import prefect_api
-from flows.prefect_api import PrefectApi, PrefectRefused, PrefectUnavailable
+from flows.clients import prefect as prefect_api
+from flows.clients.prefect import PrefectApi, PrefectRefused, PrefectUnavailable
 
 RUN = {"id": "a-run", "name": "keen-otter", "state_type": "SCHEDULED", "state_name": "Scheduled"}
 

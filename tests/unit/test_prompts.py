@@ -13,26 +13,13 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 
-from flows.prompts import (
-    BadFile,
-    BadLine,
-    BadUri,
-    InFolder,
-    InStore,
-    Prompt,
-    check_defaults,
-    check_prompts,
-    derived_seed,
-    digest_stream,
-    locate,
-    open_file,
-    open_uri,
-    parse_size,
-    read_prompts,
-    recipe,
-)
-from flows.request import MAX_SEED, Defaults, PromptsFormat
-from infra.store import FolderStore
+from flows.request.fields import parse_size
+from flows.request.files import BadUri, InFolder, InStore, digest_stream, locate, open_file, open_uri
+from flows.request.form import MAX_SEED, Defaults, PromptsFormat
+from flows.request.lines import BadFile
+from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts
+from flows.request.recipe import Prompt, derived_seed, recipe
+from infra.store.folder import FolderStore
 
 DEFAULTS = Defaults(
     width=64,
@@ -439,7 +426,7 @@ def test_the_examples_are_good_and_varied() -> None:
 
 
 def test_the_examples_use_words_that_mini_was_taught() -> None:
-    from model.world import vocabulary
+    from model.world.captions import vocabulary
 
     known = set(vocabulary())
     for line in EXAMPLE.read_text().splitlines():

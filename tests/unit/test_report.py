@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from flows.generate import REPORT_MOST, ROUND, pause
+from flows.generate.page import REPORT_MOST, ROUND, pause
 
 
 def reports(seconds: float) -> list[float]:

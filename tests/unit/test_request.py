@@ -14,8 +14,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
 
-from flows.prompts import BadLine, Prompt, read_prompts
-from flows.request import (
+from flows.request.form import (
     GenerationRequest,
     PromptLine,
     PromptsFormat,
@@ -25,7 +24,9 @@ from flows.request import (
     request_id,
     request_key,
 )
-from model.weights import ModelCard
+from flows.request.read import BadLine, read_prompts
+from flows.request.recipe import Prompt
+from model.loading.card import ModelCard
 
 CARD = ModelCard(
     name="mini",
@@ -140,7 +141,7 @@ def test_the_form_explains_itself() -> None:
 
 
 def test_solvers_are_those_of_the_model() -> None:
-    from model.diffusion import SOLVERS
+    from model.network.diffusion import SOLVERS
 
     assert {solver.value for solver in Solver} == set(SOLVERS)
 
@@ -238,7 +239,7 @@ def test_the_key_is_known_by_its_first_name_as_well() -> None:
 
 
 def test_ids_are_those_of_the_ledger() -> None:
-    from db.ledger import request_id as of_ledger
+    from db.requests import request_id as of_ledger
 
     assert request_id("some key") == of_ledger("some key") == "req_6e3b0e6bd282"
     assert clip_id("req_0123456789ab", 11, 0) == "req_0123456789ab-000011-0"
@@ -252,5 +253,5 @@ def test_equal_values_have_equal_digests() -> None:
 
 def test_importing_the_request_is_cheap() -> None:
     heavy = ["torch", "prefect", "sqlalchemy", "httpx", "numpy"]
-    code = f"import flows.request, flows.prompts, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import flows.request.form, flows.request.read, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

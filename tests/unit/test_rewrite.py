@@ -12,9 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.lexicon import SLOTS, Said, caption, read
-from model.phrasings import draw
-from model.rewrite import (
+from model.language.rewriter import (
     CONFIG,
     WEIGHTS,
     Rewriter,
@@ -29,9 +27,12 @@ from model.rewrite import (
     score,
     train,
 )
-from model.weights import REWRITER, find_model
-from model.words import COLOUR_WORDS, FILMED_AS, SHAPE_WORDS
-from model.world import describe, sample_scene
+from model.loading.card import REWRITER, find_model
+from model.world.captions import describe
+from model.world.lexicon import SLOTS, Said, caption, read
+from model.world.phrasings import draw
+from model.world.scene import sample_scene
+from model.world.words import COLOUR_WORDS, FILMED_AS, SHAPE_WORDS
 
 FOLDER = find_model("mini").path / REWRITER
 SMALL = RewriterConfig(width=16, heads=2, encoder_layers=1, decoder_layers=1, ffn=16, pieces=64)

@@ -11,20 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model import world
-from model.checker import Checker, filmed, held_still, labels_of
-from model.lexicon import Said, caption, read
-from model.rewrite import examples
-from model.score_clips import (
-    Labels,
-    flicker,
-    frechet,
-    frozen,
-    identity,
-    permanence,
-    reprojection,
-)
-from model.score_prompts import (
+from model.language.rewriter import examples
+from model.score.clips import Labels, flicker, frechet, frozen, identity, permanence, reprojection
+from model.score.judge import Checker, filmed, held_still, labels_of
+from model.score.prompts import (
     Asked,
     Miss,
     UsersPrompt,
@@ -42,17 +32,21 @@ from model.score_prompts import (
     wanted_by_users,
     wanted_of,
 )
-from model.score_report import TARGETS, Shown, sheet, tables, varied
+from model.score.report import TARGETS, Shown, sheet, tables, varied
+from model.world.captions import describe
+from model.world.lexicon import Said, caption, read
+from model.world.render import render
+from model.world.scene import CLASSES, COLOURS, MOTIONS, SHAPES, Scene, Solid, sample_scene
 
 
 @pytest.fixture(scope="module")
-def orbits() -> tuple[list[world.Scene], Tensor]:
+def orbits() -> tuple[list[Scene], Tensor]:
     some = questions_with(lambda s: s.camera.startswith("orbit") and s.floor == "checkered", 4)
     scenes = [one.scene for one in some]
     return scenes, filmed(scenes)
 
 
-def test_floors_of_real_orbits_are_where_the_camera_says(orbits: tuple[list[world.Scene], Tensor]) -> None:
+def test_floors_of_real_orbits_are_where_the_camera_says(orbits: tuple[list[Scene], Tensor]) -> None:
     scenes, clips = orbits
     right, backwards = reprojection(clips, scenes), reprojection(clips.flip(2), scenes)
     still = reprojection(frozen(clips, 8), scenes)
@@ -61,7 +55,7 @@ def test_floors_of_real_orbits_are_where_the_camera_says(orbits: tuple[list[worl
     assert backwards["median"] > 2 and still["median"] > 1.5
 
 
-def test_flicker_tells_a_steady_clip_from_an_unsteady_one(orbits: tuple[list[world.Scene], Tensor]) -> None:
+def test_flicker_tells_a_steady_clip_from_an_unsteady_one(orbits: tuple[list[Scene], Tensor]) -> None:
     _, clips = orbits
     noisy = clips + 0.1 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
     assert flicker(frozen(clips, 3)) == 0
@@ -107,11 +101,11 @@ def test_a_third_of_the_questions_are_of_held_out_combinations() -> None:
 
 def test_the_judge_answers_every_question() -> None:
     said = Checker()(torch.randn(2, 16, 5, 8, 8))
-    assert {name: scores.shape[1] for name, scores in said.items()} == {n: len(c) for n, c in world.CLASSES.items()}
+    assert {name: scores.shape[1] for name, scores in said.items()} == {n: len(c) for n, c in CLASSES.items()}
 
 
 def test_only_what_a_prompt_names_is_scored() -> None:
-    scene = world.sample_scene(random.Random(0))
+    scene = sample_scene(random.Random(0))
     truth, wanted = labels_of([scene]), wanted_of([Asked(scene, "a red ball", 0)])
     scores = adherence(truth | {"sky": (truth["sky"] + 1) % 3}, wanted)
     assert scores["sky"] is None and scores["everything"] == 1  # nobody asked for one
@@ -120,7 +114,7 @@ def test_only_what_a_prompt_names_is_scored() -> None:
 # --- what people ask for in their own words ---------------------------------------------------------------------------
 
 
-def shown(*scenes: world.Scene) -> Labels:
+def shown(*scenes: Scene) -> Labels:
     return labels_of([*scenes])
 
 
@@ -136,17 +130,15 @@ def test_users_prompts_ask_for_what_they_say_and_nothing_else() -> None:
         sum(getattr(one.said, name) is not None for one in asked) for name in ("colour", "floor", "sky", "camera")
     ]
     (crimson,) = (k for k, one in enumerate(asked) if one.prompt.startswith("a crimson ball"))
-    named = {
-        name: classes[wanted[name][crimson]] for name, classes in world.CLASSES.items() if wanted[name][crimson] >= 0
-    }
+    named = {name: classes[wanted[name][crimson]] for name, classes in CLASSES.items() if wanted[name][crimson] >= 0}
     assert named == {"colour": "red", "shape": "sphere", "motion": "left", "count": "one"}
 
 
 def test_a_clip_of_a_prompts_own_caption_does_what_the_user_said() -> None:
     """Whatever a prompt says of a scene, the scene's clip shows."""
     rng = random.Random(0)
-    scenes = [world.sample_scene(rng) for _ in range(200)]
-    said = [read(world.describe(scene, rng)) for scene in scenes]
+    scenes = [sample_scene(rng) for _ in range(200)]
+    said = [read(describe(scene, rng)) for scene in scenes]
     assert all(said)
     asked = users(*(one for one in said if one))
     wanted, free = wanted_by_users(asked), torch.tensor([one.in_any_order for one in asked])
@@ -155,8 +147,8 @@ def test_a_clip_of_a_prompts_own_caption_does_what_the_user_said() -> None:
 
 
 def test_two_solids_may_stand_in_any_order_unless_the_prompt_says_where() -> None:
-    ball, cube = world.Solid("red", "sphere", 0.8), world.Solid("blue", "cube", 0.8)
-    one, other = (shown(world.Scene(solids, "still")) for solids in ((ball, cube), (cube, ball)))
+    ball, cube = Solid("red", "sphere", 0.8), Solid("blue", "cube", 0.8)
+    one, other = (shown(Scene(solids, "still")) for solids in ((ball, cube), (cube, ball)))
     together = Said(shape="sphere", colour="red", shape2="cube", colour2="blue")
     for said, right in (
         (together, [1.0, 1.0]),
@@ -189,7 +181,7 @@ def test_the_judges_scenes_show_every_class_of_every_attribute() -> None:
     assert scenes == judges_scenes(512, 153)
     assert len(scenes) > 512 and sum(scene.motion == "behind" for scene in scenes) == 153
     truth = labels_of(scenes)
-    for name, classes in world.CLASSES.items():
+    for name, classes in CLASSES.items():
         seen = Counter(truth[name].tolist())
         assert all(seen[k] >= 5 for k in range(len(classes))), name
         assert len(scenes) - seen[-1] >= 150, name
@@ -200,8 +192,8 @@ def test_a_proof_finds_the_class_that_the_judge_cannot_tell() -> None:
     truth = labels_of(judges_scenes(200, 20))
     perfect = proof(truth, truth)
     assert {row["right"] for row in perfect.values()} == {1.0}
-    assert perfect["direction"]["clips"] == int((truth["motion"] == world.MOTIONS.index("behind")).sum())
-    cones = truth["shape"] == world.SHAPES.index("cone")
+    assert perfect["direction"]["clips"] == int((truth["motion"] == MOTIONS.index("behind")).sum())
+    cones = truth["shape"] == SHAPES.index("cone")
     rows = proof(truth | {"shape": truth["shape"].masked_fill(cones, 0)}, truth)
     assert (rows["shape"]["weakest class"], rows["shape"]["right of it"]) == ("cone", 0.0)
     assert rows["shape"]["right"] == pytest.approx(1 - int(cones.sum()) / len(cones), abs=0.001)
@@ -212,16 +204,16 @@ def test_a_proof_finds_the_class_that_the_judge_cannot_tell() -> None:
 
 
 @pytest.fixture(scope="module")
-def passings() -> tuple[list[world.Scene], Tensor]:
+def passings() -> tuple[list[Scene], Tensor]:
     scenes = [one.scene for one in questions_with(lambda s: s.motion == "behind", 3)]
     return scenes, filmed(scenes)
 
 
-def of_the_ends(scenes: list[world.Scene]) -> tuple[Labels, Labels]:
+def of_the_ends(scenes: list[Scene]) -> tuple[Labels, Labels]:
     """What a perfect judge says of a frame before passing and of one after, held still: solids from left to right."""
     before, after = (
         labels_of(
-            [world.Scene(s.solids if (s.direction > 0) != last else s.solids[::-1], "still") for s in scenes],
+            [Scene(s.solids if (s.direction > 0) != last else s.solids[::-1], "still") for s in scenes],
         )
         for last in (False, True)
     )
@@ -239,18 +231,18 @@ def told(*answers: Labels) -> Callable[[Tensor], Labels]:
     return look
 
 
-def test_what_comes_out_changed_from_behind_another_is_noticed(passings: tuple[list[world.Scene], Tensor]) -> None:
+def test_what_comes_out_changed_from_behind_another_is_noticed(passings: tuple[list[Scene], Tensor]) -> None:
     scenes, clips = passings
     before, after = of_the_ends(scenes)
     assert set(permanence(told(before, after), clips, scenes).values()) == {1.0}
-    another = {name: (values + 1) % len(world.CLASSES[name]) for name, values in after.items()}
+    another = {name: (values + 1) % len(CLASSES[name]) for name, values in after.items()}
     scores = permanence(told(before, another), clips, scenes)
     assert scores["colour"] == scores["shape"] == scores["all"] == 0
 
 
 @pytest.mark.parametrize("end", [slice(None, 5), slice(-5, None)], ids=["before", "after"])
 def test_what_comes_out_smaller_from_behind_another_is_noticed(
-    end: slice, passings: tuple[list[world.Scene], Tensor]
+    end: slice, passings: tuple[list[Scene], Tensor]
 ) -> None:
     scenes, clips = passings
     hidden = clips.clone()
@@ -260,7 +252,7 @@ def test_what_comes_out_smaller_from_behind_another_is_noticed(
 
 
 def test_identity_compares_the_first_frame_with_the_last() -> None:
-    scenes = [world.Scene((world.Solid("red", "cone", 0.9),), "spin" if k else "left") for k in range(2)]
+    scenes = [Scene((Solid("red", "cone", 0.9),), "spin" if k else "left") for k in range(2)]
     clips = torch.zeros(2, 3, 17, 8, 8)
     clips[1, :, -1] = 1  # the second one ends as another
 
@@ -310,8 +302,8 @@ def test_tables_mark_the_targets_that_were_missed() -> None:
 
 
 def test_misses_name_what_was_asked_and_what_is_seen() -> None:
-    solids = (world.Solid("red", "sphere", 0.8), world.Solid("blue", "cube", 0.8))
-    pair, alone = world.Scene(solids, "bounce"), world.Scene(solids[1:], "left")
+    solids = (Solid("red", "sphere", 0.8), Solid("blue", "cube", 0.8))
+    pair, alone = Scene(solids, "bounce"), Scene(solids[1:], "left")
     assert misses(shown(pair, alone), shown(pair, alone)) == [[], []]
     (wrong,) = misses(shown(alone), shown(pair))
     assert wrong[:3] == [
@@ -343,13 +335,13 @@ def test_two_solids_that_stand_are_named_from_the_left(end: int) -> None:
     rng = random.Random(3)
     seen = 0
     while seen < 12:
-        scene = world.sample_scene(rng)
+        scene = sample_scene(rng)
         if scene.motion != "behind" or scene.sky != "day" or scene.floor != "grey":
             continue
-        frame = world.render(scene, width=64, height=64, frames=17)[-end].astype(float)
+        frame = render(scene, width=64, height=64, frames=17)[-end].astype(float)
         places: list[float] = []
         for solid in held_still(scene, end).solids:
-            colour = np.array(world.COLOURS[solid.colour])
+            colour = np.array(COLOURS[solid.colour])
             hue = frame / np.maximum(np.linalg.norm(frame, axis=-1, keepdims=True), 1)
             alike = (hue @ (colour / np.linalg.norm(colour)) > 0.97) & (np.ptp(frame, axis=-1) > 60)
             places.append(float(np.nonzero(alike)[1].mean()))

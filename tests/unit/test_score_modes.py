@@ -3,26 +3,18 @@
 import numpy as np
 import pytest
 
-from model import world
-from model.conditioning import Frames
 from model.config import Shape
-from model.score_modes import (
-    MOST_SEAM,
-    closure,
-    colour_drift,
-    likeness,
-    psnr,
-    seam,
-    steps_between,
-    world_clips,
-)
+from model.media.windows import Frames
+from model.score.modes import MOST_SEAM, closure, colour_drift, likeness, psnr, seam, steps_between, world_clips
+from model.world.render import render
+from model.world.scene import Scene, Solid
 
 
 @pytest.fixture(scope="module")
 def slide() -> Frames:
     """A solid that goes steadily to the right."""
-    scene = world.Scene((world.Solid("red", "sphere", 0.9),), "right", floor="grass")
-    return world.render(scene, width=64, height=64, frames=17)
+    scene = Scene((Solid("red", "sphere", 0.9),), "right", floor="grass")
+    return render(scene, width=64, height=64, frames=17)
 
 
 def turning(frames: int) -> Frames:

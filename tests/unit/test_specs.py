@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from db.leases import LeasedClip, NewArtifact
+from db.artifacts import NewArtifact
+from db.claim import LeasedClip
 from db.tables import ClipDirection, ClipMode
-from flows.render import spec_of
-from model.encode import encode_mp4, encode_png
-from model.media import BadMedia
+from flows.render.clip import spec_of
+from model.media.decode import BadMedia
+from model.media.encode import encode_mp4, encode_png
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
 STORED = {

@@ -11,10 +11,11 @@ from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from torch import Tensor
 
 from model.config import DiTConfig
-from model.diffusion import SOLVERS, denoise, schedule, whole_times
-from model.dit import DiT
-from model.partition import Axis, both_halves, own_text
-from model.stepcache import StepCache
+from model.network.diffusion import SOLVERS, denoise, schedule, whole_times
+from model.network.dit import DiT
+from model.network.stepcache import StepCache
+from model.parallel.guidance import both_halves, own_text
+from model.parallel.mesh import Axis
 from tests.tiny import hold
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from model.text import TextEncoder, clean, small_encoder, word_tokenizer
-from model.train import places_apart
-from model.world import vocabulary
+from model.network.text import TextEncoder, clean, small_encoder, word_tokenizer
+from model.train.transformer import places_apart
+from model.world.captions import vocabulary
 
 LENGTH = 12
 

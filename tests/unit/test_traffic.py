@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from model.config import DiTConfig, Partition
-from model.traffic import Work, block_parameters, outer_parameters, step_traffic, text_parameters
+from tests.bench.traffic import Work, block_parameters, outer_parameters, step_traffic, text_parameters
 
 WAN = DiTConfig(layers=40, heads=40, head_dim=128, ffn_dim=13824, text_dim=4096)  # Wan 2.1 14B
 HD = Work(clips=1, tokens=21 * 45 * 80, words=512, heard=False)  # 1280x720, 81 frames

@@ -8,7 +8,7 @@ from pathlib import Path
 from db.datasets import DatasetRow
 from db.tables import CaptionOrigin
 from flows.settings import Settings
-from flows.train import Training, training_key
+from flows.train.flow import Training, training_key
 
 DATASET = DatasetRow(
     id="ds1",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import Shape, VAEConfig
-from model.vae import VAE
+from model.network.vae import VAE
 
 
 @pytest.fixture(scope="module")

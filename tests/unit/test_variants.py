@@ -15,11 +15,15 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flows.variants import BadVariant, Lora
-from model.checkpoint import BadCheckpoint, NotEnoughMemory, check_folder, check_memory, rank_bytes, vae_bytes
+from flows.library.variants import BadVariant, Lora
 from model.config import Partition
-from model.partition import ALONE, load_partitioned, parameter_bytes, streamed
-from model.weights import SECOND, TRANSFORMER, WEIGHTS, find_model, folder_digest, load_dit
+from model.loading.card import SECOND, TRANSFORMER, WEIGHTS, find_model, folder_digest
+from model.loading.inspect import BadCheckpoint, check_folder
+from model.loading.load import load_dit
+from model.parallel.memory import NotEnoughMemory, check_memory, rank_bytes, vae_bytes
+from model.parallel.mesh import ALONE
+from model.parallel.partition import load_partitioned, parameter_bytes
+from model.parallel.self_test import streamed
 from tests.distributed.partition_worker import inputs
 from tests.tiny import LORA_LAYERS, tiny_lora, tiny_model, tiny_wan, variant
 

@@ -5,26 +5,23 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from model.world import (
+from model.world.__main__ import contact_strip
+from model.world.captions import LONGEST, describe, vocabulary
+from model.world.render import moments, render
+from model.world.scene import (
     CAMERAS,
     CLASSES,
     COLOURS,
     FLOORS,
     HELD_OUT,
-    LONGEST,
     MOTIONS,
     SHAPES,
     SKIES,
     Scene,
     Solid,
-    contact_strip,
-    describe,
     held_out,
     labels,
-    moments,
-    render,
     sample_scene,
-    vocabulary,
 )
 
 

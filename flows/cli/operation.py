@@ -1,0 +1,93 @@
+"""Commands that run parts of the platform: worker, engine, migrate, deploy."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from flows.cli.app import OPERATION, REPOSITORY, app, current_settings, working_folder
+from flows.cli.errors import DONE, FAILED
+
+CONTROL_RUNS = 100  # requests that the control pool watches at once
+
+
+@app.command(rich_help_panel=OPERATION)
+def worker(
+    pool: Annotated[Literal["control", "gpu"], typer.Argument(help="control runs requests, gpu runs engines.")],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Flow runs at once (gpu: RUSHES_ENGINES, control: no limit).")
+    ] = None,
+) -> None:
+    """Run a Prefect worker for one of the two pools, until it is stopped. Its engines keep what they are at then."""
+    from infra.stack.worker import run_worker
+
+    settings = current_settings()
+    need(settings.prefect_api)
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    if limit or pool == "gpu":
+        command += ["--limit", str(limit or settings.most_engines)]
+    raise typer.Exit(run_worker(command, settings.child_environment()))
+
+
+def need(_: str) -> None:
+    """Looking a setting up says what is missing before anything is loaded."""
+
+
+@app.command(rich_help_panel=OPERATION)
+def engine(
+    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
+    partition: Annotated[str | None, typer.Option(help="How to divide it over ranks: tp=2, or cfg=2,sp=2.")] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where the ranks compute.")] = None,
+    linger: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for more work.")] = None,
+) -> None:
+    """Run an engine here, without a Prefect worker: lease shards and render until no work is left."""
+    given = {"model": model, "partition": partition, "device": device, "linger": linger}
+    settings = current_settings(**{name: value for name, value in given.items() if value is not None})
+    need(settings.database)
+    from flows.render.engine import run_engine
+    from infra.tracing import flush, setup_tracing
+
+    setup_tracing("rushes-engine")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, clips under way are kept
+    try:
+        done = run_engine(settings, say=typer.echo)
+    finally:
+        flush()
+    typer.echo(f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
+
+
+@app.command(rich_help_panel=OPERATION)
+def migrate() -> None:
+    """Bring the ledger's tables up to date, and what its roles may do.
+
+    Safe to run at any time, also by several starters at once. What the login
+    has no right to do for the roles is printed, for an administrator to run.
+    """
+    from db.session import upgrade
+
+    left = upgrade(current_settings().database)
+    typer.echo("The ledger is up to date.")
+    if left:
+        typer.echo("rushes: warning: an administrator has to run this, and then `rushes migrate` again:", err=True)
+        for statement in left:
+            typer.echo(f"  {statement};", err=True)
+
+
+@app.command(rich_help_panel=OPERATION)
+def deploy(
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="Most engines at once in the pool (default: RUSHES_ENGINES).")
+    ] = None,
+) -> None:
+    """Put the deployments and the two work pools on the Prefect server."""
+    import subprocess
+
+    settings = current_settings()
+    command = [sys.executable, "-m", "infra.stack.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
+    command += ["--folder", str(working_folder(settings)), "--pool", f"control={CONTROL_RUNS}"]
+    command += ["--pool", f"gpu={engines or settings.most_engines}"]
+    done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
+    raise typer.Exit(FAILED if done.returncode else DONE)

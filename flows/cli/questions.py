@@ -1,0 +1,246 @@
+"""Commands that ask the ledger: history, show, sql, audit, reproduce."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+import typer
+
+from flows.cli.app import QUESTIONS, Format, app, counted, current_settings
+from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
+from flows.cli.operation import need
+
+MOST_PROBLEMS = 20  # lines about clips of which none can be rendered again
+BRIEF = ["clip_id", "custom_id", "status", "prompt", "width", "height", "frames", "seconds", "attempts", "error"]
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def history(
+    request: Annotated[str | None, typer.Option("--request", "-r", help="Of this request (id or name).")] = None,
+    status: Annotated[
+        Literal["queued", "running", "done", "failed", "quarantined", "cancelled", "rejected"] | None,
+        typer.Option(help="In this state."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="With these words in the prompt.")] = None,
+    since: Annotated[str | None, typer.Option(help="Asked for within the last 30m, 12h, 7d …")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of the view `history`, by comma; `all` for all of them.")
+    ] = None,
+    format: Format = "table",
+) -> None:
+    """List clips, newest first. JSON and CSV hold every column unless --columns says otherwise."""
+    within = _duration(since) if since else None
+    from db.history import COLUMNS, find_clips
+    from db.tables import ClipStatus
+    from flows.clients.ledger import reading
+    from flows.show import show_rows
+
+    wanted = list(COLUMNS) if columns == "all" or (columns is None and format != "table") else BRIEF
+    if columns is not None and columns != "all":
+        wanted = [column.strip() for column in columns.split(",")]
+        for column in wanted:
+            if column not in COLUMNS:
+                import difflib
+
+                near = difflib.get_close_matches(column, COLUMNS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COLUMNS)}"
+                fail(f"--columns: no column {column!r} in history: {hint}", BAD_INPUT)
+    with reading(current_settings()) as session:
+        found = find_clips(
+            session,
+            request=request,
+            status=ClipStatus(status) if status else None,
+            prompt=prompt,
+            since=within,
+            limit=limit,
+        )
+    show_rows((asdict(row) for row in found), wanted, format)
+
+
+def _duration(text: str) -> Any:
+    import re
+    from datetime import timedelta
+
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text.strip())
+    if not match:
+        fail(f"--since {text!r} must be a number and s, m, h, d or w, like 12h", BAD_INPUT)
+    names = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    return timedelta(**{names[match[2]]: int(match[1])})
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def show(clip: Annotated[str, typer.Argument(help="Clip id.")], format: Format = "table") -> None:
+    """Show everything about one clip: its settings, every attempt, where its bytes are, what it came from."""
+    from db.history import show_clip
+    from flows.clients.ledger import reading
+    from flows.show import show_one, show_rows
+
+    settings = current_settings()
+    with reading(settings) as session:
+        story = show_clip(session, clip)
+    if story is None:
+        fail(f"no clip {clip!r} in the ledger: `rushes history` lists those there are", BAD_INPUT)
+    row = asdict(story.clip)
+    row["link"] = settings.open_store().link(story.clip.object_key) if story.clip.object_key else None
+    attempts = [asdict(attempt) for attempt in story.attempts]
+    parents = [{"clip": parent, "kind": kind} for parent, kind in story.parents]
+    children = [{"clip": child, "kind": kind} for child, kind in story.children]
+    again = [asdict(reproduction) for reproduction in story.reproductions]
+    if format == "json":
+        show_one({**row, "tries": attempts, "parents": parents, "children": children, "reproduced": again}, format)
+        return
+    show_one(row, format)
+    if format == "csv":
+        return
+    if attempts:
+        seconds = ["text_seconds", "denoise_seconds", "decode_seconds", "encode_seconds", "put_seconds"]
+        shown = ["number", "status", "engine", "started_at", "finished_at", *seconds, "error"]
+        show_rows(attempts, shown, format, title="Attempts")
+    for title, others in (("Made from", parents), ("Led to", children)):
+        if others:
+            show_rows(others, ["clip", "kind"], format, title=title)
+    if again:
+        shown = ["created_at", "partition", "device", "code_version", "identical", "psnr", "largest", "seconds"]
+        show_rows(again, shown, format, title="Reproductions")
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def sql(
+    query: Annotated[str, typer.Argument(help="One query; - reads it from standard input.")],
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds it may take.")] = 30,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows (a table: 1000).")] = None,
+    format: Format = "table",
+) -> None:
+    """Ask the ledger in SQL. The view `history` has one row per clip: `select * from history limit 1`.
+
+    Read only, and as the role rushes_reader, which sees `history` and no other
+    table; with the rights of the login, where it may not become that role.
+    """
+    text = sys.stdin.read() if query == "-" else query
+    if not text.strip():
+        fail("the query is empty", BAD_INPUT)
+    from db.history import run_sql
+    from flows.clients.ledger import database
+    from flows.show import show_rows
+
+    settings = current_settings()
+    with database(settings, url=settings.reader) as engine:
+        answer = run_sql(engine, text, timeout=timeout, limit=limit or (1000 if format == "table" else None))
+    columns = _distinct(answer.columns)
+    show_rows((dict(zip(columns, row, strict=True)) for row in answer.rows), columns, format)
+    if answer.truncated:
+        typer.echo(f"rushes: only the first {len(answer.rows)} rows are shown: --limit says how many", err=True)
+
+
+def _distinct(columns: Sequence[str]) -> list[str]:
+    """Column names, each once: two columns of one name would hide each other."""
+    names: list[str] = []
+    for column in columns:
+        name, count = column, 2
+        while name in names:
+            name, count = f"{column}_{count}", count + 1
+        names.append(name)
+    return names
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def audit(
+    quick: Annotated[bool, typer.Option("--quick", help="Compare presence and size, do not hash the bytes.")] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Hash so many objects, drawn at random (default: all).")
+    ] = None,
+    format: Format = "table",
+) -> None:
+    """Look for lost, doubled and contradictory things, in the ledger and between ledger and store.
+
+    Rows that contradict each other, rows without bytes, bytes without rows,
+    wrong digests. Exit code 1 on any.
+    """
+    from flows.clients.ledger import reading
+    from flows.operate.audit import Audited
+    from flows.operate.audit import audit as compare
+    from flows.show import show_rows
+
+    settings, audited = current_settings(), Audited()
+    with reading(settings) as session:
+        found = compare(session, settings.open_store(), audited, hash_bytes=not quick, sample=sample)
+        breaches = [asdict(each) for each in found]
+    if breaches or format != "table":
+        show_rows(breaches, ["problem", "key", "detail"], format)
+    hashed = "not hashed" if quick else f"{audited.hashed:,} bytes hashed"
+    young = f" ({audited.young} younger than a minute left alone)" if audited.young else ""
+    counts = f"{audited.rows} rows and {audited.blobs} blobs{young} compared, {hashed}"
+    counts += f": {len(breaches) or 'no'} breaches"
+    typer.echo(counts, err=format != "table")
+    raise typer.Exit(FAILED if breaches else DONE)
+
+
+@app.command(rich_help_panel=QUESTIONS)
+def reproduce(
+    clips: Annotated[list[str] | None, typer.Argument(metavar="[CLIP]", help="Ids of done clips.")] = None,
+    request: Annotated[
+        str | None, typer.Option("--request", "-r", help="Of this request (id or name), in place of ids.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="So many clips of the request, drawn at random (default: all).")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Another than it was made on: tp=2, or cfg=2,sp=2.", show_default=False)
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Without the step cache that it was made with: what does that cost?")
+    ] = False,
+    tolerance_db: Annotated[
+        float | None, typer.Option(min=0, help="The lowest PSNR that passes (default: nothing may differ).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The same as --format json.", rich_help_panel="Output")
+    ] = False,
+    format: Format = "table",
+) -> None:
+    """Render clips of history again, with their own settings and model, and say whether the same comes of it.
+
+    On its own partition a clip comes out identical, to the byte. Where it does
+    not, or on another partition, the PSNR over all frames, the largest
+    difference of any value of 255 and the first frame that differs are shown.
+    Every comparison is recorded: `rushes show` lists them, `history` sums up.
+
+    An engine runs here, in the foreground. Exit code 1 if anything differs by
+    more than --tolerance-db, 2 if a clip cannot be rendered again.
+    """
+    if bool(clips) == (request is not None):
+        fail("name either clips or a --request", BAD_INPUT)
+    if sample is not None and request is None:
+        fail("--sample draws from the clips of a --request: name one", BAD_INPUT)
+    settings, format = current_settings(), "json" if as_json else format
+    need(settings.database)
+    from db.reproductions import done_clips
+    from flows.clients.ledger import ledger, the_request
+    from flows.operate.reproduce import COLUMNS, display, plan, summary
+    from flows.operate.reproduce import reproduce as render_again
+    from flows.show import show_rows
+
+    with ledger(settings) as sessions:
+        if request is not None:
+            with sessions() as session:
+                asked = the_request(session, request)
+                clips = done_clips(session, asked.id, sample)
+            if not clips:
+                fail(f"{asked.id} has no clip that is done: there is nothing to compare with", BAD_INPUT)
+        jobs, problems = plan(settings, sessions, clips or [], partition, exact=exact)
+        for problem in problems[:MOST_PROBLEMS]:
+            typer.echo(f"rushes: {problem}", err=True)
+        if problems:
+            missing = f"{len(problems)} of {counted(len(jobs) + len(problems), 'clip')}"
+            fail(f"{missing} cannot be rendered again: nothing was rendered", BAD_INPUT)
+        with display(len(jobs)) as progress:
+            results = render_again(settings, sessions, jobs, progress)
+    rows = [asdict(each) for each in results]
+    told = [name for name in COLUMNS if format != "table" or any(row[name] not in (None, "") for row in rows)]
+    show_rows(rows, told, format)
+    typer.echo(summary(results), err=format != "table")
+    raise typer.Exit(DONE if all(each.passes(tolerance_db) for each in results) else FAILED)

@@ -1,0 +1,448 @@
+"""Commands about requests: submit, plan, watch, cancel, retry, export, rewrite, tenants."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flows.cli.app import REQUESTS, Format, app, counted, current_settings
+from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
+
+if TYPE_CHECKING:
+    from flows.request.submit import Good
+    from flows.settings import Settings
+    from model.loading.card import ModelCard
+
+SETTING = "Settings of prompts that bring none of their own (default: the model's)"
+MADE_FROM = "What prompts are made from that do not say so themselves"
+
+
+@app.command(rich_help_panel=REQUESTS)
+def submit(
+    file: Annotated[str, typer.Argument(help="Prompts as JSONL, CSV or text; - reads standard input.")],
+    name: Annotated[str | None, typer.Option(help="What you call this batch (default: the file's name).")] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 96x64.", rich_help_panel=SETTING)] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second.", rich_help_panel=SETTING)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SETTING)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely to follow the prompt; 1 is off.", rich_help_panel=SETTING)
+    ] = None,
+    solver: Annotated[
+        Literal["euler", "ab2", "unipc"] | None,
+        typer.Option(help="How the equation is stepped.", rich_help_panel=SETTING),
+    ] = None,
+    shift: Annotated[float | None, typer.Option(help="Time shift.", rich_help_panel=SETTING)] = None,
+    step_cache: Annotated[
+        float | None,
+        typer.Option(help="Skip steps that change by less than this share, 0 to 1.", rich_help_panel=SETTING),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What should not be seen.", rich_help_panel=SETTING)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Clips of each prompt.", rich_help_panel=SETTING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Another number makes other clips of the same prompts.", rich_help_panel=SETTING)
+    ] = None,
+    priority: Annotated[int | None, typer.Option(help="0 to 9, higher goes first (default 5).")] = None,
+    tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(
+            "--idempotency-key",
+            "--key",
+            help="Two requests of one key are one (default: a digest of file, settings, tenant and model).",
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["text-to-video", "image", "image-to-video", "extend", "connect", "loop", "edit"] | None,
+        typer.Option(help="What clips are made from (default: their words alone).", rich_help_panel=MADE_FROM),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="A picture: a file, or store:KEY.", rich_help_panel=MADE_FROM)
+    ] = None,
+    video: Annotated[str | None, typer.Option(help="A video: a file, or store:KEY.", rich_help_panel=MADE_FROM)] = None,
+    clip: Annotated[str | None, typer.Option(help="The id of a finished clip.", rich_help_panel=MADE_FROM)] = None,
+    end_image: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
+    end_video: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
+    end_clip: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
+    direction: Annotated[
+        Literal["forward", "backward"] | None, typer.Option(help="Where to extend.", rich_help_panel=MADE_FROM)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of an edit: 1 keeps nothing (default 0.6).", rich_help_panel=MADE_FROM)
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Known frames that new ones begin with, 4n+1.", rich_help_panel=MADE_FROM)
+    ] = None,
+    prompts_format: Annotated[
+        Literal["auto", "jsonl", "csv", "text"], typer.Option("--prompts-format", help="Format of the file.")
+    ] = "auto",
+    rewrite: Annotated[
+        bool, typer.Option("--rewrite/--no-rewrite", help="Put prompts into words that the model was trained on.")
+    ] = True,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Render all of it anew, also what is there already.")] = False,
+    deadline: Annotated[
+        str | None, typer.Option(help="In what time all should be done: 45m, 2h30m, or seconds. Says if it cannot be.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
+) -> None:
+    """Check a prompt file and submit it.
+
+    The whole file is checked first. If anything is wrong, every error is
+    printed and nothing is submitted (exit code 2).
+
+    The same file with the same settings is the same request: submitted again,
+    it renders nothing that is there already. With --watch the exit code is 0
+    if all clips were made, else 1.
+    """
+    given: dict[str, Any] = {
+        "name": name,
+        "model": model,
+        "frames": frames,
+        "fps": fps,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        "shift": shift,
+        "step_cache": step_cache,
+        "negative_prompt": negative_prompt,
+        "samples": samples,
+        "seed": seed,
+        "priority": priority,
+        "tenant": tenant,
+        "idempotency_key": idempotency_key,
+        "prompts_format": prompts_format,
+        "mode": mode,
+        "image": image,
+        "video": video,
+        "clip": clip,
+        "end_image": end_image,
+        "end_video": end_video,
+        "end_clip": end_clip,
+        "direction": direction,
+        "strength": strength,
+        "overlap": overlap,
+        "rewrite": rewrite,
+        "fresh": fresh or None,
+        "deadline": None if deadline is None else _seconds(deadline),
+    }
+    if fresh and idempotency_key is None:  # known here, so that the request can be watched
+        given["idempotency_key"] = f"fresh-{uuid.uuid4()}"
+    options = {option: value for option, value in given.items() if value is not None}
+    if size is not None:
+        options |= _sides(size, like="96x64")
+    settings = current_settings()
+    request_id, run_id = submit_file(settings, file, options, skip_invalid=skip_invalid)
+    if watch and run_id:
+        raise typer.Exit(watch_request(settings, request_id, run_id))
+
+
+def _sides(size: str, like: str) -> dict[str, int]:
+    """The options that --size stands for."""
+    from flows.request.fields import parse_size
+
+    sides = parse_size(size)
+    if sides is None:
+        fail(f"--size {size!r} must be WIDTHxHEIGHT, like {like}", BAD_INPUT)
+    return dict(zip(("width", "height"), sides, strict=True))
+
+
+def submit_file(
+    settings: Settings, file: str, options: dict[str, Any], *, skip_invalid: bool
+) -> tuple[str, str | None]:
+    """Checks and submits; (request id, flow run id or None if the ledger has all of it already)."""
+    from flows.library.models import card_of
+    from flows.request.lines import BadFile
+    from flows.request.read import strange_shapes
+    from flows.request.submit import check_file, readable
+    from flows.request.submit import submit as send
+
+    options = {"model": settings.model, **options, "skip_invalid": skip_invalid}
+    card = card_of(settings, options["model"])
+    with readable(file) as (source, path):
+        options.setdefault("name", Path(source).name)
+        try:
+            good = check_file(source, path, options, card, lambda said: typer.echo(said, err=True), settings)
+        except BadFile as error:
+            fail(f"{error}", BAD_INPUT)
+        checked = good.checked
+        if checked.bad and not (skip_invalid and checked.prompts):
+            lines = counted(checked.prompts + checked.bad, "line")
+            errors = f"{counted(checked.faults, 'error')} in {checked.bad} of {lines}"
+            hint = "" if skip_invalid or not checked.prompts else "; --skip-invalid goes on without these lines"
+            fail(f"{errors}: nothing was submitted{hint}", BAD_INPUT)
+        if warning := strange_shapes(card, checked.shapes):
+            typer.echo(f"rushes: warning: {warning}", err=True)
+        finished = _finished(settings, good.request_id)
+        if finished:
+            typer.echo(f"{good.request_id} is complete: all {finished} clips were found, nothing is to be rendered")
+            return good.request_id, None
+        sent = send(settings, good)
+    clips = f"{counted(checked.clips, 'clip')} of {counted(checked.prompts, 'prompt')}"
+    skipped = f"; {counted(checked.bad, 'bad line')} recorded as rejected" if checked.bad else ""
+    typer.echo(f"{sent.request_id}  {'is under way already' if sent.already else clips}{skipped}")
+    typer.echo(f"{sent.url}")
+    if good.request.deadline is not None and not sent.already:
+        _tell_deadline(settings, card, good)
+    return sent.request_id, sent.flow_run_id
+
+
+def _tell_deadline(settings: Settings, card: ModelCard, good: Good) -> None:
+    """Before anybody waits: when all will be done, and whether that is in time."""
+    if settings.database_url is None:  # the run's page says it
+        return
+    from flows.clients.ledger import reading
+    from flows.generate.estimates import as_duration, estimate
+
+    request, shapes = good.request, good.checked.shapes
+    assert request.deadline is not None
+    with reading(settings) as session:
+        expected = estimate(session, settings, card, request.resolve(card), shapes, request.priority)
+    if warning := expected.misses(request.deadline):
+        typer.echo(f"rushes: warning: {warning}", err=True)
+    else:
+        typer.echo(f"expected to be done in {as_duration(expected.seconds)}")
+
+
+def _finished(settings: Settings, request_id: str) -> int | None:
+    """How many clips the request has, if it was completed before."""
+    if settings.database_url is None:
+        return None
+    from db.requests import request_by
+    from flows.clients.ledger import reading
+
+    with reading(settings) as session:
+        row = request_by(session, request_id)
+    return row.total if row and row.status == "completed" else None
+
+
+@app.command(name="plan", rich_help_panel=REQUESTS)
+def plan_(
+    file: Annotated[Path, typer.Argument(help="Prompts as JSONL, CSV or text.")],
+    gpus: Annotated[str, typer.Option(help="How many of which kind, like 8xh200.")],
+    model: Annotated[str | None, typer.Option(help="A model, or one of Wan's releases by size, like wan-14b.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 832x480.", rich_help_panel=SETTING)] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SETTING)] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=SETTING)] = None,
+    samples: Annotated[int | None, typer.Option(help="Clips of each prompt.", rich_help_panel=SETTING)] = None,
+    format: Format = "table",
+) -> None:
+    """Say how a file would best be divided over GPUs, and how long it would take.
+
+    Nothing is submitted, and neither GPUs nor weights need to be here. Speeds
+    are those of clips that this model rendered here on such devices; where
+    there are none, they are assumed from data sheets and from what was
+    published of Wan 2.2.
+    """
+    from flows.generate.forecast import forecast
+    from flows.show import show_rows
+
+    given: dict[str, Any] = {"frames": frames, "steps": steps, "guidance": guidance, "samples": samples}
+    options = {option: value for option, value in given.items() if value is not None}
+    if size is not None:
+        options |= _sides(size, like="832x480")
+    settings = current_settings()
+    planned = forecast(settings, file, gpus, model or settings.model, options, lambda said: typer.echo(said, err=True))
+    rows = planned.rows()
+    show_rows(rows, list(rows[0]), format)
+    if format == "table":
+        layout = planned.layout
+        assumed = "Assumed, not measured: half of the stated speed, and what Wan 2.2's table shows beside the denoising"
+        by = "By what clips of this model took here" if planned.measured else assumed
+        took = f"{layout.seconds / 3600:.2f} hours, {layout.gpu_hours:.1f} GPU-hours"
+        typer.echo(f"{counted(planned.clips, 'clip')}: {took}. {by}")
+    if planned.bad:
+        fail(f"{counted(planned.bad, 'line')} cannot be read as prompts and were left out of the plan", BAD_INPUT)
+
+
+@app.command(rich_help_panel=REQUESTS)
+def watch(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+    """Show progress of a request until it has ended. Exit code 0 if all clips were made, else 1."""
+    raise typer.Exit(watch_request(current_settings(), request, None))
+
+
+def watch_request(settings: Settings, request: str, run_id: str | None) -> int:
+    from flows.cli.watch import watch as follow
+
+    ended = follow(settings, request, flow_run_id=run_id)
+    code = {"completed": DONE, "BadInput": BAD_INPUT}.get(ended.status, FAILED)
+    if ended.request_id is None:
+        fail(f"{request} was {'refused' if ended.refused else 'not opened'}: {ended.message}", code)
+    typer.echo(f"{ended.request_id} {ended.status.replace('_', ' ')}: {ended.message}")
+    return code
+
+
+@app.command(rich_help_panel=REQUESTS)
+def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+    """Cancel a request: engines stop at their next denoising step; finished clips stay."""
+    from db.requests import cancel_request
+    from flows.clients.ledger import ledger, the_request
+    from flows.clients.prefect import PrefectApi
+
+    settings = current_settings()
+    with ledger(settings) as sessions, sessions.begin() as session:
+        row = the_request(session, request)
+        count = cancel_request(session, row.id)
+    if row.status != "open":
+        typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
+        return
+    if row.flow_run_id and settings.prefect_api_url:
+        with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+            api.cancel(row.flow_run_id)
+    typer.echo(f"{row.id}: {counted(count, 'clip')} cancelled")
+
+
+@app.command(rich_help_panel=REQUESTS)
+def retry(
+    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those set aside as poison.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
+) -> None:
+    """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew."""
+    from db.requests import AGAIN, retry_request
+    from db.tables import ClipStatus
+    from flows.clients.ledger import ledger, the_request
+    from flows.clients.prefect import PrefectApi
+    from flows.request.submit import run_url, start_run
+
+    settings = current_settings()
+    with (
+        PrefectApi(settings.prefect_api, settings.prefect_password) as api,
+        ledger(settings) as sessions,
+    ):
+        with sessions() as session:
+            row = the_request(session, request)
+        old = api.run(row.flow_run_id) if row.flow_run_id else None
+        if old is None:
+            fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
+        with sessions.begin() as session:
+            asked = {ClipStatus.FAILED: failed, ClipStatus.QUARANTINED: quarantined}
+            count = retry_request(session, row.id, [status for status in asked if asked[status]] or AGAIN)
+        if not count:
+            typer.echo(f"{row.id}: nothing to retry")
+            return
+        run = start_run(api, row.id, old.parameters, name=row.name, tenant=row.tenant) if old.final else old
+    typer.echo(f"{row.id}: {counted(count, 'clip')} queued again")
+    typer.echo(run_url(settings.ui_url, run.id))
+    if watch:
+        raise typer.Exit(watch_request(settings, row.id, run.id))
+
+
+@app.command(rich_help_panel=REQUESTS)
+def export(
+    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it is missing.", file_okay=False)],
+) -> None:
+    """Copy a request's clips into a folder, named by custom_id or clip id, with manifest.jsonl and the contact sheet.
+
+    Run again, it copies what is missing. Exit code 1 if a finished clip's bytes are gone or wrong.
+    """
+    raise typer.Exit(export_request(current_settings(), request, folder))
+
+
+def export_request(settings: Settings, request: str, folder: Path, *, quiet: bool = False) -> int:
+    from flows.clients.ledger import reading, the_request
+    from flows.operate.export import export as copy
+    from flows.operate.export import export_sheet
+
+    store = settings.open_store()
+    with reading(settings) as session:
+        row = the_request(session, request)
+        done = copy(session, store, row.id, folder)
+        sheet = export_sheet(store, row.sheet_key, folder)
+    for problem in done.broken:
+        typer.echo(f"rushes: {problem}", err=True)
+    if not quiet:
+        there = f", {done.there} there already" if done.there else ""
+        missing = f"; {done.missing} clips of the request are not done (see manifest.jsonl)" if done.missing else ""
+        typer.echo(f"{folder}: {done.copied} clips copied{there}{' and the contact sheet' * sheet}{missing}")
+    return FAILED if done.broken else DONE
+
+
+@app.command(rich_help_panel=REQUESTS)
+def rewrite(
+    prompt: Annotated[str, typer.Argument(help="In your own words.")],
+    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
+    image: Annotated[bool, typer.Option("--image", help="For a picture, which tells no motion.")] = False,
+    format: Format = "table",
+) -> None:
+    """Show what a prompt would be rewritten to, and which of its words mean nothing to the model."""
+    from flows.library.models import card_of
+    from flows.request.rewriting import rewriter_of, try_out
+    from flows.show import show_one
+
+    settings = current_settings()
+    card = card_of(settings, model or settings.model)
+    with rewriter_of(settings, card) as rewriter:
+        if rewriter is None:
+            fail(f"{card.name} brings no rewriter and RUSHES_REWRITER_URL is not set: prompts stay as they are")
+        rewritten, unknown = try_out(rewriter, card, prompt, moving=not image)
+    if format == "table" and rewritten is None:
+        typer.echo("rushes: left as it is", err=True)
+    show_one({"prompt": prompt, "rewritten_prompt": rewritten, "unknown_words": ", ".join(unknown) or None}, format)
+
+
+@app.command(name="requests", rich_help_panel=REQUESTS)
+def requests_(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20, format: Format = "table"
+) -> None:
+    """List the latest requests."""
+    from db.requests import latest_requests
+    from flows.clients.ledger import reading
+    from flows.show import show_rows
+
+    with reading(current_settings()) as session:
+        rows = [{**asdict(row), "request": row.id} for row in latest_requests(session, limit)]
+    columns = ["request", "name", "status", "total", "tenant", "priority", "model", "created_at", "finished_at"]
+    show_rows(rows, columns, format)
+
+
+@app.command(name="tenants", rich_help_panel=REQUESTS)
+def tenants_(
+    name: Annotated[str | None, typer.Argument(help="Whose share or bounds to set; empty: list all.")] = None,
+    weight: Annotated[float | None, typer.Option(help="GPU-seconds are shared in proportion to it.")] = None,
+    max_clips: Annotated[int | None, typer.Option(help="Clips that may wait or run at once; -1: any number.")] = None,
+    max_gpu_seconds: Annotated[float | None, typer.Option(help="In 24 hours; -1: any number.")] = None,
+    format: Format = "table",
+) -> None:
+    """List the tenants with what they use, or set the share and the bounds of one."""
+    from db.tenants import set_tenant, tenants
+    from flows.clients.ledger import ledger
+    from flows.show import show_rows
+
+    bounds: dict[str, Any] = {"weight": weight, "max_clips": max_clips, "max_gpu_seconds": max_gpu_seconds}
+    bounds = {what: None if value == -1 else value for what, value in bounds.items() if value is not None}
+    if bounds and name is None:
+        fail("name the tenant whose share or bounds to set")
+    if any(value is not None and not (0 <= value < float("inf")) for value in bounds.values()) or weight in (0, -1):
+        fail("a weight must be above 0, a bound at least 0, or -1 for none")
+    with ledger(current_settings()) as sessions, sessions.begin() as session:
+        if name is not None and bounds:
+            set_tenant(session, name, **bounds)
+        rows = [asdict(row) for row in tenants(session) if name in (None, row.name)]
+    show_rows(rows, ["name", "weight", "max_clips", "max_gpu_seconds", "waiting", "gpu_seconds"], format)
+
+
+def _seconds(text: str) -> float:
+    """2h30m, 45m, 90s, or a number of seconds."""
+    import re
+
+    text = text.strip()
+    parts = re.fullmatch(r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?", text)
+    if text and parts:
+        return sum(int(part or 0) * size for part, size in zip(parts.groups(), (86400, 3600, 60, 1), strict=True))
+    try:
+        return float(text)
+    except ValueError:
+        fail(f"--deadline {text!r} must be a time like 45m or 2h30m, or a number of seconds", BAD_INPUT)

@@ -1,0 +1,102 @@
+"""Commands of the local stack: up, down, status, doctor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from flows.cli.app import STACK, Format, app, current_settings, working_folder
+from flows.cli.errors import DONE, FAILED
+
+if TYPE_CHECKING:
+    from flows.settings import Settings
+    from infra.stack.home import Stack
+
+
+@app.command(rich_help_panel=STACK)
+def up() -> None:
+    """Start the local stack, or mend it: Postgres, the Prefect server and its page, the workers."""
+    stack = start_stack(current_settings())
+    typer.echo(f"Prefect  {stack.prefect_ui_url}")
+    typer.echo(f"State    {stack.home}")
+
+
+def start_stack(settings: Settings) -> Stack:
+    from flows.clients.ledger import settle
+    from infra.stack import up as stack_up
+
+    stack = stack_up.up(
+        settings.home, repo=working_folder(settings), migrate=settle, engines=settings.most_engines, say=typer.echo
+    )
+    _take_up(settings, stack)
+    return stack
+
+
+def _take_up(settings: Settings, stack: Stack) -> None:
+    """Has `tidy` look at once, and not within ten minutes, where the run of an open request has ended without it.
+
+    That is what becomes of a run whose worker was killed. While Prefect cannot say, the schedule will do.
+    """
+    from db.session import sessions
+    from db.watching import open_requests
+    from flows.clients.ledger import database
+    from flows.clients.prefect import PrefectApi, PrefectRefused, PrefectUnavailable
+
+    with database(settings, url=stack.database_url) as engine, sessions(engine)() as session:
+        runs = [request.flow_run_id for request in open_requests(session) if request.flow_run_id]
+    if not runs:
+        return
+    try:
+        with PrefectApi(stack.prefect_api_url, settings.prefect_password) as api:
+            states = [api.run(run) for run in runs]
+            if any(run is None or not run.under_way for run in states):
+                api.submit("tidy/scheduled", {})
+    except (PrefectRefused, PrefectUnavailable) as error:
+        typer.echo(f"tidy will take up what was left: {error}")
+
+
+@app.command(rich_help_panel=STACK)
+def down() -> None:
+    """Stop the local stack. Nothing is left running; what was rendered stays."""
+    from infra.stack import down as stack_down
+
+    settings = current_settings()
+    stopped = stack_down.down(settings.home, say=typer.echo)
+    typer.echo(f"Stopped: {', '.join(stopped)}" if stopped else f"No stack was running under {settings.home}")
+
+
+@app.command(rich_help_panel=STACK)
+def status(format: Format = "table") -> None:
+    """Show which parts of the local stack run. Exit code 1 if one does not."""
+    from flows.show import show_rows
+    from infra.stack import up as stack_up
+
+    now = stack_up.status(current_settings().home)
+    rows = [{"part": p.name, "state": "running" if p.running else "stopped", "detail": p.detail} for p in now.parts]
+    rows.append({"part": "flow runs", "state": str(now.flow_runs), "detail": "processes that execute one now"})
+    show_rows(rows, ["part", "state", "detail"], format)
+    raise typer.Exit(DONE if now.running else FAILED)
+
+
+@app.command(rich_help_panel=STACK)
+def doctor(format: Format = "table") -> None:
+    """Check every part (settings, ledger, store, Prefect, workers, model) and say how to mend what is wrong."""
+    from flows.operate import checks as look
+    from flows.show import show_rows
+    from infra.stack import doctor as stack_doctor
+
+    settings = current_settings()
+    checks = stack_doctor.doctor(
+        settings.home,
+        schema=look.schema,
+        store=lambda: look.store(settings),
+        weights=lambda: look.weights(settings),
+    )
+    rows = [
+        {"check": "ok" if check.ok else "wrong", "part": check.name, "detail": check.detail, "mend": check.mend}
+        for check in checks
+    ]
+    show_rows(rows, ["check", "part", "detail", "mend"], format)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(FAILED)

@@ -1,0 +1,183 @@
+"""Watching a request from a terminal until it has ended. Looks at the ledger, and at Prefect for runs that died."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from db.requests import Progress, progress, request_by
+from db.tables import RequestStatus
+from flows.clients.ledger import ledger
+from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run
+from flows.settings import Settings
+from flows.show import console, printable
+
+POLL = 0.5  # seconds between two looks at the ledger
+ASK_PREFECT = 2.0  # seconds between two looks at the flow run
+WAIT_PREFECT = 10.0  # seconds that a busy server is asked again for it
+LINE_EVERY = 5.0  # seconds between two lines where there is no terminal to draw on
+REFUSALS = ("BadInput", "QuotaExceeded", "RewriterFailed")  # how `generate` names what it does not even begin
+QUIET = 120.0  # seconds after which a run that has not begun is worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How it ended. `request_id` is None when the run ended without ever opening its request."""
+
+    request_id: str | None
+    status: str
+    message: str
+    refused: bool = False  # the run did what it should: nothing was submitted, and the message says why
+
+
+def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> Ended:
+    """Shows progress until the request `name` (id, name or flow run) and its flow run have ended.
+
+    A request that is not in the ledger yet is waited for, if `flow_run_id` says who will open it. Raises
+    RequestNotFound for one that nobody will open, NotRunning.
+    """
+    from flows.clients.ledger import the_request
+
+    with ledger(settings) as open_session, _prefect(settings) as api, _display() as display:
+        run: Run | None = None
+        asked, began = -ASK_PREFECT, time.monotonic()
+        while True:
+            with open_session() as session:
+                row = request_by(session, name) if flow_run_id else the_request(session, name)
+                now = progress(session, row.id) if row else None
+            run_id = flow_run_id or (row.flow_run_id if row else None)
+            if api and run_id and time.monotonic() - asked >= ASK_PREFECT:
+                asked, run = time.monotonic(), api.run(run_id)
+            over = row is not None and row.status != RequestStatus.OPEN
+            display.show(now, _waiting_for(run, time.monotonic() - began))
+            # A request may have ended in an earlier run; then this one has still to look at it.
+            if over and (flow_run_id is None or run is None or run.final):
+                assert row is not None
+                return Ended(row.id, str(row.status), _summary(now))
+            if run is not None and run.final and not over:
+                if row is None and run.state_name in REFUSALS:
+                    return Ended(None, run.state_name, run.message.partition("\n")[2], refused=True)
+                said = f"its flow run {run.name} ended as {run.state_name}: {run.message}".rstrip(": ")
+                if run.state == "CRASHED":
+                    said += "\nAnother run takes it up within ten minutes, and at once after `rushes up`"
+                return Ended(row.id if row else None, run.state_name or run.state, said)
+            time.sleep(POLL)
+
+
+@contextmanager
+def _prefect(settings: Settings) -> Generator[PrefectApi | None]:
+    if settings.prefect_api_url is None:
+        yield None
+        return
+    with PrefectApi(settings.prefect_api_url, settings.prefect_password, patience=WAIT_PREFECT) as api:
+        yield _Patient(api)  # type: ignore[misc]
+
+
+class _Patient:
+    """A Prefect server that is away or busy for a while is no reason to stop watching the ledger."""
+
+    def __init__(self, api: PrefectApi) -> None:
+        self._api = api
+
+    def run(self, run_id: str) -> Run | None:
+        try:
+            return self._api.run(run_id)
+        except PrefectUnavailable:
+            return None
+
+
+def _waiting_for(run: Run | None, seconds: float) -> str:
+    if run is None or run.state == "RUNNING":
+        return "reading and checking the prompts"
+    if run.state in ("SCHEDULED", "PENDING") and seconds > QUIET:
+        return "the flow run has not begun: does a control worker run? (rushes doctor)"
+    return "waiting for the flow run to begin"
+
+
+def eta(now: Progress) -> float | None:
+    """Seconds until all clips are there, going by what clips took so far and by the engines at work."""
+    if not now.mean_seconds:
+        return None
+    return now.mean_seconds * now.waiting / max(1, now.engines)
+
+
+def _counts(now: Progress) -> str:
+    parts = [f"{count} {status.value}" for status, count in now.counts.items() if count]
+    if now.found:
+        parts.append(f"{now.found} of them found")
+    return ", ".join(parts)
+
+
+def _summary(now: Progress | None) -> str:
+    if now is None:
+        return ""
+    mean = f"; {now.mean_seconds:.2f} engine seconds a rendered clip" if now.mean_seconds else ""
+    return f"{_counts(now)}{mean}"
+
+
+class _Display(Protocol):
+    def show(self, now: Progress | None, waiting_for: str) -> None: ...
+
+
+@contextmanager
+def _display() -> Generator[_Display]:
+    if not console(stderr=True).is_terminal:
+        yield _Lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[counts]}"),
+    )
+    with Bars(*columns, console=console(stderr=True), transient=True) as bars:
+        yield _Bar(bars)
+
+
+class _Bar:
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._task = bars.add_task("request", total=None, left="", counts="")
+
+    def show(self, now: Progress | None, waiting_for: str) -> None:
+        if now is None or now.total is None:
+            self._bars.update(self._task, description=waiting_for, counts=_counts(now) if now else "")
+            return
+        seconds = eta(now)
+        left = "" if not now.waiting else f"about {clock(seconds)} left" if seconds else "engines are starting"
+        self._bars.update(
+            self._task,
+            description=now.request_id,
+            total=now.total,
+            completed=now.total - now.waiting,
+            left=left,
+            counts=printable(_counts(now)),
+        )
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._said = ""
+        self._when = -LINE_EVERY
+
+    def show(self, now: Progress | None, waiting_for: str) -> None:
+        line = f"{now.request_id}: {_counts(now)}" if now and now.total is not None else waiting_for
+        if line != self._said and time.monotonic() - self._when >= LINE_EVERY:
+            self._said, self._when = line, time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """90 as 1:30, 3700 as 1:01:40."""
+    whole = int(seconds + 0.5)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,96 @@
+"""Waiting for a server that is away: the ledger, the store, Prefect, the disk.
+
+A batch outlives restarts of everything that it talks to. What is asked for is asked again, as a whole, with growing
+pauses and for a bounded time; so it must be of a kind that may be done twice, as all transactions of the ledger are.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import httpx
+from sqlalchemy.orm import Session, sessionmaker
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
+
+from db.session import is_away
+from flows.clients.prefect import NOT_NOW
+from infra.store.contract import StoreUnavailable
+
+PATIENCE = 900.0  # seconds: a restart takes less, and what is away for longer needs a person
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def away(error: BaseException) -> str | None:
+    """Which server did not answer, where that is all that the error says; else None."""
+    if is_away(error):
+        return "the ledger"
+    if isinstance(error, StoreUnavailable):
+        return "the store"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return "the disk"
+    cause: BaseException | None = error
+    while cause is not None:  # Prefect's client raises errors of its own from those of HTTP
+        refused = isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code in NOT_NOW
+        if refused or isinstance(cause, httpx.TransportError):
+            return "Prefect"
+        cause = cause.__cause__
+    return None
+
+
+def patiently(ask: Callable[[], T], *, seconds: float = PATIENCE, abandoned: Callable[[], bool] = lambda: False) -> T:
+    """What `ask` returns. Asks again while a server is away, for so many seconds or until it is `abandoned`.
+
+    Raises what `ask` raised last.
+    """
+
+    def says(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        pause = state.next_action.sleep if state.next_action else 0.0
+        if error is not None:
+            what, said = away(error), (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s is away, trying again in %.1f s: %s", what, pause, said)
+
+    def enough(state: RetryCallState) -> bool:
+        return abandoned() or (state.seconds_since_start or 0.0) >= seconds
+
+    return Retrying(
+        retry=retry_if_exception(lambda error: away(error) is not None),
+        wait=wait_random_exponential(multiplier=0.25, max=5),
+        stop=enough,
+        before_sleep=says,
+        reraise=True,
+    )(ask)
+
+
+def once(ledgers: sessionmaker[Session], work: Callable[[Session], T]) -> T:
+    """What `work` returns, as one transaction of the ledger."""
+    with ledgers.begin() as session:
+        return work(session)
+
+
+def transact(ledgers: sessionmaker[Session], work: Callable[[Session], T], *, seconds: float = PATIENCE) -> T:
+    """What `work` returns, as one transaction of the ledger, begun again from its start while the ledger is away.
+
+    A ledger that vanishes while it commits may have done so or not: `work` must be of a kind that may be done twice.
+    """
+    return patiently(partial(once, ledgers, work), seconds=seconds)
+
+
+def if_there(ask: Callable[[], object]) -> bool:
+    """Does what can as well be done a little later; False, with a warning, where the server for it is away."""
+    try:
+        ask()
+    except Exception as error:
+        what = away(error)
+        if what is None:
+            raise
+        log.warning("%s is away: %s", what, (str(error).splitlines() or [type(error).__name__])[0])
+        return False
+    return True

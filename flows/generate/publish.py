@@ -1,0 +1,90 @@
+"""The end of a request: its manifest, its contact sheet, its final state."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, BinaryIO
+
+from opentelemetry import trace
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Failed
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import history
+from db.requests import Progress, finish_request
+from db.tables import RequestStatus
+from flows.clients.retry import patiently, transact
+from flows.generate.page import summarise
+from flows.settings import Settings
+from infra.store.contract import Store
+
+SHEET_CLIPS = 24  # clips on a contact sheet
+
+
+def publish(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    request_id: str,
+    progress: Progress,
+    found: int,
+) -> State[Any]:
+    """Writes manifest and contact sheet, closes the request, and says how it ended."""
+
+    def files() -> tuple[str, str | None]:
+        with ledgers() as session:
+            return publish_manifest(session, store, request_id), publish_sheet(session, store, request_id)
+
+    with trace.get_tracer(__name__).start_as_current_span("publish"):
+        manifest, sheet = patiently(files)
+    status = transact(
+        ledgers,
+        lambda session: finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet),
+    )
+    patiently(lambda: summarise(store, request_id, progress, status, found, manifest, sheet))
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(progress.counts.items()) if count)
+    message = f"{request_id}: {counts} ({found} found, not rendered again)"
+    if status == RequestStatus.COMPLETED:
+        return Completed(message=message)
+    if status == RequestStatus.COMPLETED_WITH_GAPS:
+        return Completed(message=message, name="CompletedWithGaps")
+    return Cancelled(message=message) if status == RequestStatus.CANCELLED else Failed(message=message)
+
+
+def publish_manifest(session: Session, store: Store, request_id: str) -> str:
+    """requests/<id>/manifest.jsonl: one line a clip, in the order of the prompt file, with all that `history` says."""
+    with spooled() as file:
+        for row in history.clips_of(session, request_id):
+            file.write(json.dumps(asdict(row), default=str, separators=(",", ":")).encode() + b"\n")
+        file.seek(0)
+        return store.put_at(f"requests/{request_id}/manifest.jsonl", file, "application/x-ndjson").key
+
+
+@contextmanager
+def spooled() -> Generator[BinaryIO]:
+    """A temporary file that lies in memory while it is small."""
+    with tempfile.SpooledTemporaryFile(max_size=16_000_000) as file:
+        yield file  # type: ignore[misc]
+
+
+def publish_sheet(session: Session, store: Store, request_id: str) -> str | None:
+    """requests/<id>/contact_sheet.png: some frames of each of the first clips, with their prompts."""
+    from model.media.encode import SheetRow, contact_sheet, decode_frames
+
+    rows: list[SheetRow] = []
+    for row in islice(history.clips_of(session, request_id), SHEET_CLIPS):
+        frames = decode_frames(store.get(row.object_key), 5) if row.object_key else ()
+        note = (
+            f"{row.width}x{row.height}, {row.frames} frame{'s' * (row.frames != 1)}"
+            if row.object_key
+            else f"{row.status}: {row.error or ''}"
+        )
+        rows.append(SheetRow(clip_id=row.custom_id or row.clip_id, prompt=row.prompt, frames=frames, note=note))
+    if not rows:
+        return None
+    return store.put_at(f"requests/{request_id}/contact_sheet.png", contact_sheet(rows), "image/png").key

@@ -1,0 +1,257 @@
+"""Opening a request: find and check its prompts, rewrite them, record every clip."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import BinaryIO
+
+from prefect.runtime import flow_run as this_run
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import requests
+from db.artifacts import add_artifacts
+from db.clips import NewClip, add_clips
+from db.models import register_model
+from db.planning import adopt_takes
+from db.requests import NewRequest, OpenedRequest, Progress, open_request, request_by, seal_request
+from db.tables import ClipDirection, ClipMode, EdgeKind
+from flows.clients.retry import transact
+from flows.generate.estimates import Estimate, estimate
+from flows.library.models import card_of, gpus_of, network_of
+from flows.plan.layout import CannotFit, Rates, Work, best_layout
+from flows.request.files import digest_stream, open_uri, prompts_key
+from flows.request.form import Defaults, GenerationRequest, Mode, request_id, request_key
+from flows.request.modes import Conditions
+from flows.request.read import BadLine, Checked, check_prompts, read_prompts
+from flows.request.recipe import Prompt, recipe
+from flows.request.rewriting import Rewriter, rewrite_all, with_new_words
+from flows.request.sources import Sources, of_run
+from flows.settings import AUTO, Settings
+from infra.store.contract import Store
+from infra.tracing import carrier, current_trace_id
+from model.config import Shape
+from model.loading.card import TRANSFORMER, ModelCard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A prompt file that was found, digested and checked."""
+
+    name: str  # for messages: prompts.jsonl
+    uri: str  # where it can be read again
+    sha256: str
+    model: str  # as the request names it
+    card: ModelCard
+    defaults: Defaults
+    checked: Checked
+    sources: Sources  # what lines are made from, found and stored
+    deadline: float | None  # seconds in which all should be done
+    fresh: bool = False  # what was rendered before will not do
+
+
+def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest) -> Source:
+    """Finds the prompts, puts inline ones into the store (so that every request can be read again), checks all of them.
+
+    Raises BadUri, BadFile, NoSuchKey, ModelNotFound and BrokenModel.
+    """
+    card = card_of(settings, request.model)
+    defaults = request.resolve(card)
+    if request.prompts:
+        data = request.inline_bytes()
+        key = prompts_key(hashlib.sha256(data).hexdigest())
+        if not store.exists(key):
+            store.put_at(key, data, "application/x-ndjson")
+        uri, name = f"store:{key}", "prompts"
+    else:
+        assert request.prompts_uri is not None
+        uri, name = request.prompts_uri, request.prompts_uri.rpartition("/")[2]
+        name = request.name or "prompts" if uri.startswith("store:") else name
+    with open_source(settings, store, uri) as stream:
+        sha256, _ = digest_stream(stream)
+    sources = of_run(ledgers, store, settings.prompts, request.files)
+    with open_source(settings, store, uri) as stream:
+        checked = check_prompts(stream, source=name, format=request.format, defaults=defaults, find=sources.find)
+    return Source(
+        name=name,
+        uri=uri,
+        sha256=sha256,
+        model=request.model,
+        card=card,
+        defaults=defaults,
+        checked=checked,
+        sources=sources,
+        deadline=request.deadline,
+        fresh=request.fresh,
+    )
+
+
+def too_large(settings: Settings, source: Source) -> list[str]:
+    """Why clips cannot be rendered on the GPUs that the plan may use, a line for every such shape."""
+    if settings.partition != AUTO or not (source.card.path / TRANSFORMER).is_dir():
+        return []  # a fixed partition is the operator's word; of a model that is elsewhere the engine will say
+    gpu, count = gpus_of(settings)
+    network, wrong = network_of(source.card, settings.bytes_each), list[str]()
+    for shape in source.checked.shapes:
+        size = Shape(*map(int, shape.split("x")))
+        try:
+            best_layout([Work(size=size, steps=1, guided=True)], network, Rates.of(gpu), gpu, count)
+        except CannotFit as error:
+            wrong.append(str(error))
+    return wrong
+
+
+@contextmanager
+def open_source(settings: Settings, store: Store, uri: str) -> Generator[BinaryIO]:
+    with open_uri(uri, store=store, folder=settings.prompts) as stream:
+        yield stream
+
+
+def record(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    source: Source,
+    request: GenerationRequest,
+    rewriter: Rewriter | None,
+    *,
+    say: Callable[[str], None],
+) -> OpenedRequest:
+    """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
+
+    Raises RewriterFailed before anything of it is in the ledger.
+    """
+    card, checked = source.card, source.checked
+    key = request_key(
+        request,
+        source.defaults,
+        source_sha256=source.sha256,
+        model_digest=card.digest,
+        made_from=checked.made_from,
+        rewriter=card.rewriter,
+    )
+    with ledgers() as session:
+        before = request_by(session, request_id(key))
+    if rewriter and (before is None or before.total is None):
+        with open_source(settings, store, source.uri) as stream:
+            say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
+    seconds = 0.0 if before else forecast(settings, ledgers, source, request).gpu_seconds
+    deadline = None if request.deadline is None else datetime.now(UTC) + timedelta(seconds=request.deadline)
+    with ledgers.begin() as session:
+        register_model(session, card.digest, card.name, str(card.path), card.to_json())
+        opened = open_request(
+            session,
+            NewRequest(
+                key=key,
+                name=request.name or source.name,
+                tenant=request.tenant,
+                model=request.model,
+                model_digest=card.digest,
+                settings=asdict(source.defaults),
+                source=source.uri,
+                source_sha256=source.sha256,
+                priority=request.priority,
+                deadline=deadline,
+                clips=checked.clips,
+                gpu_seconds=seconds,
+                flow_run_id=str(this_run.id) if this_run.id else None,
+                carrier=carrier(),
+                trace_id=current_trace_id(),
+            ),
+        )
+        sealed = requests.progress(session, opened.id).total is not None
+    if not sealed:
+        with ledgers.begin() as session, open_source(settings, store, source.uri) as stream:
+            add_artifacts(session, source.sources.artifacts())
+            read = with_new_words(ledgers, rewriter, lines_of(stream, source, request))
+            clips = (clip for line, rewritten in read for clip in clips_of(line, source, rewritten))
+            add_clips(session, opened.id, clips)
+        with ledgers.begin() as session:
+            seal_request(session, opened.id, checked.clips + checked.bad)
+    return opened
+
+
+def forecast(
+    settings: Settings, ledgers: sessionmaker[Session], source: Source, request: GenerationRequest
+) -> Estimate:
+    with ledgers() as session:
+        return estimate(session, settings, source.card, source.defaults, source.checked.shapes, request.priority)
+
+
+def lines_of(stream: BinaryIO, source: Source, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
+    find = source.sources.find
+    return read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults, find=find)
+
+
+def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = None) -> Iterator[NewClip]:
+    """The rows of one line of the file: a clip for each sample, or one rejected row."""
+    if isinstance(line, BadLine):
+        yield NewClip(
+            index=line.index,
+            sample=0,
+            line=line.line,
+            custom_id=line.custom_id,
+            prompt=line.prompt,
+            rejected=line.reason,
+        )
+        return
+    made: Conditions = line.conditions
+    for sample in range(line.samples):
+        yield NewClip(
+            index=line.index,
+            sample=sample,
+            line=line.line,
+            custom_id=line.custom_id,
+            prompt=line.prompt,
+            rewritten_prompt=rewritten,
+            negative_prompt=line.negative_prompt,
+            width=line.width,
+            height=line.height,
+            frames=line.frames,
+            fps=line.fps,
+            steps=line.steps,
+            guidance=line.guidance,
+            solver=line.solver,
+            shift=line.shift,
+            step_cache=line.step_cache,
+            fresh=source.fresh,
+            seed=line.seed_of(sample),
+            recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
+            mode=ClipMode(made.mode),
+            source=made.source and made.source.sha256,
+            end_source=made.end_source and made.end_source.sha256,
+            direction=None if made.direction is None else ClipDirection(made.direction),
+            strength=made.strength,
+            window=made.window,
+            overlap=made.overlap,
+            made_frames=made.made_frames,
+            parents=parents_of(made),
+        )
+
+
+KIND = {
+    Mode.IMAGE_TO_VIDEO: EdgeKind.IMAGE,
+    Mode.EXTEND: EdgeKind.EXTEND,
+    Mode.CONNECT: EdgeKind.CONNECT,
+    Mode.LOOP: EdgeKind.LOOP,
+    Mode.EDIT: EdgeKind.EDIT,
+}
+
+
+def parents_of(made: Conditions) -> tuple[tuple[str, EdgeKind], ...]:
+    """The clips of history that a clip is made from, and how."""
+    named = dict.fromkeys(each.clip_id for each in (made.source, made.end_source) if each and each.clip_id)
+    return tuple((parent, KIND[made.mode]) for parent in named)
+
+
+def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
+    """Where the request stands before this run renders anything: what it made earlier is done, and what others made."""
+
+    def found(session: Session) -> Progress:
+        adopt_takes(session, request_id)
+        return requests.progress(session, request_id)
+
+    return transact(ledgers, found)

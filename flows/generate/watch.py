@@ -1,0 +1,162 @@
+"""Watching a request until every clip has come to an end: plan, keep engines running, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from prefect import get_run_logger
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import requests, watching
+from db.leases import expire_owner
+from db.planning import NewShard, adopt_takes, create_shards, unbind_shards, unplanned
+from db.requests import Progress, compact
+from db.tables import ClipStatus
+from flows.clients.retry import if_there, transact
+from flows.generate.estimates import cost_model
+from flows.generate.page import ROUND, Report
+from flows.generate.request import Source
+from flows.library.models import gpus_of
+from flows.plan import shards
+from flows.render import pool
+from flows.settings import AUTO, Settings
+from infra.tracing import carrier
+from model.config import Partition
+
+POLL = 1.0  # seconds between two looks at the ledger
+SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
+UNSEEN = 120.0  # seconds for which what a transaction has written may stay unseen: none of ours lasts so long
+EVERY_TAKE = 300.0  # seconds between two looks at all takes and not at new ones alone, which should find nothing
+
+
+def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> Progress:
+    """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
+    planner, report = Planner(settings, ledgers, request_id, source), Report(request_id)
+    next_round = 0.0
+    looked: float | None = None  # when it looked for takes
+    every_take = time.monotonic() + EVERY_TAKE
+
+    def look(session: Session) -> Progress:
+        adopt_takes(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
+        planner.plan(session)
+        compact(session, request_id)
+        return requests.progress(session, request_id)
+
+    while True:
+        began = time.monotonic()
+        if began >= every_take:
+            looked, every_take = None, began + EVERY_TAKE
+        progress = transact(ledgers, look)
+        looked = began
+        if progress.finished:
+            if_there(partial(report.send, ledgers, progress, last=True))
+            return progress
+        if time.monotonic() >= next_round:
+            next_round = time.monotonic() + ROUND
+            # Without Prefect engines go on, and what it is told and asked here waits for the next round.
+            send = partial(report.send, ledgers, progress)
+            all(if_there(step) for step in (send, partial(end_leases_of_the_dead, ledgers), planner.staff))
+        time.sleep(POLL)
+
+
+def end_leases_of_the_dead(ledgers: sessionmaker[Session]) -> None:
+    """An engine whose run has ended will never write again: others need not wait for its lease to run out."""
+    with ledgers() as session:
+        owners = watching.lease_owners(session)
+    dead = pool.dead_owners(owners)
+    with ledgers.begin() as session:
+        for owner in dead:
+            expire_owner(session, owner)
+
+
+class Planner:
+    """Cuts a request into shards, and sees to it that there are engines for them.
+
+    With a fixed partition any engine may render any shard. With partition auto shards belong to the partition that the
+    plan gives them, and are released from it when others keep the GPUs: nothing waits for a better engine for ever.
+    """
+
+    def __init__(self, settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> None:
+        self.settings, self.ledgers, self.request_id, self.source = settings, ledgers, request_id, source
+        self.began = time.monotonic()
+        self.gpus: int | None = None  # that the plan needs; None: all there are
+        self.short_since: float | None = None  # when no GPUs were left for the shards whose turn it is
+
+    def plan(self, session: Session) -> None:
+        """Puts clips that are in no shard yet into shards, and notes what each is expected to take."""
+        if self.settings.partition != AUTO:
+            unbind_shards(session, self.request_id)  # of a plan that was made under another setting
+        waiting = unplanned(session, self.request_id, limit=50_000)
+        if not waiting:
+            return
+        cost = cost_model(session, self.settings, self.source.card)
+        remaining = requests.progress(session, self.request_id).counts[ClipStatus.QUEUED]
+        new = [
+            NewShard(
+                clip_ids=shard.clip_ids,
+                partition=str(squad.partition) if bound else None,
+                predicted_seconds=shard.seconds,
+                predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
+            )
+            for squad, bound in self.squads(waiting, cost)
+            for shard in self.cut(squad, cost, remaining)
+        ]
+        create_shards(session, self.request_id, new, carrier=carrier())
+
+    def cut(self, squad: shards.Squad, cost: shards.CostModel, remaining: int) -> list[shards.PlannedShard]:
+        """The squad's shards. What failed before is alone in its own: whatever is wrong with it harms nobody else."""
+
+        def seconds(shape: shards.Shape) -> float:
+            return cost.seconds(shape, squad.partition)
+
+        failed = [(shards.Shape.of(clip), clip.clip_id) for clip in squad.waiting if clip.suspect]
+        return [shards.PlannedShard(shape, (clip_id,), seconds(shape)) for shape, clip_id in failed] + shards.shards(
+            [clip for clip in squad.waiting if not clip.suspect],
+            seconds,
+            seconds=self.settings.shard_seconds,
+            engines=squad.replicas,
+            remaining=remaining,
+        )
+
+    def squads(self, waiting: Sequence[shards.Waiting], cost: shards.CostModel) -> list[tuple[shards.Squad, bool]]:
+        """Who renders what, and whether others may not."""
+        settings = self.settings
+        if settings.partition != AUTO:
+            partition = Partition.parse(settings.partition)
+            return [(shards.Squad(partition=partition, replicas=settings.engines, waiting=waiting), False)]
+        left = self.source.deadline and self.source.deadline - (time.monotonic() - self.began)
+        found = shards.arrange(waiting, cost, *gpus_of(settings), left)
+        self.gpus = max(self.gpus or 0, found.gpus)
+        log = get_run_logger()
+        for squad in found.squads:
+            log.info("%s clips on %s x %s", len(squad.waiting), squad.replicas, squad.partition)
+        if left is not None and found.seconds > left:
+            log.warning(
+                "the deadline cannot be met: on %s all is done after %.0f s at best, %.0f s are left",
+                settings.gpus,
+                found.seconds,
+                max(0.0, left),
+            )
+        return [(squad, True) for squad in found.squads]
+
+    def staff(self) -> None:
+        """Starts engines; shards that have waited too long for theirs may be rendered by any."""
+        source = self.source
+        short = pool.ensure(
+            self.settings,
+            self.ledgers,
+            self.request_id,
+            model=source.model,
+            model_digest=source.card.digest,
+            gpus=self.gpus,
+        )
+        if short is None:
+            self.short_since = None
+            return
+        self.short_since = self.short_since or time.monotonic()
+        if time.monotonic() - self.short_since > SHORT:
+            with self.ledgers.begin() as session:
+                freed = unbind_shards(session, self.request_id, [short])
+            get_run_logger().info("no GPUs are free for %s: %s shards may be rendered by any engine", short, freed)

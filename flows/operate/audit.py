@@ -1,0 +1,135 @@
+"""Compares the ledger with itself and with the store.
+
+No row contradicts another, every row has its bytes, every object has its row, every digest is true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from db.artifacts import known_keys
+from db.audit import checkpoints, contradictions
+from db.tables import Artifact
+from infra.store.contract import Listed, NoSuchKey, Store
+
+CHUNK = 1 << 20
+BATCH = 500  # rows of one statement
+YOUNG = timedelta(minutes=1)  # bytes are stored before their row is written, so young bytes may have none yet
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """Something that is not as it must be: missing, wrong size, wrong digest, orphan, or a rule of `db.audit`."""
+
+    problem: str
+    key: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Audited:
+    """What was compared. Complete when `audit` has been read to its end."""
+
+    rows: int = 0
+    blobs: int = 0
+    young: int = 0  # objects that may still await their rows, and were not compared
+    hashed: int = 0  # bytes
+
+
+def audit(
+    session: Session, store: Store, audited: Audited, *, hash_bytes: bool = True, sample: int | None = None
+) -> Iterator[Breach]:
+    """Yields every breach as it is found and counts in `audited`. Raises StoreUnavailable.
+
+    `hash_bytes=False` compares existence and size only; `sample` hashes so many objects, drawn at random, of the others
+    size and existence. Works while engines run: an object's bytes come first and its row second, so rows are looked at
+    before objects, and objects younger than a minute are left alone.
+    """
+    for found in contradictions(session):
+        yield Breach(found.rule, found.key, "the ledger contradicts itself")
+    session.rollback()
+    drawn = None if sample is None or not hash_bytes else _draw(session, sample)
+    for row in _rows(session):
+        audited.rows += 1
+        if breach := _look_at(row, store, audited, hash_bytes and (drawn is None or row.key in drawn)):
+            yield breach
+    yield from _checkpoints(session, store, audited)
+    for prefix, known in (("blobs/", known_keys), ("checkpoints/", checkpoints)):
+        listed = store.list(prefix)
+        while batch := list(islice(listed, BATCH)):
+            old = [item for item in batch if item.modified < datetime.now(UTC) - YOUNG]
+            audited.blobs += len(old)
+            audited.young += len(batch) - len(old)
+            keys = known(session, [item.key for item in old])
+            session.rollback()
+            yield from (_orphan(item) for item in old if item.key not in keys)
+
+
+def _draw(session: Session, count: int) -> set[str]:
+    """Keys of so many artifacts: a reservoir, since the ledger may hold millions."""
+    drawn: list[str] = []
+    for seen, row in enumerate(_rows(session)):
+        if seen < count:
+            drawn.append(row.key)
+        elif (place := random.randrange(seen + 1)) < count:
+            drawn[place] = row.key
+    return set(drawn)
+
+
+def _checkpoints(session: Session, store: Store, audited: Audited) -> Iterator[Breach]:
+    """Latents that a clip would go on from and that are not there, unless it has finished or moved on meanwhile."""
+    named = checkpoints(session)
+    session.rollback()
+    audited.rows += len(named)
+    gone = {key for key in named if not store.exists(key)}
+    if gone:
+        gone = checkpoints(session, sorted(gone))
+        session.rollback()
+    for key in sorted(gone):
+        yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object")
+
+
+def _rows(session: Session) -> Iterator[Artifact]:
+    """All artifacts by key, a page at a time: no transaction stays open while bytes are hashed."""
+    last = ""
+    while True:
+        page = session.scalars(select(Artifact).where(Artifact.key > last).order_by(Artifact.key).limit(BATCH)).all()
+        session.expunge_all()
+        session.rollback()
+        yield from page
+        if len(page) < BATCH:
+            return
+        last = page[-1].key
+
+
+def _look_at(row: Artifact, store: Store, audited: Audited, hash_bytes: bool) -> Breach | None:
+    there = store.stat(row.key)
+    if there is None:
+        return Breach("missing", row.key, "the ledger has the row, the store has no such object")
+    if there.bytes != row.bytes:
+        return Breach("wrong size", row.key, f"{there.bytes} bytes in the store, {row.bytes} in the ledger")
+    if not hash_bytes:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with store.open(row.key) as stream:
+            while chunk := stream.read(CHUNK):
+                audited.hashed += len(chunk)
+                digest.update(chunk)
+    except NoSuchKey:
+        return Breach("missing", row.key, "it went away while it was being read")
+    if digest.hexdigest() != row.sha256:
+        return Breach("wrong digest", row.key, f"its bytes have the sha256 {digest.hexdigest()}")
+    return None
+
+
+def _orphan(item: Listed) -> Breach:
+    return Breach("orphan", item.key, f"{item.bytes} bytes since {item.modified:%Y-%m-%d %H:%M}, and no row")

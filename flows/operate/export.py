@@ -1,0 +1,154 @@
+"""Copies a request's clips out of the store into a folder, under names that people gave them, with a manifest.
+
+Files arrive whole or not at all, and are checked against the digest in the ledger. Run again it copies what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from db.history import HistoryRow, history, rows_of
+from db.tables import ClipStatus
+from flows.show import plain
+from infra.store.contract import NoSuchKey, Store
+
+CHUNK = 1 << 20
+PAGE = 500  # rows of the ledger at a time
+ENDING = {"video/mp4": ".mp4", "image/png": ".png"}
+MANIFEST = "manifest.jsonl"
+SHEET = "contact_sheet.png"
+
+
+@dataclass(slots=True)
+class Exported:
+    """What was done."""
+
+    copied: int = 0
+    there: int = 0  # already, with the right bytes
+    missing: int = 0  # clips that are not done
+    broken: list[str] = field(default_factory=list[str])  # one sentence for each clip whose bytes are gone or wrong
+
+
+def export(
+    session: Session, store: Store, request_id: str, folder: Path, *, on_clip: Callable[[str], None] = lambda _: None
+) -> Exported:
+    """Copies every done clip of the request and writes `manifest.jsonl`, a line for every clip whatever its status.
+
+    The manifest's `file` is null where there is none. Raises StoreUnavailable, and OSError for a folder that cannot be
+    written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = Exported()
+    with _whole_file(folder / MANIFEST) as manifest:
+        for row, name in named(_rows(session, request_id)):
+            file: str | None = None
+            if row.status != ClipStatus.DONE:
+                done.missing += 1
+            elif wrong := _copy(store, row, folder / name, done):
+                done.broken.append(wrong)
+            else:
+                file = name
+                on_clip(name)
+            line = {**{key: plain(value) for key, value in asdict(row).items()}, "file": file}
+            manifest.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    return done
+
+
+def export_sheet(store: Store, key: str | None, folder: Path) -> bool:
+    """Copies the request's contact sheet, if it has one, as `contact_sheet.png`."""
+    if key is None:
+        return False
+    try:
+        with store.open(key) as source, _whole_file(folder / SHEET) as target:
+            shutil.copyfileobj(source, target, CHUNK)
+    except NoSuchKey:
+        return False
+    return True
+
+
+def _rows(session: Session, request_id: str) -> Iterator[HistoryRow]:
+    """The request's clips in order, a page at a time: no transaction stays open while bytes are copied."""
+    last = ""
+    while True:
+        wanted = select(history).where(history.c.request_id == request_id, history.c.clip_id > last)
+        page = list(rows_of(session, wanted.order_by(history.c.clip_id).limit(PAGE)))
+        session.rollback()
+        yield from page
+        if len(page) < PAGE:
+            return
+        last = page[-1].clip_id
+
+
+def named(rows: Iterator[HistoryRow]) -> Iterator[tuple[HistoryRow, str]]:
+    """Each row with the name of its file: the custom_id if there is one (and the sample, from the second on), else the
+    clip's id. Ids that would give two clips one name (on any file system) get the clip's id behind them."""
+    taken: set[str] = {MANIFEST, SHEET}
+    for row in rows:
+        ending = ENDING.get(row.media_type or "", ".bin")
+        name = f"{row.clip_id}{ending}"
+        if row.custom_id:
+            stem = safe(row.custom_id) + (f"-{row.sample}" if row.sample else "")
+            name = f"{stem}{ending}" if f"{stem}{ending}".lower() not in taken else f"{stem}-{row.clip_id}{ending}"
+        taken.add(name.lower())
+        yield row, name
+
+
+def safe(custom_id: str) -> str:
+    """A custom_id as a file name: no folders, no leading dot or dash, no characters that a file system may refuse."""
+    name = re.sub(r"[^\w.+=@-]+", "_", custom_id).strip("._-")
+    return name.encode()[:150].decode(errors="ignore") or "clip"
+
+
+def _copy(store: Store, row: HistoryRow, path: Path, done: Exported) -> str | None:
+    """Copies one clip; a sentence if its bytes cannot be had."""
+    assert row.object_key is not None and row.sha256 is not None
+    if path.is_file() and _digest(path) == row.sha256:
+        done.there += 1
+        return None
+    digest = hashlib.sha256()
+    try:
+        with store.open(row.object_key) as source, _whole_file(path) as target:
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                target.write(chunk)
+            if digest.hexdigest() != row.sha256:
+                raise _WrongBytes
+    except NoSuchKey:
+        return f"{row.clip_id}: its bytes are not in the store ({row.object_key})"
+    except _WrongBytes:
+        return f"{row.clip_id}: the store's bytes have another digest than the ledger ({row.object_key})"
+    done.copied += 1
+    return None
+
+
+class _WrongBytes(Exception):
+    """The bytes of an object do not have the digest that names it."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _whole_file(path: Path) -> Generator[BinaryIO]:
+    """A file that gets its name when it is complete; an error leaves nothing behind."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

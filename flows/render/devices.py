@@ -1,0 +1,58 @@
+"""Which of a host's GPUs an engine may use, when several engines share them.
+
+A number of a GPU is a file that is locked for as long as its engine lives: whatever ends the engine gives it back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from flows.clients.locks import locked
+
+FOLDER = "devices"  # in the home folder
+POLL = 1.0  # seconds between two looks for free ones
+
+
+class NoDevices(RuntimeError):
+    """Other engines of this host kept its GPUs. The work is still queued: an engine that starts later will find it."""
+
+
+@contextmanager
+def hold_devices(home: Path, total: int, wanted: int, seconds: float) -> Generator[tuple[int, ...]]:
+    """Numbers of `wanted` of the host's `total` GPUs, which nobody else gets before the context ends.
+
+    Waits for all of them at once, holding none meanwhile, so that two engines never wait for each other.
+    Raises NoDevices after `seconds`.
+    """
+    folder = home / FOLDER
+    folder.mkdir(exist_ok=True)
+    until = time.monotonic() + seconds
+    while (found := _take(folder, total, wanted)) is None:
+        if time.monotonic() > until:
+            raise NoDevices(f"{wanted} of this host's {total} GPUs were never free at once for {seconds:g} s")
+        time.sleep(POLL)
+    numbers, held = found
+    with held:
+        yield numbers
+
+
+def _take(folder: Path, total: int, wanted: int) -> tuple[tuple[int, ...], ExitStack] | None:
+    with ExitStack() as stack:
+        turn = stack.enter_context((folder / "turn").open("a"))
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        numbers: list[int] = []
+        with ExitStack() as held:
+            for number in range(total):
+                file = (folder / str(number)).open("a")
+                if len(numbers) < wanted and locked(file):
+                    held.enter_context(file)
+                    numbers.append(number)
+                else:
+                    file.close()
+            if len(numbers) == wanted:
+                return tuple(numbers), held.pop_all()
+    return None

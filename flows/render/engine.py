@@ -1,0 +1,213 @@
+"""An engine's life: load the model, register, claim shard after shard, leave when nothing is left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import models
+from db.engines import close_engine, engine_heartbeat, register_engine
+from flows.clients.ledger import ledger as ledger_of
+from flows.clients.retry import patiently, transact
+from flows.library.models import card_of, gpus_of, partition_for, resolve
+from flows.render.devices import hold_devices
+from flows.render.pool import owner_name
+from flows.render.shard import Shard
+from flows.render.worker import Crew, code_version, log, machine
+from flows.settings import AUTO, Settings
+from model.config import Partition
+from model.engine.engine import Engine
+from model.loading.card import ModelCard
+
+IDLE = 1.0  # seconds between two looks for work
+DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
+SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and then got the same shard
+IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
+LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `tidy` closes it as well
+
+
+@dataclass(slots=True)
+class Done:
+    """What an engine did in its life."""
+
+    clips: int = 0
+    shards: int = 0
+    busy: float = 0.0  # seconds with a shard in hand
+    alive: float = 0.0
+
+
+class ShardRuns(Protocol):
+    """How an engine's shards are run, and shown to those who watch."""
+
+    made: int  # shards that were shown
+
+    @property
+    def used_up(self) -> bool:
+        """No more of them can be shown: the engine should leave, and another take its place."""
+        ...
+
+    def __call__(self, shard: Shard) -> int:
+        """Runs the shard; the number of clips that were finished."""
+        ...
+
+
+def run_engine(
+    settings: Settings,
+    *,
+    planned: str | None = None,
+    flow_run_id: str | None = None,
+    work: ShardRuns | None = None,
+    say: Callable[[str], None] = log.info,
+    build: Callable[[Settings, ModelCard, Partition, tuple[int, ...] | None], Engine] | None = None,
+) -> Done:
+    """Renders until there is no work for `settings.linger` seconds, or `work` is used up. Ends its ranks in any case.
+
+    planned: the partition for which a plan wants it, in place of the settings'. work: how shards are run; None: as they
+    are. build: what makes the engine, by default `engine_of`.
+    """
+    owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
+    digest = patiently(lambda: card_of(settings, settings.model)).digest
+    # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
+    idle = min(IDLE_MOST, settings.lease_seconds)
+    with ledger_of(settings, application="rushes-engine", idle=idle, keep_plans=True) as ledgers:
+        # To fetch weights may take an hour, and whom the ledger does not hear of within minutes counts as dead.
+        register(ledgers, settings, digest, planned or "", owner, flow_run_id)
+
+        def begin() -> None:
+            card = patiently(lambda: resolve(settings, settings.model))
+            partition = Partition.parse(planned) if planned else partition_for(settings, card)
+            partition.check_heads(card.heads)
+            with devices_of(settings, partition) as gpus:
+                transact(ledgers, partial(register_model, card=card))
+                register(ledgers, settings, card.digest, str(partition), owner, flow_run_id)
+                engine = (build or engine_of)(settings, card, partition, gpus)
+                by_hand = flow_run_id is None
+                crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, by_hand)
+                try:
+                    engine.start()
+                    say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
+                    serve(crew, done, work)
+                finally:
+                    engine.close()
+
+        try:
+            with Heart(ledgers, owner):
+                begin()
+        finally:
+            transact(ledgers, lambda session: close_engine(session, owner), seconds=LEAVING)
+    done.alive = time.monotonic() - born
+    return done
+
+
+def serve(crew: Crew, done: Done, work: ShardRuns | None) -> None:
+    """Claims and renders shard after shard, until there is no work for `linger` seconds or `work` is used up."""
+    idle_since = time.monotonic()
+    while time.monotonic() - idle_since < crew.settings.linger:
+        if work is not None and work.used_up:
+            crew.say(f"engine {crew.owner}: has shown {work.made} shards; another one takes its place")
+            return
+        claimed = crew.claim()
+        if claimed is None and crew.in_the_way():
+            crew.say(f"engine {crew.owner}: makes room for engines of other partitions")
+            return
+        if claimed is None:
+            time.sleep(IDLE)
+            continue
+        began = time.monotonic()
+        if claimed[0].shard_id == crew.gave_way:  # what waits is not for this engine, or not yet
+            crew.looks_from = began + SAME_AGAIN
+        crew.gave_way = None
+        shard = Shard(crew, *claimed)
+        try:
+            done.clips += work(shard) if work else shard.run()
+        except BaseException:  # the engine is stopping or broken: others may have the shard at once
+            shard.give_back()
+            raise
+        done.shards += 1
+        idle_since = time.monotonic()
+        done.busy += idle_since - began
+    crew.say(f"engine {crew.owner}: no work for {crew.settings.linger:.0f} s")
+
+
+def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: tuple[int, ...] | None = None) -> Engine:
+    """An engine as the settings want it, not started. `gpus`: the numbers of those that its ranks may use."""
+    return Engine(
+        card.path,
+        partition,
+        device=settings.device,
+        threads_per_rank=settings.threads,
+        micro_batch=settings.micro_batch,
+        compile=settings.compile,
+        cache=settings.compiled,
+        gpus=gpus,
+    )
+
+
+def devices_of(settings: Settings, partition: Partition) -> AbstractContextManager[tuple[int, ...] | None]:
+    """The GPUs of an engine, where several share the host's: held until it ends. Raises NoDevices."""
+    if settings.partition != AUTO:
+        return nullcontext()
+    return hold_devices(settings.home, gpus_of(settings)[1], partition.world, DEVICES_WAIT)
+
+
+def register(
+    ledgers: sessionmaker[Session],
+    settings: Settings,
+    digest: str,
+    partition: str,
+    owner: str,
+    flow_run_id: str | None,
+) -> None:
+    """The ledger knows this engine, again where it did. `partition`: "" while nobody knows."""
+    transact(
+        ledgers,
+        lambda session: register_engine(
+            session,
+            owner,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=machine(settings),
+            partition=partition,
+            model_digest=digest,
+            code_version=code_version(),
+            flow_run_id=flow_run_id,
+        ),
+    )
+
+
+def register_model(session: Session, card: ModelCard) -> None:
+    models.register_model(session, card.digest, card.name, str(card.path), card.to_json())
+
+
+class Heart:
+    """Tells the ledger every few seconds that this engine lives, whatever the main thread is doing."""
+
+    def __init__(self, ledgers: sessionmaker[Session], owner: str, every: float = 5.0) -> None:
+        self.ledgers, self.owner, self.every = ledgers, owner, every
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.beat, name="heart", daemon=True)
+
+    def beat(self) -> None:
+        while not self.stopped.wait(self.every):
+            try:
+                with self.ledgers.begin() as session:
+                    engine_heartbeat(session, self.owner)
+            except Exception:  # the database may be away for a moment; the lease's own renewal decides what that means
+                log.warning("heartbeat of %s failed", self.owner, exc_info=True)
+
+    def __enter__(self) -> Heart:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join(timeout=10)

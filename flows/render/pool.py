@@ -1,0 +1,211 @@
+"""How many engines run, and starting more: the one place that asks Prefect about engine runs.
+
+An engine is a flow run of `render/engine`. Its owner name in the ledger ends in its flow run's id, so that a lease can
+be given back as soon as Prefect knows that its engine has ended, instead of when it runs out.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Crashed
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import watching
+from db.engines import ALIVE, closed_engines, live_engines, silent_engines
+from db.requests import progress
+from flows.clients.prefect import TAKEN
+from flows.library.models import gpus_of
+from flows.plan import shards as plan
+from flows.settings import AUTO, Settings
+from model.config import Partition
+
+DEPLOYMENT = "render/engine"
+ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
+STARTING = timedelta(minutes=2)  # that an engine may take until the ledger hears of it: before it fetches its weights
+LEAVING = 3600.0  # seconds for which an engine that has closed its row may still be at telling Prefect so
+
+log = logging.getLogger(__name__)
+
+
+def owner_name(flow_run_id: str | None) -> str:
+    """The name under which an engine leases shards: host, and its flow run or a random id."""
+    return f"{socket.gethostname()}/{flow_run_id or uuid.uuid4()}"
+
+
+def run_of(owner: str) -> uuid.UUID | None:
+    """The flow run in an owner's name."""
+    try:
+        return uuid.UUID(owner.rpartition("/")[2])
+    except ValueError:
+        return None
+
+
+def dead_owners(owners: Iterable[str]) -> list[str]:
+    """Those of `owners` whose flow run has ended: they will never write again."""
+    dead: list[str] = []
+    with get_client(sync_client=True) as client:
+        for owner in owners:
+            run = run_of(owner)
+            if run is None:
+                continue
+            try:
+                state = client.read_flow_run(run).state
+            except ObjectNotFound:
+                continue  # an engine that was started without Prefect
+            if state is not None and state.is_final():
+                dead.append(owner)
+    return dead
+
+
+def ensure(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    request_id: str,
+    *,
+    model: str,
+    model_digest: str,
+    gpus: int | None = None,
+) -> str | None:
+    """Starts as many engines of `model` as the work wants and the pool allows.
+
+    With partition auto these are engines of the partitions that shards were planned for, those planned first first, on
+    at most `gpus` of the GPUs (None: all). Returns the partition whose turn it is where no engine of it is at work or
+    could be started, since others have the GPUs; else None.
+
+    Several requests may call this at the same moment: each new run's idempotency key follows from the newest run there
+    is, so that they create the same runs, not twice as many.
+    """
+    with ledgers() as session:
+        work = progress(session, request_id)
+        shards = watching.open_shards(session, request_id)
+        living = live_engines(session, ALIVE)
+        gone = silent_engines(session, ALIVE)
+        left = {engine.flow_run_id for engine in closed_engines(session, LEAVING)}
+    alive = {engine.flow_run_id for engine in living}
+    silent = {engine.flow_run_id for engine in gone}
+    by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
+    ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
+    with get_client(sync_client=True) as client:
+        runs = runs_of(client, DEPLOYMENT)
+        ended: set[uuid.UUID] = set()
+        for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
+            if (state := stuck(run) or unheard_of(run, alive | left, silent)) is not None:
+                client.set_flow_run_state(run.id, state, force=True)
+                ended.add(run.id)
+    active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended and str(run.id) not in left]
+    ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
+    starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
+    if settings.partition != AUTO:
+        seconds = work.waiting * work.mean_seconds if work.mean_seconds else sum(each.seconds for each in shards)
+        wanted = plan.engines_wanted(seconds, sum(each.count for each in shards), settings.engines)
+        starter.start(wanted - len(ours) - len(ours_by_hand), settings.partition, told=False)
+        return None
+    _, count = gpus_of(settings)
+    used = [run.parameters.get("partition") for run in active] + [engine.partition for engine in by_hand]
+    free = min(count, gpus or count) - sum(Partition.parse(each).world if each else count for each in used)
+    short: str | None = None
+    for turn, each in enumerate(shards):
+        if each.partition is None:  # any engine will do
+            if not ours and not ours_by_hand and free > 0:
+                starter.start(1, AUTO, told=False)
+                free = 0
+            continue
+        world = Partition.parse(each.partition).world
+        there = [run for run in ours if run.parameters.get("partition") == each.partition]
+        there_by_hand = [engine for engine in ours_by_hand if engine.partition == each.partition]
+        wanted = plan.engines_wanted(each.seconds, each.count, count // world) - len(there) - len(there_by_hand)
+        possible = max(0, min(wanted, free // world))
+        starter.start(possible, each.partition, told=True)
+        free -= possible * world
+        if not turn and not there and not there_by_hand and not possible:
+            short = each.partition
+    return short
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """Starts engine runs of one model."""
+
+    model: str
+    model_digest: str
+    newest: str  # the newest engine run there is
+
+    def start(self, count: int, partition: str, *, told: bool) -> None:
+        """`told`: the engine is to use this very partition; else it finds it in its settings."""
+        parameters = {"model": self.model} | ({"partition": partition} if told else {})
+        own = f"-{partition}" if told else ""
+        for k in range(count):
+            run = cast(
+                FlowRun,
+                run_deployment(
+                    DEPLOYMENT,
+                    parameters=parameters,
+                    timeout=0,
+                    as_subflow=False,
+                    flow_run_name=f"engine {Path(self.model).name} {partition}",
+                    idempotency_key=f"engine-{self.model_digest[:12]}{own}-{k}-after-{self.newest}",
+                ),
+            )
+            log.info("started engine run %s", run.id)
+
+
+def stuck(run: FlowRun) -> State[Any] | None:
+    """The state of a run that a worker took, or was to cancel, and never did: both have died. Else None."""
+    if _age(run) <= TAKEN:
+        return None
+    if run.state_type is StateType.PENDING:
+        return Crashed(message=f"A worker took it, and it has not begun within {TAKEN.seconds} s: both have died.")
+    if run.state_type is StateType.CANCELLING:
+        return Cancelled(message=f"It was to be cancelled, and no worker has done so within {TAKEN.seconds} s.")
+    return None
+
+
+def unheard_of(run: FlowRun, known: set[str | None], silent: set[str | None]) -> State[Any] | None:
+    """The state of an engine that Prefect calls running, where the ledger has not heard of it for long. Else None.
+
+    known: flow runs of engines that live, or have left in order.
+    """
+    if run.state_type is not StateType.RUNNING or str(run.id) in known:
+        return None
+    if str(run.id) in silent or _age(run) > STARTING:
+        return Crashed(message="The ledger has not heard of this engine for long.")
+    return None
+
+
+def _age(run: FlowRun) -> timedelta:
+    """How long a run has been in its state."""
+    return datetime.now(UTC) - run.state.timestamp if run.state else timedelta()
+
+
+def runs_of(
+    client: SyncPrefectClient, deployment: str, only: FlowRunFilter | None = None, limit: int = 200
+) -> list[FlowRun]:
+    """Flow runs of a deployment ("flow/name"), newest first."""
+    flow_name, _, name = deployment.partition("/")
+    return client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
+        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
+        flow_run_filter=only,
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=limit,
+    )

@@ -1,0 +1,376 @@
+"""One leased shard: render its clips, publish each, keep the lease, leave in order."""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+
+from sqlalchemy.orm import Session
+
+from db import artifacts
+from db.artifacts import NewArtifact
+from db.audit import checkpoints
+from db.claim import LeasedClip
+from db.fence import Lease, LeaseLost
+from db.leases import (
+    Checkpoint,
+    complete_shard,
+    fail_clip,
+    record_clip,
+    release_shard,
+    renew,
+    save_checkpoint,
+    start_clip,
+)
+from flows.clients.retry import away, once, patiently
+from flows.render.clip import WrongDigest, as_file, proven, spec_of
+from flows.render.worker import Crew, T, code_version, log
+from infra.store.contract import NoSuchKey
+from infra.tracing import Event, carrier, continued, current_trace_id, span_between
+from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, UnfinishedClip
+from model.media.decode import BadMedia
+
+BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
+LOOK = 2  # beats between two looks whether work of a higher priority waits
+KEEPING = 8.0  # seconds that an engine that is told to stop has to keep what it is at
+ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
+
+
+@dataclass(slots=True)
+class Shard:
+    """One leased shard, from claim to completion."""
+
+    crew: Crew
+    lease: Lease
+    clips: Sequence[LeasedClip]
+    cancelled: set[str] = field(default_factory=set[str])
+    lost: LeaseLost | None = None
+    outranked: bool = False  # it is to give way
+    stopped: bool = False  # the engine was told to stop
+    started: dict[str, int] = field(default_factory=dict[str, int])  # the numbers of the attempts
+    settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
+    span: dict[str, str] = field(default_factory=dict[str, str])  # the carrier of the shard's span
+    trace_id: str | None = None
+    finished: int = 0
+    saving: dict[str, Future[None]] = field(default_factory=dict[str, "Future[None]"])  # of each clip the last one
+    objects: set[str] = field(default_factory=set[str])  # checkpoints that there may be of its clips
+
+    def run(self) -> int:
+        """Renders the clips and records them; returns how many were finished. A lost lease ends it without a word.
+
+        That happens in a thread of its own. What a signal raises (SystemExit, KeyboardInterrupt, what Prefect makes of
+        SIGTERM) is raised here, where nothing is interrupted by it. Clips under way are then kept at their next step,
+        for at most `KEEPING` seconds; a second signal ends that too.
+        """
+        hand = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        working = hand.submit(copy_context().run, self.work)
+        try:
+            wait((working,))
+        except BaseException:
+            try:
+                self.stopped = True
+                wait((working,), KEEPING)
+            finally:
+                if not working.done():
+                    self.abandon(working)
+            raise
+        finally:
+            hand.shutdown(wait=False)
+        return working.result()
+
+    def abandon(self, working: Future[int]) -> None:
+        """Ends the work, whatever ranks and store are at."""
+        self.lost = LeaseLost(f"shard {self.lease.shard_id}: the engine had no time to keep what it was at")
+        self.crew.engine.kill()
+        wait((working,), ENDING)
+
+    def work(self) -> int:
+        """What `run` says, on whatever thread."""
+        stop = threading.Event()
+        keeper = threading.Thread(target=self.keep_lease, args=(stop,), name="lease", daemon=True)
+        keeper.start()
+        try:
+            with (
+                continued(self.lease.carrier, "shard", shard_id=self.lease.shard_id, request_id=self.lease.request_id),
+                ThreadPoolExecutor(1, thread_name_prefix="publish") as publisher,
+            ):
+                self.span, self.trace_id = carrier(), current_trace_id()
+                self.render_all(publisher)
+            if self.leaves and self.left(self.clips):
+                why = "is kept, since the engine stops" if self.stopped else "gives way to a higher priority"
+                self.crew.say(f"shard {self.lease.shard_id}: {why}")
+                self.crew.gave_way = self.lease.shard_id
+                self.give_back()
+            else:
+                self.transact(lambda session: complete_shard(session, self.lease))
+        except LeaseLost as error:
+            self.crew.say(f"shard {self.lease.shard_id}: {error}")
+        finally:
+            stop.set()
+            keeper.join(timeout=10)
+            self.sweep()
+        return self.finished
+
+    @property
+    def leaves(self) -> bool:
+        """What is under way is to be kept, and nothing else begun."""
+        return self.outranked or self.stopped
+
+    def left(self, clips: Sequence[LeasedClip]) -> list[LeasedClip]:
+        """Those still to render."""
+        return [clip for clip in clips if clip.clip_id not in self.settled | self.cancelled]
+
+    def keep_lease(self, stop: threading.Event) -> None:
+        """Renews the lease, learns what was cancelled and who goes first; the render loop looks at what it found."""
+        until = time.monotonic() + self.crew.settings.lease_seconds
+        for beat in count(1):
+            if stop.wait(BEAT):
+                return
+            try:
+                with self.crew.ledgers.begin() as session:
+                    self.cancelled |= renew(session, self.lease, self.crew.settings.lease_seconds)
+                until = time.monotonic() + self.crew.settings.lease_seconds
+                if beat % LOOK == 0 and not self.outranked:
+                    self.outranked = self.crew.outranked(self.lease)
+            except LeaseLost as error:
+                self.lost = error
+                return
+            except Exception as error:
+                log.warning("renewing the lease of shard %s failed: %s", self.lease.shard_id, error)
+                if time.monotonic() > until:
+                    self.lost = LeaseLost(
+                        f"shard {self.lease.shard_id}: the ledger could not be reached for a whole lease"
+                    )
+                    return
+
+    def give_back(self) -> None:
+        """Another claim may have the shard at once."""
+        try:
+            with self.crew.ledgers.begin() as session:
+                release_shard(session, self.lease)
+        except LeaseLost:
+            pass  # somebody has it already
+        except Exception:
+            log.warning("shard %s could not be given back; its lease will run out", self.lease.shard_id, exc_info=True)
+
+    def specs(self, clips: Sequence[LeasedClip]) -> list[ClipSpec]:
+        """What the ranks are to make. A clip whose sources cannot be had is failed here, and left out."""
+        specs: list[ClipSpec] = []
+        for clip in clips:
+            try:
+                specs.append(self.gone_on(clip, spec_of(clip, self.fetch)))
+            except (BadMedia, NoSuchKey, WrongDigest) as error:
+                self.on_step(clip.clip_id, 0, clip.steps)
+                self.settle_failed(clip.clip_id, f"its source {error}", error)
+        return specs
+
+    def gone_on(self, clip: LeasedClip, spec: ClipSpec) -> ClipSpec:
+        """The clip with what an earlier attempt left, if it can be had and comes to the same bits on this engine."""
+        if clip.checkpoint is None:
+            return spec
+        key = clip.checkpoint.key
+        self.objects.add(key)
+        if clip.checkpoint.of != self.crew.engine.alike(spec):
+            log.info("clip %s begins anew: its checkpoint %s is of another kind of engine", clip.clip_id, key)
+            return spec
+        try:
+            return replace(spec, unfinished=self.patiently(lambda: self.crew.store.get(key)))
+        except Exception as error:
+            log.warning("clip %s begins anew: its checkpoint %s cannot be had (%s)", clip.clip_id, key, error)
+            return spec
+
+    def fetch(self, source: NewArtifact) -> bytes:
+        """The bytes of a source, proven by their digest. Waits for the store for as long as the lease is ours."""
+        return proven(self.patiently(lambda: self.crew.store.get(source.key)), source)
+
+    def render_all(self, publisher: ThreadPoolExecutor) -> None:
+        """Every clip once. When the ranks end under some clips, these have failed; the others go on with new ranks.
+
+        Which of them it was nobody knows, so whatever failed before is tried again alone: a clip that ends the ranks
+        costs its neighbours one attempt and no more.
+        """
+        fresh = [clip for clip in self.clips if clip.attempt_no == 1]
+        for some in (fresh, *([clip] for clip in self.clips if clip.attempt_no > 1)):
+            if not self.leaves:
+                self.render_some(some, publisher)
+
+    def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> None:
+        settings = self.crew.settings
+        while left := self.left(clips):
+            pending: list[Future[None]] = []
+            failure: Exception | None = None
+            try:
+                for rendered in self.crew.engine.render(
+                    self.specs(left),
+                    on_step=self.on_step,
+                    cancelled=self.unwanted,
+                    on_failure=self.fail,
+                    on_checkpoint=lambda clip: self.on_checkpoint(clip, publisher),
+                    checkpoint_every=(settings.checkpoint_steps, settings.checkpoint_seconds),
+                    leave=lambda: self.leaves,
+                ):
+                    pending.append(publisher.submit(self.publish, rendered))
+                    pending = [f for f in pending if not f.done() or f.result()]
+            except (RankDied, RankHung, RenderFailed) as error:
+                failure = error
+            for future in (*pending, *self.saving.values()):
+                future.result()
+            if self.lost is not None:
+                raise self.lost
+            if failure is None:
+                return  # what is left was cancelled, or gives way
+            self.fail(failure)
+            if self.stopped:
+                return
+            self.crew.restart_ranks(str(failure))
+
+    def on_step(self, clip_id: str, step: int, steps: int) -> None:
+        """The engine calls this with the step at which a clip begins, then after every denoising step."""
+        if clip_id in self.started:
+            return
+        self.started[clip_id] = 0
+        self.started[clip_id] = self.transact(
+            lambda session: start_clip(
+                session,
+                self.lease,
+                clip_id,
+                engine=self.crew.owner,
+                partition=str(self.crew.partition),
+                code_version=code_version(),
+                host=socket.gethostname(),
+                resumed_step=step or None,
+            )
+        )
+
+    def on_checkpoint(self, clip: UnfinishedClip, publisher: ThreadPoolExecutor) -> None:
+        """Has it stored beside the steps, unless the store, which may be slower than they, is still at the last one."""
+        last = self.saving.get(clip.clip_id)
+        if last is None or last.done() or self.leaves:
+            self.saving[clip.clip_id] = publisher.submit(self.save, clip)
+
+    def save(self, clip: UnfinishedClip) -> None:
+        """Bytes first, row second. What goes wrong here costs some steps if the engine dies, and never the clip."""
+        key = f"checkpoints/{clip.clip_id}/{self.started[clip.clip_id]}-{clip.step}.safetensors"
+        self.objects.add(key)
+        try:
+            self.crew.store.put_at(key, clip.data)
+            with self.crew.ledgers.begin() as session:
+                kept = Checkpoint(key=key, step=clip.step, of=clip.of)
+                save_checkpoint(session, self.lease, clip.clip_id, kept)
+        except Exception as error:
+            log.warning("checkpoint %s was not kept: %s", key, error)
+        else:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Deletes the checkpoints of its clips to which none refers any more; what cannot be deleted, `tidy` will."""
+        if not self.objects:
+            return
+        try:
+            with self.crew.ledgers() as session:
+                gone = self.objects - checkpoints(session, sorted(self.objects))
+            for key in gone:
+                self.crew.store.delete(key)
+            self.objects -= gone
+        except Exception as error:
+            log.warning("checkpoints of shard %s were not deleted: %s", self.lease.shard_id, error)
+
+    def unwanted(self) -> set[str]:
+        """Clips that need not be rendered any further: cancelled ones, or all of them when the lease is lost."""
+        return {clip.clip_id for clip in self.clips} if self.lost else self.cancelled
+
+    def publish(self, rendered: RenderedClip) -> None:
+        """Frames ▶ file ▶ store ▶ ledger."""
+        clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
+        began = time.time()
+        try:
+            data, media_type = self.patiently(lambda: as_file(clip, rendered.frames, self.crew.card.name))
+        except LeaseLost:
+            raise
+        except Exception as error:  # this clip's trouble, not the engine's: the next may well encode
+            self.settle_failed(clip.clip_id, f"encoding failed: {error}", error)
+            return
+        encoded = time.time()
+        stored = self.patiently(lambda: self.crew.store.put(data, media_type))
+        ended = time.time()
+        kept = self.transact(
+            lambda session: record_clip(
+                session,
+                self.lease,
+                clip.clip_id,
+                artifact=artifacts.NewArtifact(
+                    sha256=stored.sha256, key=stored.key, bytes=stored.bytes, media_type=stored.media_type
+                ),
+                seconds={**rendered.seconds, "encode": encoded - began, "put": ended - encoded},
+                trace_id=self.trace_id,
+                peak_bytes=rendered.peak_bytes,
+                skipped_steps=rendered.skipped_steps,
+            )
+        )
+        self.settled.add(clip.clip_id)
+        self.sweep()
+        self.finished += kept
+        self.crew.restarts = 0
+        self.trace(rendered, (("encode", began, encoded), ("put", encoded, ended), ("record", ended, time.time())))
+
+    def trace(self, rendered: RenderedClip, after: Sequence[tuple[str, float, float]]) -> None:
+        """One span for the clip; in it one for each stage, those of the ranks by what they timed."""
+        clip = span_between("clip", rendered.started, after[-1][2], parent=self.span, clip_id=rendered.clip_id)
+        steps = [Event(f"step {k}", when) for k, when in enumerate(rendered.steps, 1)]
+        for stage, began, ended in (*rendered.spans, *after):
+            within = [step for step in steps if stage == "denoise" and began <= step.at <= ended]
+            span_between(stage, began, ended, parent=clip, events=within)
+
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What a server answers: a rendered clip is worth waiting while the lease is ours. Raises LeaseLost."""
+        try:
+            return patiently(ask, seconds=math.inf, abandoned=lambda: self.lost is not None)
+        except Exception as error:
+            if self.lost is not None and away(error):
+                raise self.lost from error
+            raise
+
+    def transact(self, work: Callable[[Session], T]) -> T:
+        """One transaction of the ledger, for whose return it waits as long as the lease is ours. Raises LeaseLost."""
+        return self.patiently(partial(once, self.crew.ledgers, work))
+
+    def fail(self, failure: Exception) -> None:
+        """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
+        named = getattr(failure, "clip_id", None)
+        guilty = {named} if named else self.started.keys() - self.settled - self.cancelled
+        for clip_id in guilty:
+            self.on_step(clip_id, 0, 0)  # one that failed before its turn has an attempt too
+            self.settle_failed(clip_id, str(failure), failure)
+
+    def settle_failed(self, clip_id: str, said: str, error: Exception) -> None:
+        """Input that is bad stays bad, and is not tried again."""
+        kind, permanent = class_of(error), isinstance(error, BadMedia)
+        self.transact(
+            lambda session: fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent)
+        )
+        self.settled.add(clip_id)
+
+
+# The first that fits: OutOfMemory is a RankDied.
+ERROR_CLASSES: tuple[tuple[type[Exception], str], ...] = (
+    (OutOfMemory, "out_of_memory"),
+    (RankDied, "rank_died"),
+    (RankHung, "rank_hung"),
+    (RenderFailed, "render_failed"),
+    (BadMedia, "bad_input"),
+    (NoSuchKey, "missing_bytes"),
+    (WrongDigest, "wrong_bytes"),
+)
+
+
+def class_of(error: Exception) -> str:
+    """What kind of failure it was, in the word that `attempts.error_class` holds; `encode_failed` for any other."""
+    return next((name for kind, name in ERROR_CLASSES if isinstance(error, kind)), "encode_failed")

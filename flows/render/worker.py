@@ -1,0 +1,118 @@
+"""The process behind an engine: its ranks, their restarts, and what the ledger hears of it."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TypeVar
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from db import claim as claims
+from db.claim import LeasedClip, claim_shard, others_wait
+from db.engines import ALIVE, engine_heartbeat, live_engines
+from db.fence import Lease
+from flows.clients.retry import if_there, transact
+from flows.settings import AUTO, Settings
+from infra.store.contract import Store
+from model.config import Partition
+from model.engine.clip import RankDied
+from model.engine.engine import Engine
+from model.loading.card import ModelCard
+
+MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
+log = logging.getLogger("rushes.engine")
+T = TypeVar("T")
+
+
+def code_version() -> str:
+    """What rendered a clip: package version."""
+    return f"rushes {version('rushes')}"
+
+
+def machine(settings: Settings) -> str:
+    """On what it was rendered: all beside recipe and partition that the last bits of a clip depend on."""
+    # A sum is added up in another order by several threads, and over a batch of another size.
+    several = (
+        (settings.threads, "threads a rank", settings.device == "cpu"),
+        (settings.micro_batch, "clips at a time", True),
+    )
+    said = [f"{count} {what}" for count, what, counts in several if counts and count > 1]
+    if settings.compile:
+        said.append("compiled" if settings.compile is True else f"compiled for {settings.compile}")
+    return ", ".join([f"{settings.device} {platform.machine()}", *said])
+
+
+@dataclass(slots=True)
+class Crew:
+    """An engine with all it needs to work on shards."""
+
+    settings: Settings
+    ledgers: sessionmaker[Session]
+    store: Store
+    engine: Engine
+    card: ModelCard
+    partition: Partition
+    owner: str
+    say: Callable[[str], None]
+    by_hand: bool = True  # nobody would start another in its place
+    restarts: int = 0  # in a row without a finished clip
+    gave_way: int | None = None  # with which shard, a moment ago
+    looks_from: float = 0.0  # the time from which it would give way again
+    alive: int = 1  # engines, when it last looked
+
+    def engines_alive(self) -> int:
+        """Engines of Prefect that the ledger hears of, whatever their model; while it is away, what was last known."""
+
+        def look() -> None:
+            with self.ledgers() as session:
+                living = live_engines(session, ALIVE)
+            self.alive = max(1, sum(engine.flow_run_id is not None for engine in living))
+
+        if_there(look)
+        return self.alive
+
+    def claim(self) -> tuple[Lease, list[LeasedClip]] | None:
+        """A shard that is for any engine or for this partition; to an engine started by hand, at last, any at all."""
+        for partition in (str(self.partition), None) if self.by_hand else (str(self.partition),):
+            claimed = transact(self.ledgers, lambda session, planned=partition: self.claim_of(session, planned))
+            if claimed is not None:
+                return claimed
+        return None
+
+    def claim_of(self, session: Session, partition: str | None) -> tuple[Lease, list[LeasedClip]] | None:
+        engine_heartbeat(session, self.owner)  # so that one thought dead is alive before it has a lease
+        return claim_shard(
+            session,
+            self.owner,
+            seconds=self.settings.lease_seconds,
+            model_digest=self.card.digest,
+            partition=partition,
+            ranks=self.partition.world,
+        )
+
+    def outranked(self, lease: Lease) -> bool:
+        """True when work of a higher priority waits for an engine, and this is the one to take it."""
+        if time.monotonic() < self.looks_from:
+            return False
+        with self.ledgers() as session:
+            return claims.outranked(session, lease, partition=None if self.by_hand else str(self.partition))
+
+    def in_the_way(self) -> bool:
+        """True when this engine, which has no work, has GPUs that engines of another partition are waiting for."""
+        if self.by_hand or self.settings.partition != AUTO:
+            return False
+        digest, partition = self.card.digest, str(self.partition)
+        return transact(self.ledgers, lambda session: others_wait(session, model_digest=digest, partition=partition))
+
+    def restart_ranks(self, reason: str) -> None:
+        """Raises RankDied when the ranks die again and again without a clip between."""
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise RankDied(f"the ranks ended {self.restarts} times without one finished clip; the last time: {reason}")
+        self.say(f"engine {self.owner}: {reason}; starting the ranks again")
+        self.engine.start()

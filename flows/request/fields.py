@@ -1,0 +1,296 @@
+"""The fields of a prompt line: their types, bounds and error messages."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flows.request.form import (
+    CONDITIONS,
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_GUIDANCE,
+    MAX_ID,
+    MAX_NAME,
+    MAX_PIXELS,
+    MAX_PROMPT,
+    MAX_SAMPLES,
+    MAX_SEED,
+    MAX_SHIFT,
+    MAX_SIDE,
+    MAX_STEPS,
+    SOURCES,
+    Defaults,
+    Direction,
+    Mode,
+    Solver,
+)
+from flows.request.modes import Fault, check_sources, with_request
+
+MAX_UNKNOWN = 5  # unknown keys of one line that are named one by one
+
+
+class Given:
+    """How JSON writes values."""
+
+    def whole(self, value: Any) -> int | None:
+        if isinstance(value, bool):
+            return None
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            return int(value)
+        return None
+
+    def number(self, value: Any) -> float | None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        try:
+            return float(value) if math.isfinite(value) else None
+        except OverflowError:
+            return None
+
+    def show(self, value: Any) -> str:
+        return shown_value(value)
+
+
+class _Cells(Given):
+    """How CSV writes values: all of them are text."""
+
+    def whole(self, value: Any) -> int | None:
+        return int(value.split(".")[0]) if re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", value) else None
+
+    def number(self, value: Any) -> float | None:
+        if not re.fullmatch(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", value):
+            return None
+        return number if math.isfinite(number := float(value)) else None
+
+    def show(self, value: Any) -> str:
+        return _cut(value.strip()) if value.strip().isprintable() else shown_value(value)
+
+
+JSON, CELLS = Given(), _Cells()
+
+
+class _Bound(NamedTuple):
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        low, high = (f"{n:g}" if isinstance(n, float) else str(n) for n in self)
+        return f"between {low} and {high}"
+
+
+_WHOLE = {
+    "width": _Bound(16, MAX_SIDE),
+    "height": _Bound(16, MAX_SIDE),
+    "frames": _Bound(1, MAX_FRAMES),
+    "fps": _Bound(1, MAX_FPS),
+    "steps": _Bound(1, MAX_STEPS),
+    "samples": _Bound(1, MAX_SAMPLES),
+    "seed": _Bound(0, MAX_SEED),
+}
+_NUMBERS = {"guidance": _Bound(1, MAX_GUIDANCE), "shift": _Bound(0.1, MAX_SHIFT)}
+SETTINGS = (*_WHOLE, *_NUMBERS, "step_cache", "solver", "negative_prompt")
+KNOWN = frozenset((*SETTINGS, *CONDITIONS, "prompt", "custom_id", "size"))
+_SOLVERS = tuple(solver.value for solver in Solver)
+
+
+def conditions_of(values: dict[str, Any], defaults: Defaults, given: Given) -> tuple[dict[str, Any], list[Fault]]:
+    """Mode, sources and their options, each checked; the request's where the line names neither mode nor source."""
+    good: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for key, kind in (("mode", Mode), ("direction", Direction)):
+        if key in values:
+            said = values[key].strip() if isinstance(values[key], str) else None
+            if said in tuple(kind):
+                good[key] = kind(said)
+            else:
+                faults.append(Fault(key, f"{key}={given.show(values[key])} must be {' or '.join(kind)}"))
+    for key in SOURCES:
+        if key in values and (name := text_of(values, key, MAX_NAME, faults)):
+            good[key] = name
+    if (strength := _share("strength", values, given, faults)) is not None:
+        good["strength"] = strength
+    if "overlap" in values:
+        overlap = given.whole(values["overlap"])
+        if overlap is None:
+            faults.append(Fault("overlap", f"overlap={given.show(values['overlap'])} must be a whole number"))
+        else:
+            good["overlap"] = overlap
+    good = with_request(good, defaults.conditions)
+    return good, faults or check_sources(good)
+
+
+def _share(key: str, values: dict[str, Any], given: Given, faults: list[Fault]) -> float | None:
+    """The number under `key`, above 0 and at most 1; None if it is not given or wrong."""
+    if (value := values.get(key)) is None:
+        return None
+    share = given.number(value)
+    if share is not None and 0 < share <= 1:
+        return share
+    faults.append(Fault(key, f"{key}={given.show(value)} must be a number above 0, at most 1"))
+    return None
+
+
+def too_many_pixels(width: int, height: int, frames: int) -> Fault | None:
+    if (pixels := width * height * frames) <= MAX_PIXELS:
+        return None
+    what = f"{width}x{height}x{frames}"
+    return Fault("frames", f"{what} has {pixels:,} pixels, the most is {MAX_PIXELS:,}: make it smaller or shorter")
+
+
+def settings_of(
+    values: dict[str, Any], defaults: Defaults, given: Given, *, any_length: bool = False
+) -> tuple[dict[str, Any], list[Fault]]:
+    """The settings among `values`, checked. Keys that are missing or wrong are missing in the result.
+
+    `any_length`: the clip is joined from pieces, so its length need not be one that the autoencoder gives.
+    """
+    good: dict[str, Any] = {}
+    faults: list[Fault] = []
+    written: dict[str, str] = {}  # how a value reached us, where that is not key=value
+    if "size" in values:
+        values = _split_size(values, written, faults)
+    for key, value in values.items():
+        if bound := _WHOLE.get(key):
+            whole = value if type(value) is int else given.whole(value)
+            wrong = _wrong_whole(key, whole, bound, defaults, any_length)
+            if wrong:
+                faults.append(Fault(key, f"{written.get(key) or f'{key}={given.show(value)}'} must be {wrong}"))
+            else:
+                good[key] = whole
+        elif bound := _NUMBERS.get(key):
+            number = given.number(value)
+            if number is None or not bound.low <= number <= bound.high:
+                faults.append(Fault(key, f"{key}={given.show(value)} must be a number {bound}"))
+            else:
+                good[key] = number
+    if (step_cache := _share("step_cache", values, given, faults)) is not None:
+        good["step_cache"] = step_cache
+    if "solver" in values:
+        solver = values["solver"].strip() if isinstance(values["solver"], str) else None
+        if solver in _SOLVERS:
+            good["solver"] = solver
+        else:
+            faults.append(Fault("solver", f"solver={given.show(values['solver'])} must be {_either(_SOLVERS)}"))
+    if "negative_prompt" in values:
+        good["negative_prompt"] = text_of(values, "negative_prompt", MAX_PROMPT, faults)
+    if not faults and ("width" in good or "height" in good or "frames" in good):
+        get = good.get
+        sides = get("width", defaults.width), get("height", defaults.height), get("frames", defaults.frames)
+        if too_large := too_many_pixels(*sides):
+            faults.append(too_large)
+    return good, faults
+
+
+def _wrong_whole(key: str, whole: int | None, bound: _Bound, defaults: Defaults, any_length: bool) -> str | None:
+    """What the number under `key` must be, if it is not."""
+    if whole is None:
+        return f"a whole number {bound}"
+    if not bound.low <= whole <= bound.high:
+        return str(bound)
+    if key in ("width", "height") and whole % defaults.multiple:
+        return f"a multiple of {defaults.multiple} ({_neighbours(whole, defaults.multiple, 0, bound)})"
+    if key == "frames" and (whole - 1) % defaults.frame_step and not any_length:
+        return f"{defaults.frame_step}n+1 ({_neighbours(whole, defaults.frame_step, 1, bound)})"
+    return None
+
+
+def _split_size(values: dict[str, Any], written: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
+    """`size` is another way to write width and height; messages then name it."""
+    values = dict(values)
+    size = values.pop("size")
+    sides = parse_size(size) if isinstance(size, str) else None
+    if sides is None:
+        faults.append(Fault("size", f"size={shown_value(size)} must be WIDTHxHEIGHT, like 96x64"))
+    elif "width" in values or "height" in values:
+        faults.append(
+            Fault("size", f"size={_cut(str(size).strip())} and width or height are both given: give one of them")
+        )
+    else:
+        for key, side in zip(("width", "height"), sides, strict=True):
+            values[key] = side
+            written[key] = f"size={_cut(str(size).strip())}: {key} {side}"
+    return values
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """(width, height) of a text like 96x64, or None."""
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})\s*", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def text_of(values: dict[str, Any], key: str, most: int, faults: list[Fault], *, needed: bool = False) -> str | None:
+    """The text under `key` without the space around it; None if it is not given, blank or wrong."""
+    value = values.get(key)
+    if value is None:
+        if needed:
+            faults.append(Fault(key, f"{key} is missing"))
+        return None
+    if not isinstance(value, str):
+        faults.append(Fault(key, f"{key}={shown_value(value)} must be a text"))
+        return None
+    text = value.strip()
+    if not text:
+        if key != "negative_prompt":
+            faults.append(Fault(key, f"{key} is blank"))
+        return None
+    if len(text) > most:
+        faults.append(Fault(key, f"{key} has {len(text):,} characters, the most is {most:,}"))
+        return None
+    # Most texts are printable as they stand; only the others are looked at one character at a time.
+    if not text.isprintable() and (bad := _FORBIDDEN.search(text)):
+        character = bad.group()
+        where = f"{key} has {_name_of(character)} at character {bad.start() + 1}"
+        faults.append(Fault(key, f"{where}, which cannot be stored: remove it"))
+        return None
+    return text
+
+
+# Postgres refuses NUL, UTF-8 refuses lone surrogates, and terminals obey the other control characters.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _name_of(character: str) -> str:
+    if character == "\0":
+        return "a NUL character (U+0000)"
+    kind = "half a surrogate pair" if "\ud800" <= character <= "\udfff" else "the control character"
+    return f"{kind} (U+{ord(character):04X})"
+
+
+def unknown_keys(values: dict[str, Any]) -> list[Fault]:
+    unknown = [key for key in values if key not in KNOWN]
+    faults = [Fault(key, unknown_name("key", key)) for key in unknown[:MAX_UNKNOWN]]
+    if len(unknown) > MAX_UNKNOWN:
+        faults.append(Fault("", f"{len(unknown) - MAX_UNKNOWN:,} more keys are unknown"))
+    return faults
+
+
+def unknown_name(kind: str, name: str) -> str:
+    near = difflib.get_close_matches(name[:MAX_ID].lower(), KNOWN, n=1, cutoff=0.6)
+    hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(sorted(KNOWN))}"
+    return f"unknown {kind} {shown_value(name)}: {hint}"
+
+
+def _neighbours(value: int, step: int, offset: int, bound: _Bound) -> str:
+    """The legal values on both sides: `49 or 53`."""
+    below = (value - offset) // step * step + offset
+    return " or ".join(str(near) for near in (below, below + step) if bound.low <= near <= bound.high)
+
+
+def shown_value(value: Any) -> str:
+    """A JSON value as the user wrote it, short enough for one line."""
+    return _cut(json.dumps(value, ensure_ascii=not (isinstance(value, str) and value.isprintable())))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"

@@ -1,0 +1,388 @@
+"""What a person asks for: the Prefect UI's form, the API's JSON and the options of `rushes submit` are this one class.
+
+Fields left empty take the model's own default, which only the side that knows the model can fill in (`resolve`). The
+class checks what can be told without a model, `flows.request.read` the rest. Importing this loads no torch, Prefect or
+database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from model.loading.card import ModelCard
+
+# The most that one clip may ask for. Wide bounds: they keep a slip of the finger from costing a GPU-day.
+MAX_SIDE = 2048
+MAX_FRAMES = 1025
+MAX_PIXELS = 2**28  # width x height x frames: 1080p for 129 frames
+MAX_STEPS = 200
+MAX_GUIDANCE = 30.0
+MAX_SHIFT = 20.0
+MAX_FPS = 120
+MAX_SAMPLES = 64
+MAX_SEED = 2**63 - 1  # a Postgres bigint, and what torch's generator takes
+MAX_PROMPT = 2000  # characters
+MAX_ID = 200  # characters of a custom_id, a name or a key
+
+
+class PromptsFormat(StrEnum):
+    """How a prompt file is written."""
+
+    AUTO = "auto"
+    JSONL = "jsonl"
+    CSV = "csv"
+    TEXT = "text"
+
+
+FORMAT_OF_ENDING = {
+    ".jsonl": PromptsFormat.JSONL,
+    ".ndjson": PromptsFormat.JSONL,
+    ".json": PromptsFormat.JSONL,
+    ".csv": PromptsFormat.CSV,
+    ".tsv": PromptsFormat.CSV,
+    ".txt": PromptsFormat.TEXT,
+}
+
+
+class Solver(StrEnum):
+    """How the denoising equation is stepped (`model.network.diffusion` says how each works)."""
+
+    EULER = "euler"
+    AB2 = "ab2"
+    UNIPC = "unipc"
+
+
+class Mode(StrEnum):
+    """What a clip is made from, beside its words."""
+
+    TEXT_TO_VIDEO = "text-to-video"
+    IMAGE = "image"
+    IMAGE_TO_VIDEO = "image-to-video"
+    EXTEND = "extend"
+    CONNECT = "connect"
+    LOOP = "loop"
+    EDIT = "edit"
+
+
+class Direction(StrEnum):
+    """On which side a clip is extended."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+SOURCES = ("image", "video", "clip", "end_image", "end_video", "end_clip")
+CONDITIONS = ("mode", *SOURCES, "direction", "strength", "overlap")
+MAX_DEADLINE = 30 * 86400  # seconds
+MAX_NAME = 500  # characters of a source's name
+MAX_FILES = 1000  # that one request may bring along
+
+# Each bound is written once. Multiples of 16 and 4n+1 depend on the model, so the prompt reader checks them.
+Side = Annotated[int, Field(ge=16, le=MAX_SIDE)]
+Frames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+Fps = Annotated[int, Field(ge=1, le=MAX_FPS)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Guidance = Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Shift = Annotated[float, Field(ge=0.1, le=MAX_SHIFT, allow_inf_nan=False)]
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Strength = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+StepCache = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Overlap = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+
+
+def _flatten(schema: dict[str, Any]) -> None:
+    """What the form shows: an optional value as one plain field, not as a choice between a value and None."""
+    shown = schema.get("properties", {})
+    for each in shown.values():
+        kinds = [kind for kind in each.get("anyOf", []) if kind != {"type": "null"}]
+        if len(kinds) == 1 and "type" in kinds[0] and "enum" not in kinds[0]:
+            del each["anyOf"]
+            each.update(kinds[0])
+        if each.get("default", ...) is None:
+            del each["default"]  # Prefect accepts null for an optional field exactly when it shows no default
+    for name in CONDITIONS:  # inherited, and so ahead of what every request has
+        shown[name] = shown.pop(name)
+    if "files" in shown:  # a form shows `properties`; what is in neither is refused
+        key = {"anyOf": [shown["idempotency_key"], {"type": "null"}]}
+        schema["patternProperties"] = {"^files$": shown.pop("files"), "^key$": key}
+
+
+class Conditioned(BaseModel):
+    """What a clip is made from, beside its words: the same fields for one prompt and for all of a request."""
+
+    mode: Mode | None = Field(
+        default=None,
+        title="Mode",
+        description="text-to-video, image, image-to-video (image), extend (video or clip), connect (a source and an "
+        "end), loop, or edit (a source); empty: text-to-video",
+    )
+    image: Name | None = Field(
+        default=None,
+        title="Image",
+        description="store:KEY, or a file below the worker's prompts folder: PNG, JPEG, WebP",
+    )
+    video: Name | None = Field(default=None, title="Video", description="Likewise: MP4, WebM, Matroska, AVI")
+    clip: Name | None = Field(default=None, title="Clip", description="The id of a finished clip of any request")
+    end_image: Name | None = Field(default=None, title="End image", description="What a connecting clip leads to")
+    end_video: Name | None = Field(default=None, title="End video", description="What a connecting clip leads to")
+    end_clip: Name | None = Field(default=None, title="End clip", description="What a connecting clip leads to")
+    direction: Direction | None = Field(default=None, title="Direction", description="Of extend; empty: forward")
+    strength: Strength | None = Field(
+        default=None, title="Strength", description="Of edit: 1 keeps nothing of the source; empty: 0.6"
+    )
+    overlap: Overlap | None = Field(
+        default=None, title="Overlap", description="Known frames that each new stretch begins with, 4n+1"
+    )
+
+
+class PromptLine(Conditioned):
+    """One prompt with settings of its own. What is left empty follows the request, then the model."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Prompt with its own settings")
+
+    prompt: str = Field(title="Prompt", description=f"At most {MAX_PROMPT:,} characters")
+    custom_id: str | None = Field(
+        default=None, title="Your own id", description="Unique in the request; names the exported clip"
+    )
+    negative_prompt: str | None = Field(default=None, title="Negative prompt")
+    width: Side | None = None
+    height: Side | None = None
+    frames: Frames | None = None
+    fps: Fps | None = Field(default=None, title="Frames per second")
+    steps: Steps | None = None
+    guidance: Guidance | None = None
+    solver: Solver | None = None
+    shift: Shift | None = None
+    step_cache: StepCache | None = None
+    samples: Samples | None = None
+    seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
+
+
+class GenerationRequest(Conditioned):
+    """A batch of prompts, and the settings of those that bring none of their own."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Generation request")
+
+    name: str | None = Field(default=None, max_length=MAX_ID, title="Name", description="What you call this batch")
+    prompts: list[str | PromptLine] = Field(
+        default_factory=list[str | PromptLine],
+        title="Prompts",
+        description='Each a text in quotes, like "a red ball spins", or an object with settings of its own, like '
+        '{"prompt": "a blue cone", "frames": 1}; or name a file below',
+    )
+    prompts_uri: str | None = Field(
+        default=None,
+        title="Prompt file",
+        description="store:KEY for an object of the store, or the path of a file below the worker's prompts folder",
+    )
+    prompts_format: PromptsFormat = Field(
+        default=PromptsFormat.AUTO,
+        title="Format of the file",
+        description="jsonl: an object a line; csv: with a header row; text: a prompt a line; auto: by its ending",
+    )
+    model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model")
+    width: Side | None = Field(
+        default=None, title="Width", description="Pixels, a multiple of 16; empty: the model's own"
+    )
+    height: Side | None = Field(
+        default=None, title="Height", description="Pixels, a multiple of 16; empty: the model's own"
+    )
+    frames: Frames | None = Field(default=None, title="Frames", description="4n+1, so 9, 13, 17 …; 1 makes an image")
+    fps: Fps | None = Field(default=None, title="Frames per second")
+    steps: Steps | None = Field(default=None, title="Denoising steps", description="More are slower and finer")
+    guidance: Guidance | None = Field(
+        default=None, title="Guidance", description="How closely to follow the prompt; 1 is off and takes half the time"
+    )
+    solver: Solver | None = Field(default=None, title="Solver")
+    shift: Shift | None = Field(
+        default=None, title="Time shift", description="Higher spends more steps on layout and motion"
+    )
+    step_cache: StepCache | None = Field(
+        default=None,
+        title="Step cache",
+        description="Skip most of a step at which the first block changes by less than this share: faster, "
+        "and not quite the same picture; empty: every step is computed",
+    )
+    negative_prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT, title="Negative prompt", description="What should not be seen"
+    )
+    samples: Samples | None = Field(
+        default=None, title="Samples", description="Clips of each prompt, each from another seed"
+    )
+    seed: Seed = Field(default=0, title="Seed", description="Another number makes other clips of the same prompts")
+    rewrite: bool = Field(
+        default=True,
+        title="Rewrite prompts",
+        description="Into words that the model was trained on, if it brings a rewriter; both prompts are kept",
+    )
+    priority: int = Field(
+        default=5, ge=0, le=9, title="Priority", description="0 to 9; of one tenant's requests the higher goes first"
+    )
+    tenant: str = Field(
+        default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", title="Tenant", description="On whose account"
+    )
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_DEADLINE,
+        allow_inf_nan=False,
+        title="Deadline",
+        description="Seconds in which all should be done: no more GPUs than that takes, where engines follow a plan",
+    )
+    idempotency_key: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("idempotency_key", "key"),  # `key` is what it was called first
+        min_length=1,
+        max_length=MAX_ID,
+        title="Idempotency key",
+        description="Two requests of one key are one request; empty: made from the prompts and the settings",
+    )
+    fresh: bool = Field(
+        default=False,
+        title="Render again",
+        description="Clips that are there already will not do: all of it is rendered anew, as a request of its own",
+    )
+    skip_invalid: bool = Field(
+        default=False, title="Skip bad lines", description="Record them as rejected, make the others"
+    )
+
+    files: dict[str, str] = Field(
+        default_factory=dict[str, str],
+        max_length=MAX_FILES,
+        description="Where the files that prompts name lie in the store; `rushes submit` fills it in, no form shows it",
+    )
+
+    @field_validator("name", "prompts_uri", "idempotency_key", "negative_prompt", *SOURCES, mode="before")
+    @classmethod
+    def _an_empty_field_is_no_value(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @model_validator(mode="after")
+    def _prompts_come_from_one_place(self) -> GenerationRequest:
+        if bool(self.prompts) == bool(self.prompts_uri):
+            said = "both are" if self.prompts else "neither is"
+            raise ValueError(f"give either prompts or prompts_uri: {said} given")
+        return self
+
+    def resolve(self, card: ModelCard) -> Defaults:
+        """The settings of a prompt that brings none of its own."""
+        return Defaults(
+            width=card.width if self.width is None else self.width,
+            height=card.height if self.height is None else self.height,
+            frames=card.frames if self.frames is None else self.frames,
+            fps=card.fps if self.fps is None else self.fps,
+            steps=card.steps if self.steps is None else self.steps,
+            guidance=card.guidance if self.guidance is None else self.guidance,
+            solver=card.solver if self.solver is None else self.solver.value,
+            shift=card.shift if self.shift is None else self.shift,
+            step_cache=self.step_cache,
+            negative_prompt=self.negative_prompt,
+            samples=1 if self.samples is None else self.samples,
+            seed=self.seed,
+            multiple=card.multiple,
+            frame_step=card.frame_step,
+            window=card.window,
+            asked_size=self.width is not None or self.height is not None,
+            asked_frames=self.frames,
+            conditions={name: value for name in CONDITIONS if (value := getattr(self, name)) is not None},
+        )
+
+    @property
+    def format(self) -> PromptsFormat:
+        """The format the prompts are read in; AUTO when only a look at the file can tell."""
+        if self.prompts:
+            return PromptsFormat.JSONL
+        if self.prompts_format is not PromptsFormat.AUTO:
+            return self.prompts_format
+        return FORMAT_OF_ENDING.get(PurePosixPath(self.prompts_uri or "").suffix.lower(), PromptsFormat.AUTO)
+
+    def inline_bytes(self) -> bytes:
+        """The prompts of the form as a JSONL file, so that there is one reader and one digest for every way in."""
+        lines = [PromptLine(prompt=p) if isinstance(p, str) else p for p in self.prompts]
+        return "".join(json.dumps(line.model_dump(mode="json", exclude_none=True)) + "\n" for line in lines).encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """A request's settings with the model's defaults filled in, and the model's rules for sizes and lengths."""
+
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    solver: str
+    shift: float
+    negative_prompt: str | None
+    samples: int
+    seed: int
+    multiple: int  # width and height must be multiples of it
+    frame_step: int  # frames must be frame_step * n + 1
+    window: int = 0  # the most frames that the model makes at once; 0: not known
+    asked_size: bool = False  # the request itself says width or height
+    asked_frames: int | None = None  # the length that the request itself asks for
+    step_cache: float | None = None
+    conditions: dict[str, Any] = field(default_factory=dict[str, Any])  # of prompts that name neither mode nor source
+
+
+def request_key(
+    request: GenerationRequest,
+    defaults: Defaults,
+    *,
+    source_sha256: str,
+    model_digest: str,
+    made_from: str | None = None,
+    rewriter: str | None = None,
+) -> str:
+    """The idempotency key: the given one (each tenant has its own), or a digest of all that decides the clips.
+
+    So the same file with the same settings is the same request, however it is named and however urgent it is.
+    `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`; `made_from` that of the pictures, videos
+    and clips that it names (`Checked.made_from`); `rewriter` that of the model's rewriter. An endpoint that rewrites is
+    no part of it: submitted again, a request keeps the words it has.
+    """
+    if request.idempotency_key:
+        return f"{request.tenant}:{request.idempotency_key}"
+    settings = asdict(defaults)
+    for name in ("window", "asked_size", "asked_frames"):  # the model's, or said by another setting
+        del settings[name]
+    for name in ("conditions", "step_cache"):  # absent where not given, as before they were there
+        if not settings[name]:
+            del settings[name]
+    whole: dict[str, Any] = {
+        "source": source_sha256,
+        "format": request.format.value,
+        "settings": settings,
+        "tenant": request.tenant,
+        "model": model_digest,
+    }
+    said = {"made_from": made_from, "rewriter": rewriter if request.rewrite else "off"}
+    return digest_of(whole | {name: value for name, value in said.items() if value})
+
+
+def request_id(key: str) -> str:
+    """`req_` and 12 hex digits of the key's sha256."""
+    return "req_" + hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def clip_id(request: str, index: int, sample: int) -> str:
+    """The id of sample `sample` of the prompt number `index` (both from 0) of the request with id `request`."""
+    return f"{request}-{index:06d}-{sample}"
+
+
+def digest_of(value: dict[str, Any] | Sequence[Any]) -> str:
+    """sha256 hex over canonical JSON: sorted keys, no spaces, ASCII, so equal values have equal digests everywhere."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,271 @@
+"""Submitting a prompt file from a terminal: check all of it here, put it into the store, ask Prefect for a run.
+
+Nothing leaves this machine before the whole file is known to be good (or bad lines are to be skipped). The file goes to
+the store under its digest, so that the run reads exactly the bytes that were checked, on whatever machine it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from mimetypes import guess_type
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from flows.request.files import open_file, prompts_key
+from flows.request.form import FORMAT_OF_ENDING, MAX_FILES, GenerationRequest, PromptsFormat, request_id, request_key
+from flows.request.lines import CHUNK, BadFile
+from flows.request.modes import Find, nowhere
+from flows.request.modes import Source as MadeFrom
+from flows.request.read import Checked, check_defaults, check_prompts
+from flows.settings import Settings
+
+if TYPE_CHECKING:
+    from flows.clients.prefect import PrefectApi, Run
+    from model.loading.card import ModelCard
+
+DEPLOYMENT = "generate/default"
+OCTETS = "application/octet-stream"
+MEDIA_TYPE = {PromptsFormat.CSV: "text/csv", PromptsFormat.JSONL: "application/x-ndjson"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Good:
+    """A prompt file that was read to its end."""
+
+    source: str  # for messages
+    path: Path
+    sha256: str
+    checked: Checked
+    files: dict[str, Path]  # pictures and videos that it names, on this machine
+    request: GenerationRequest  # with prompts_uri where the file will lie in the store
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A request on its way."""
+
+    request_id: str
+    flow_run_id: str
+    url: str  # of the run in the Prefect UI
+    already: bool  # somebody else had asked for it, and it is under way
+
+
+@contextmanager
+def readable(file: str) -> Generator[tuple[str, Path]]:
+    """(name for messages, path) of a file, or of what standard input holds (`-`), kept until the end of the block."""
+    if file != "-":
+        yield file, Path(file)
+        return
+    with tempfile.NamedTemporaryFile(prefix="rushes-stdin-") as kept:
+        while chunk := sys.stdin.buffer.read(CHUNK):
+            kept.write(chunk)
+        kept.flush()
+        yield "stdin", Path(kept.name)
+
+
+def check_file(
+    source: str,
+    path: Path,
+    options: dict[str, Any],
+    card: ModelCard,
+    report: Callable[[str], None],
+    settings: Settings | None = None,
+) -> Good:
+    """Reads and checks the whole file. `options` are fields of GenerationRequest; `report` gets every error.
+
+    `settings` say where the clips and stored objects are that lines may name; without a ledger the run checks those.
+
+    Errors in the options themselves count like errors of the file. Raises BadFile, and pydantic's ValidationError for
+    options out of bounds.
+    """
+    format = PromptsFormat(options.pop("prompts_format", None) or PromptsFormat.AUTO)
+    if format is PromptsFormat.AUTO:
+        format = FORMAT_OF_ENDING.get(Path(source).suffix.lower(), PromptsFormat.AUTO)
+    request = GenerationRequest(**options, prompts_format=format, prompts_uri="store:prompts/unknown")
+    defaults = request.resolve(card)
+    wrong = check_defaults(defaults)
+    for message in wrong:
+        report(message)
+    if not path.exists():
+        raise BadFile(f"{source}: no such file")
+    files: dict[str, Path] = {}
+    with open_file(path) as file, looking(settings, Path(source).parent, files) as find:
+        stream = _Hashing(file)
+        checked = check_prompts(
+            cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report, find=find
+        )
+    sha256 = stream.digest.hexdigest()
+    if len(files) > MAX_FILES:
+        raise BadFile(f"{source}: names {len(files):,} files, the most is {MAX_FILES:,}: put them into the store first")
+    if wrong:  # no --skip-invalid skips these
+        raise BadOptions(f"{len(wrong)} of the options cannot be used: nothing was submitted")
+    request = request.model_copy(update={"prompts_uri": f"store:{prompts_key(sha256)}"})
+    key = request_key(
+        request,
+        defaults,
+        source_sha256=sha256,
+        model_digest=card.digest,
+        made_from=checked.made_from,
+        rewriter=card.rewriter,
+    )
+    return Good(
+        source=source,
+        path=path,
+        sha256=sha256,
+        checked=checked,
+        files=files,
+        request=request,
+        request_id=request_id(key),
+    )
+
+
+@contextmanager
+def looking(settings: Settings | None, folder: Path, files: dict[str, Path]) -> Generator[Find]:
+    """Looks up what lines are made from, for as long as the block; loads what that needs at the first one."""
+    with ExitStack() as open_things:
+        found: list[Find] = []
+
+        def find(kind: str, name: str) -> MadeFrom | None:
+            if not found:
+                from flows.clients.ledger import database
+                from flows.request.sources import of_submitter
+
+                assert settings is not None
+                ledgers = None
+                if settings.database_url is not None:
+                    from db.session import sessions
+
+                    ledgers = sessions(open_things.enter_context(database(settings)))
+                found.append(of_submitter(ledgers, settings.open_store, folder, files).find)
+            return found[0](kind, name)
+
+        yield find if settings else nowhere
+
+
+class BadOptions(ValueError):
+    """Options contradict the model's rules; each was reported."""
+
+
+class _Hashing:
+    """A stream that digests what is read from it, so that what is checked is what is stored."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.digest.update(data)
+        return data
+
+
+def submit(settings: Settings, good: Good) -> Submitted:
+    """Stores the file and creates the flow run, or joins the run that is already making this request.
+
+    Raises NotRunning, StoreUnavailable, PrefectUnavailable, PrefectRefused.
+    """
+    from flows.clients.prefect import PrefectApi
+    from infra.tracing import carrier, continued, flush, setup_tracing
+
+    api_url, ui_url, already = settings.prefect_api, settings.ui_url, True
+    setup_tracing("rushes-submit")
+    try:
+        with (
+            continued({}, "submit", request_id=good.request_id, source=good.source),
+            PrefectApi(api_url, settings.prefect_password) as api,
+        ):
+            run_id = run_under_way(settings, api, good.request_id)
+            if run_id is None:
+                store_file(settings, good)
+                request = good.request.model_copy(update={"files": store_sources(settings, good.files)})
+                parameters = {"request": request.model_dump(mode="json", exclude_none=True, exclude_defaults=True)}
+                run = start_run(
+                    api,
+                    good.request_id,
+                    parameters,
+                    name=good.request.name,
+                    tenant=good.request.tenant,
+                    traceparent=carrier().get("traceparent"),
+                )
+                run_id, already = run.id, not run.new
+    finally:
+        flush()
+    return Submitted(request_id=good.request_id, flow_run_id=run_id, url=run_url(ui_url, run_id), already=already)
+
+
+def start_run(
+    api: PrefectApi,
+    request_id: str,
+    parameters: dict[str, Any],
+    *,
+    name: str | None,
+    tenant: str,
+    traceparent: str | None = None,
+) -> Run:
+    """A flow run that makes the request: one for all who ask for it at the same moment, or the one under way.
+
+    Its idempotency key follows from the newest run of the request there is, so that a run which has ended, or is being
+    cancelled, is never what a later submission gets.
+    """
+    runs = api.tagged(tag_of(request_id))
+    run = next((run for run in runs if run.under_way), None)
+    newest = runs[0].id if runs else "none"
+    while run is None or not run.under_way:
+        run = api.submit(
+            DEPLOYMENT,
+            parameters,
+            name=name,
+            tags=("rushes", tenant, tag_of(request_id)),
+            traceparent=traceparent,
+            once=f"{request_id}-after-{newest}",
+        )
+        newest = run.id
+    return run
+
+
+def tag_of(request_id: str) -> str:
+    """What runs of a request are found by; no tenant's name, which is a tag as well, has a colon."""
+    return f"request:{request_id}"
+
+
+def run_url(ui_url: str, run_id: str) -> str:
+    return f"{ui_url}/runs/flow-run/{run_id}"
+
+
+def run_under_way(settings: Settings, api: PrefectApi, request_id: str) -> str | None:
+    """The flow run that is making this request now, whoever started it, as far as the ledger knows."""
+    if settings.database_url is None:  # a machine that may submit need not reach the ledger
+        return None
+    from db.requests import request_by
+    from flows.clients.ledger import reading
+
+    with reading(settings) as session:
+        row = request_by(session, request_id)
+    if row is None or row.status != "open" or row.flow_run_id is None:
+        return None
+    run = api.run(row.flow_run_id)
+    return row.flow_run_id if run is not None and run.under_way else None
+
+
+def store_sources(settings: Settings, files: dict[str, Path]) -> dict[str, str]:
+    """Puts pictures and videos under their digests; the key of each."""
+    store = settings.open_store()
+    return {name: store.put(path, guess_type(name)[0] or OCTETS).key for name, path in files.items()}
+
+
+def store_file(settings: Settings, good: Good) -> None:
+    """Puts the file under its digest, unless it is there."""
+    store = settings.open_store()
+    key = prompts_key(good.sha256)
+    if store.exists(key):
+        return
+    stored = store.put_at(key, good.path, MEDIA_TYPE.get(good.request.prompts_format, "text/plain"))
+    if stored.sha256 and stored.sha256 != good.sha256:
+        store.delete(key)
+        raise BadFile(f"{good.source}: was changed while it was being read: submit it again")

@@ -1,0 +1,167 @@
+"""Checks of a local stack: what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import psycopg
+
+from infra.stack.deploy import read_deployments
+from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, SOON_SECONDS, T
+from infra.stack.postgres import running_postgres
+from infra.stack.prefect import Api, api_of
+from infra.stack.processes import Member, part_of, process_family
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of `rushes doctor`; `mend` says what to do when it is not ok."""
+
+    name: str
+    ok: bool
+    detail: str
+    mend: str = ""
+
+
+def doctor(
+    home: Path,
+    *,
+    schema: Callable[[str], str],
+    store: Callable[[], str],
+    weights: Callable[[], str],
+    deployments: Path = DEPLOYMENTS,
+) -> list[Check]:
+    """Looks at every part, and at what the parts need from the machine.
+
+    `schema` looks at the ledger at a URL, `store` writes to the store, `weights` looks at the model; each returns what
+    it saw and raises when that is wrong.
+    """
+    home = home.absolute()
+    family = process_family(home)
+    postgres = running_postgres(home / POSTGRES)
+    server = part_of(family, SERVER)
+    api = Api(api_of(server.port), patience=SOON_SECONDS) if server else None
+
+    def in_ledger() -> str:
+        return schema(_running(postgres).url)
+
+    def in_postgres() -> str:
+        with psycopg.connect(_running(postgres).libpq_url, connect_timeout=5) as connection:
+            return f"{connection.info.server_version // 10000} on port {_running(postgres).port}"
+
+    def in_prefect() -> str:
+        runs, installed = _running(api).version(), metadata.version("prefect")
+        if runs != installed:
+            raise ValueError(f"version {runs} runs, {installed} is installed")
+        return f"{runs} at {_running(api).url.removesuffix('/api')}"
+
+    def in_pools() -> str:
+        return ", ".join(_describe_pool(_running(api), pool) for pool in POOLS)
+
+    def in_workers() -> str:
+        return ", ".join(_describe_worker(_running(api), family, pool) for pool in POOLS)
+
+    def in_deployments() -> str:
+        names = [deployment.full_name for deployment in read_deployments(deployments)]
+        found = {name: _running(api).get(f"/deployments/name/{name}") for name in names}
+        if wrong := [name for name, row in found.items() if row is None or row["paused"]]:
+            raise ValueError(f"missing or paused: {', '.join(wrong)}")
+        return ", ".join(names)
+
+    reinstall = "Run `make up` (or `pip install -c constraints.txt -e .`) to install what fits together."
+    start = "Run `rushes up`: it starts what does not run."
+    return [
+        _check("packages", _see_packages, reinstall),
+        _check("home", lambda: _see_home(home), f"Make {home} yours alone: chmod 700, or name another in RUSHES_HOME."),
+        _check("disk", lambda: _see_space(home, 2.0), f"Free some space below {home}, or move RUSHES_HOME."),
+        _check("memory", _see_memory, "End other programs: an engine and the stack want 2 GB."),
+        _check("temporary files", lambda: _see_space(Path(tempfile.gettempdir()), 0.5), "Free some, or set TMPDIR."),
+        _check("shared memory", _see_shared_memory, "Give /dev/shm 256 MB (docker run --shm-size); ranks use it."),
+        _check("postgres", in_postgres, f"{start} Its log: {home / POSTGRES / 'postgres.log'}"),
+        _check("ledger", in_ledger, f"{start} That also brings the tables up to date."),
+        _check("prefect", in_prefect, f"{start} After an upgrade, `rushes down` first. Log: {home}/logs/prefect.log"),
+        _check("work pools", in_pools, f"{start} Resume a paused pool in the Prefect UI."),
+        _check("workers", in_workers, f"{start} Their logs: {home}/logs/control.log and gpu.log"),
+        _check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
+        _check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
+        _check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
+    ]
+
+
+def _check(name: str, look: Callable[[], str], mend: str) -> Check:
+    try:
+        return Check(name, True, look())
+    except Exception as error:  # whatever goes wrong in a part is what this is about
+        return Check(name, False, " ".join(str(error).split()) or type(error).__name__, mend)
+
+
+def _running(part: T | None) -> T:
+    if part is None:
+        raise RuntimeError("not running")
+    return part
+
+
+def _see_packages() -> str:
+    found = {name: metadata.version(name) for name in ("torch", "deepspeed", "prefect", "fastapi", "minio")}
+    if found["torch"].split("+")[0] != "2.13.0":
+        raise RuntimeError(f"torch {found['torch']} is installed, not 2.13.0")
+    if tuple(int(part) for part in found["fastapi"].split(".")[:2]) >= (0, 151):
+        raise RuntimeError(f"fastapi {found['fastapi']} keeps Prefect from starting: it must be below 0.151")
+    return ", ".join(f"{name} {version}" for name, version in {"Python": sys.version.split()[0], **found}.items())
+
+
+def _see_home(home: Path) -> str:
+    mode = stat.S_IMODE(home.stat().st_mode)
+    if mode & 0o077:
+        raise RuntimeError(f"others may enter {home} (mode {mode:04o})")
+    if not os.access(home, os.W_OK):
+        raise RuntimeError(f"{home} cannot be written to")
+    return str(home)
+
+
+def _see_space(folder: Path, least: float) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < least:
+        raise RuntimeError(f"{free:.1f} GB free in {folder}, fewer than {least}")
+    return f"{free:.1f} GB free in {folder}"
+
+
+def _see_memory() -> str:
+    free = psutil.virtual_memory().available / 1e9
+    if free < 2.0:
+        raise RuntimeError(f"{free:.1f} GB available, fewer than 2")
+    return f"{free:.1f} GB available"
+
+
+def _see_shared_memory() -> str:
+    return _see_space(Path("/dev/shm"), 0.25) if Path("/dev/shm").exists() else "none on this system"
+
+
+def _describe_pool(api: Api, pool: str) -> str:
+    row = api.get(f"/work_pools/{pool}")
+    if row is None:
+        raise RuntimeError(f"{pool} is missing")
+    if row["is_paused"]:
+        raise RuntimeError(f"{pool} is paused")
+    return f"{pool} (limit {row['concurrency_limit']})"
+
+
+def _describe_worker(api: Api, family: Sequence[Member], pool: str) -> str:
+    worker = part_of(family, pool)
+    if worker is None:
+        raise RuntimeError(f"the {pool} worker does not run")
+    if not api.has_worker(pool, f"{pool}-worker", datetime.now(UTC) - timedelta(seconds=HEARTBEAT_SECONDS * 3)):
+        raise RuntimeError(f"the {pool} worker (pid {worker.pid}) has been silent for {HEARTBEAT_SECONDS * 3:.0f} s")
+    return f"{pool} (pid {worker.pid})"

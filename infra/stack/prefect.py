@@ -1,0 +1,162 @@
+"""The embedded Prefect server: its settings, its environment, and calls to its API."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra.stack.home import CONTROL, SERVER, StackFailed
+from infra.stack.processes import MARK, PART
+
+ANSWER_SECONDS = 90.0  # its server on SQLite may stand still for a minute after two transactions have met
+BEAT_SECONDS = 30  # between two signs of life of a flow run; tidy's automation calls it crashed after 90 of silence
+
+
+def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
+    """What every Prefect process of a stack is told; nothing of the caller's own Prefect settings comes in."""
+    return {
+        "PREFECT_HOME": str(home / SERVER),
+        **({"PREFECT_API_URL": api_url} if api_url else {}),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default, which a person at a terminal feels
+        "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "10",  # 120 by default, where the events stream is lost
+        "PREFECT_LOGGING_COLORS": "false",
+        "PREFECT_CLI_COLORS": "false",
+    }
+
+
+# Rows are written in batches (the defaults lose task runs in bursts), and old runs are vacuumed as well as old events.
+# Signs of life and changes of progress are of no use once a later one is there, and grow with time alone: they are kept
+# for an hour.
+# Of a schedule only the next run is made: a stack that was down for a week wakes up to one late run, not to many.
+SERVER_SETTINGS = {
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "500",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "500",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "500",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "500",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_EVENT_RETENTION_OVERRIDES": json.dumps(
+        dict.fromkeys(("prefect.flow-run.heartbeat", "prefect.artifact.updated"), 3600)
+    ),
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "1",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT1M",
+}
+
+
+def prefect_environment(home: Path, part: str) -> dict[str, str]:
+    """The caller's environment without its Prefect settings, and with the marks of this stack."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    loopback = ",".join(filter(None, [kept.get("NO_PROXY") or kept.get("no_proxy"), "127.0.0.1", "localhost"]))
+    return {
+        **kept,
+        "RUSHES_HOME": str(home),
+        MARK: str(home),
+        PART: part,
+        "DO_NOT_TRACK": "1",
+        "NO_PROXY": loopback,
+        "no_proxy": loopback,
+        "PYTHONUNBUFFERED": "1",  # logs are read while they grow
+    }
+
+
+def settle_runs(api: Api, pool: str, runs: Iterable[Mapping[str, Any]]) -> None:
+    """Gives runs whose process is gone a state that is true.
+
+    A control run repeats safely and is scheduled again; an engine's is over, and its request starts another.
+    """
+    for run in runs:
+        now = api.get(f"/flow_runs/{run['id']}")
+        kind = now["state_type"] if now else None
+        if kind == "CANCELLING":
+            api.set_state(run["id"], "CANCELLED", "Cancelled", "Its process is gone.")
+        elif kind in ("RUNNING", "PENDING", "CRASHED") and pool == CONTROL:
+            api.set_state(run["id"], "SCHEDULED", "Scheduled", "The stack ended; the run goes on when it is up again.")
+        elif kind in ("RUNNING", "PENDING"):
+            api.set_state(run["id"], "CRASHED", "Crashed", "The stack ended.")
+
+
+class Api:
+    """The Prefect server's REST interface, as far as the stack needs it."""
+
+    def __init__(self, url: str, *, patience: float = ANSWER_SECONDS) -> None:
+        """`patience`: seconds that one answer may take, repetitions included."""
+        self.url, self.patience = url, patience
+
+    def healthy(self, *, patience: float = 2.0) -> bool:
+        try:
+            return self._send("GET", "/health", None, patience).is_success
+        except httpx.HTTPError:
+            return False
+
+    def get(self, path: str) -> Any | None:
+        """None where there is nothing."""
+        answer = self._call("GET", path)
+        return None if answer.status_code == 404 else self._content(answer)
+
+    def version(self) -> str:
+        return str(self.get("/admin/version"))
+
+    def active_runs(self, pool: str) -> list[dict[str, Any]]:
+        """Flow runs of a work pool that are said to be under way."""
+        filters = {
+            "flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}},
+            "work_pools": {"name": {"any_": [pool]}},
+        }
+        return list(self._content(self._call("POST", "/flow_runs/filter", filters)))
+
+    def set_state(self, run: str, kind: str, name: str, message: str) -> None:
+        state = {"type": kind, "name": name, "message": message}
+        self._content(self._call("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True}))
+
+    def workers(self, pool: str) -> list[dict[str, Any]]:
+        answer = self._call("POST", f"/work_pools/{pool}/workers/filter", {})
+        return [] if answer.status_code == 404 else list(self._content(answer))
+
+    def has_worker(self, pool: str, name: str, since: datetime) -> bool:
+        """A worker of this name has reported since then."""
+        return any(
+            worker["name"] == name and datetime.fromisoformat(worker["last_heartbeat_time"]) >= since
+            for worker in self.workers(pool)
+        )
+
+    def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """Asks until there is an answer; every request here may be made twice. Raises httpx.HTTPError if none comes."""
+        until, pause = time.monotonic() + self.patience, 0.1
+        while True:
+            left = until - time.monotonic()
+            try:
+                answer = self._send(method, path, body, max(left, 5.0))
+                if answer.status_code not in (500, 503) or left <= 0:
+                    return answer
+            except (httpx.ReadError, httpx.RemoteProtocolError):  # it closed a connection that was made just then
+                if left <= 0:
+                    raise
+            time.sleep(pause)  # two transactions of its SQLite have met (503), or all connections wait for it (500)
+            pause = min(2 * pause, 4.0)
+
+    def _send(self, method: str, path: str, body: Any, timeout: float) -> httpx.Response:
+        # No proxy from the environment: it would swallow calls to loopback.
+        return httpx.request(method, self.url + path, json=body, timeout=timeout, trust_env=False, verify=False)
+
+    def _content(self, answer: httpx.Response) -> Any:
+        if answer.is_error:
+            where = f"{answer.request.method} {answer.request.url}"
+            raise StackFailed(f"the Prefect server refused {where}: {answer.status_code} {answer.text[:500]}")
+        return answer.json()
+
+
+def api_of(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"

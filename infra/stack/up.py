@@ -1,0 +1,390 @@
+"""The embedded stack: Postgres, a Prefect server with its UI, a control worker and a GPU worker, all on loopback.
+
+`up` starts what is missing and leaves what runs, `down` ends all of it, `status` and `doctor` look. State lies under
+one home folder, so stacks with different homes run side by side. The parts outlive the program that started them, and
+`home/stack.json` tells programs where they are.
+
+No process id is ever remembered. A stack's processes, and everything they start (flow runs, engines, ranks), carry
+RUSHES_STACK=<home> in their environment, and by that they are found: after a reboot nobody is mistaken for them, and a
+lost stack.json loses nothing.
+
+This module knows nothing about tables, flows or models; what it needs of them is passed in as functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import psutil
+
+from infra.stack.deploy import read_deployments
+from infra.stack.home import (
+    CONTROL,
+    DEPLOYMENTS,
+    GPU,
+    PARTS,
+    POOLS,
+    POSTGRES,
+    READER,
+    SERVER,
+    Log,
+    Say,
+    Stack,
+    StackFailed,
+    locked,
+    make_private,
+    read_text,
+    signals_raise,
+    signals_wait,
+    stack_file,
+    write_stack,
+)
+from infra.stack.postgres import Postgres, running_postgres, start_postgres, stop_postgres
+from infra.stack.prefect import SERVER_SETTINGS, Api, api_of, prefect_environment, prefect_settings, settle_runs
+from infra.stack.processes import end_processes, free_port, is_free, listens, lives, part_of, process_family, runs_below
+
+PREFERRED_PORT = 4200  # Prefect's own
+CONTROL_RUNS = 8  # flow runs of the control pool at once; each is a process of some 200 MB
+SERVER_SECONDS = 180.0  # a fresh database on a busy machine
+DEPLOY_SECONDS = 180.0
+WORKER_SECONDS = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class PartStatus:
+    name: str
+    running: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What runs of a stack now."""
+
+    home: Path
+    parts: tuple[PartStatus, ...]
+    flow_runs: int  # processes that execute flow runs
+
+    @property
+    def running(self) -> bool:
+        """All of it runs."""
+        return all(part.running for part in self.parts)
+
+
+def up(
+    home: Path,
+    *,
+    repo: Path,
+    migrate: Callable[[str, str], object],
+    engines: int = 1,
+    deployments: Path = DEPLOYMENTS,
+    say: Say = lambda _: None,
+) -> Stack:
+    """Starts the stack of `home`, or what of it does not run, and returns when it takes work.
+
+    `repo` is the folder that flow runs work in; `migrate` brings the ledger at a URL up to date, and makes the login of
+    another, which may only look at it; `engines` is how many
+    engines may run at once. On a healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C
+    or SIGTERM, everything that this call had started is ended again.
+    """
+    home = home.absolute()
+    make_private(home)
+    with signals_raise(), locked(home):
+        start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), say)
+        try:
+            return start.run()
+        except BaseException as error:
+            with signals_wait():
+                start.undo()
+            if isinstance(error, httpx.HTTPError):
+                what = f"the Prefect server stopped answering ({error or type(error).__name__})"
+                raise StackFailed(f"{what}: see {home}/logs/prefect.log") from error
+            raise
+
+
+def status(home: Path) -> Status:
+    """What runs of the stack of `home`; takes a second or two when a part hangs, else much less."""
+    home = home.absolute()
+    family = process_family(home)
+    postgres = running_postgres(home / POSTGRES)
+    parts = [PartStatus(POSTGRES, postgres is not None, f"port {postgres.port}" if postgres else "not running")]
+    server = part_of(family, SERVER)
+    if server is None:
+        parts.append(PartStatus(SERVER, False, "not running"))
+    else:
+        healthy = Api(api_of(server.port)).healthy()
+        parts.append(PartStatus(SERVER, healthy, f"port {server.port}" + ("" if healthy else " does not answer")))
+    for pool in POOLS:
+        worker = part_of(family, pool)
+        parts.append(PartStatus(pool, worker is not None, f"pid {worker.pid}" if worker else "not running"))
+    return Status(home=home, parts=tuple(parts), flow_runs=len({member.run for member in family if member.run}))
+
+
+class _Start:
+    """One call of `up`. It remembers what it has started, so that all of it can be ended again."""
+
+    def __init__(
+        self, home: Path, repo: Path, migrate: Callable[[str, str], object], engines: int, deployments: Path, say: Say
+    ) -> None:
+        self.home = home
+        self.repo = repo
+        self.migrate = migrate
+        self.limits = {CONTROL: CONTROL_RUNS, GPU: engines}
+        self.file = deployments
+        self.deployments = read_deployments(deployments)
+        self.say = say
+        self.began = time.monotonic()
+        self.content = _fingerprint(deployments, repo, self.limits)
+        self.registered = home / SERVER / "registered"  # the fingerprint of what the server knows
+        self.started: list[str] = []
+        self.children: list[psutil.Process] = []
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="rushes-ledger")
+        self.ledger: Future[Postgres] = Future()
+        self.deploying: subprocess.Popen[bytes] | None = None
+        self.deploy_log = Log(home / "logs" / "deploy.log")
+
+    def run(self) -> Stack:
+        changed = read_text(self.registered) != self.content
+        self.ledger = self.thread.submit(self.ensure_ledger, changed)  # beside the server, which takes longest
+        family = process_family(self.home)
+        server = part_of(family, SERVER)
+        if server is not None and Api(api_of(server.port)).healthy(patience=10.0):
+            api = Api(api_of(server.port))
+        else:
+            # The old server may hang; workers without a run to lose are better off with a fresh connection.
+            old = [member for member in family if member.is_part and not runs_below(family, member)]
+            end_processes([member.process for member in old], grace=3.0)
+            if changed:
+                self.begin_deploy()  # imports the flows while the server starts
+            api = self.start_server()
+        if changed or not self.is_deployed(api):
+            self.deploy(api)
+        postgres = self.ledger.result()
+        self.thread.shutdown()
+        write_stack(self.stack(postgres, api), self.limits[GPU])  # flow runs read it, so before the workers
+        if self.ensure_workers(api):
+            write_stack(self.stack(postgres, api), self.limits[GPU])
+        if self.started:
+            self.tell("The stack is up")
+        return self.stack(postgres, api)
+
+    def ensure_ledger(self, changed: bool) -> Postgres:
+        """Runs in a thread of its own."""
+        folder = self.home / POSTGRES
+        postgres = running_postgres(folder)
+        if postgres is None:
+            self.started.append(POSTGRES)
+            postgres = start_postgres(folder)
+            self.tell(f"Postgres runs on port {postgres.port}")
+            changed = True
+        if changed:
+            self.migrate(postgres.url, postgres.url_of(READER))
+        return postgres
+
+    def start_server(self) -> Api:
+        folder = self.home / SERVER
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.supply_database(folder / "prefect.db")
+        remembered = int(read_text(folder / "port") or PREFERRED_PORT)
+        for _ in range(5):
+            port = next((p for p in (remembered, PREFERRED_PORT) if is_free(p)), None) or free_port()
+            api = Api(api_of(port))
+            command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
+            command += ["--port", str(port), "--timeout-keep-alive", "5", "--no-access-log"]
+            process, log = self.spawn(
+                SERVER, command, folder, {**prefect_settings(self.home, api.url), **SERVER_SETTINGS}
+            )
+            if self.wait_for_server(process, port, api, log):
+                (folder / "port").write_text(str(port))
+                self.tell(f"Prefect runs on port {port}")
+                return api
+        raise StackFailed("five free ports in a row were taken by others before the Prefect server could have them")
+
+    def wait_for_server(self, process: psutil.Process, port: int, api: Api, log: Log) -> bool:
+        """True when it answers, False when another program has taken its port meanwhile."""
+        deadline = time.monotonic() + SERVER_SECONDS
+        while time.monotonic() < deadline:
+            if not lives(process):
+                if "address already in use" in log.said():
+                    return False
+                raise StackFailed(f"the Prefect server ended while it started: {log}")
+            self.check_companions()
+            # An answer alone proves nothing: another stack's server may have the port.
+            if listens(process, port) and api.healthy():
+                return True
+            time.sleep(0.05)
+        raise StackFailed(f"the Prefect server did not answer within {SERVER_SECONDS:.0f} s: {log}")
+
+    def check_companions(self) -> None:
+        """Fails at once when what goes on beside the server's start has failed."""
+        if self.ledger.done():
+            self.ledger.result()
+        if self.deploying is not None and self.deploying.poll():
+            raise StackFailed(f"the deployments could not be registered: {self.deploy_log}")
+
+    def supply_database(self, path: Path) -> None:
+        """Gives a new home a copy of a migrated database, kept in the virtual environment: migrating takes 8 s."""
+        if path.exists() or sys.prefix == sys.base_prefix or not os.access(sys.prefix, os.W_OK):
+            return
+        template = Path(sys.prefix, "share", "rushes", f"prefect-{metadata.version('prefect')}.db")
+        if not template.exists():
+            template.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=template.parent) as scratch:
+                made = Path(scratch, "prefect.db")
+                environment = {
+                    **prefect_environment(self.home, SERVER),
+                    **SERVER_SETTINGS,
+                    "PREFECT_HOME": scratch,
+                    "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{made}",
+                }
+                command = ["prefect", "server", "database", "upgrade", "--yes"]
+                log = Log(self.home / "logs" / "prefect-database.log")
+                process = self.start_process(command, self.home / SERVER, environment, log)
+                if process.wait() != 0:
+                    raise StackFailed(f"the Prefect server's database could not be made: {log}")
+                with contextlib.closing(sqlite3.connect(made)) as connection:  # leaves one file, without a journal
+                    connection.execute("pragma wal_checkpoint(truncate)")
+                    connection.execute("pragma journal_mode=delete")
+                made.replace(template)
+        half = path.with_suffix(".half")
+        shutil.copyfile(template, half)
+        half.replace(path)
+
+    def begin_deploy(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "infra.stack.deploy", str(self.file), "--folder", str(self.repo)]
+        command += [f"--pool={pool}={limit}" for pool, limit in self.limits.items()]
+        with self.deploy_log.open() as output:
+            self.deploying = subprocess.Popen(
+                command,
+                cwd=self.repo,
+                env=prefect_environment(self.home, "deploy") | prefect_settings(self.home),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        return self.deploying
+
+    def deploy(self, api: Api) -> None:
+        process = self.deploying or self.begin_deploy()
+        try:
+            process.communicate(f"{api.url}\n".encode(), timeout=DEPLOY_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise StackFailed(f"deploying did not end within {DEPLOY_SECONDS:.0f} s: {self.deploy_log}") from None
+        if process.returncode:
+            raise StackFailed(f"the deployments could not be registered: {self.deploy_log}")
+        self.registered.write_text(self.content)
+        self.tell(f"{len(self.deployments)} deployments are registered")
+
+    def is_deployed(self, api: Api) -> bool:
+        paths = [f"/work_pools/{pool}" for pool in POOLS]
+        paths += [f"/deployments/name/{deployment.full_name}" for deployment in self.deployments]
+        return all(api.get(path) is not None for path in paths)
+
+    def ensure_workers(self, api: Api) -> bool:
+        """True when it had to start one."""
+        family = process_family(self.home)
+        missing = [pool for pool in POOLS if part_of(family, pool) is None]
+        if not missing:
+            return False
+        live = {member.run for member in family}
+        since = datetime.now(UTC)
+        workers: dict[str, tuple[psutil.Process, Log]] = {}
+        for pool in missing:
+            settle_runs(api, pool, [run for run in api.active_runs(pool) if run["id"] not in live])
+            command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-worker"]
+            command += ["--install-policy", "never"]
+            workers[pool] = self.spawn(pool, command, self.repo, prefect_settings(self.home, api.url))
+        deadline = time.monotonic() + WORKER_SECONDS
+        for pool, (process, log) in workers.items():
+            while not api.has_worker(pool, f"{pool}-worker", since):
+                if not lives(process):
+                    raise StackFailed(f"the {pool} worker ended while it started: {log}")
+                if time.monotonic() > deadline:
+                    raise StackFailed(f"the {pool} worker did not report within {WORKER_SECONDS:.0f} s: {log}")
+                time.sleep(0.05)
+        self.tell(f"Workers wait for flow runs in {' and '.join(missing)}")
+        return True
+
+    def spawn(
+        self, part: str, command: Sequence[str], folder: Path, settings: dict[str, str]
+    ) -> tuple[psutil.Process, Log]:
+        log = Log(self.home / "logs" / f"{part}.log")
+        if part not in self.started:
+            self.started.append(part)
+        return self.start_process(command, folder, prefect_environment(self.home, part) | settings, log), log
+
+    def start_process(
+        self, module: Sequence[str], folder: Path, environment: Mapping[str, str], log: Log
+    ) -> psutil.Process:
+        """Starts `python -m module…` in a session of its own: it outlives us, and a Ctrl-C at our terminal is ours."""
+        with log.open() as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *module],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        process.returncode = 0  # tells Popen, which warns of children left running, that we mean it
+        child = psutil.Process(process.pid)
+        self.children.append(child)
+        return child
+
+    def stack(self, postgres: Postgres, api: Api) -> Stack:
+        family = process_family(self.home)
+        members = {part: part_of(family, part) for part in PARTS}
+        return Stack(
+            home=self.home,
+            database_url=postgres.url,
+            reader_url=postgres.url_of(READER),
+            store_url=(self.home / "store").as_uri(),
+            prefect_api_url=api.url,
+            prefect_ui_url=api.url.removesuffix("/api"),
+            ports={POSTGRES: postgres.port, SERVER: httpx.URL(api.url).port or 0},
+            pids={POSTGRES: postgres.pid} | {part: member.pid for part, member in members.items() if member},
+            started=tuple(part for part in PARTS if part in self.started),
+        )
+
+    def tell(self, message: str) -> None:
+        self.say(f"{message} ({time.monotonic() - self.began:.1f} s)")
+
+    def undo(self) -> None:
+        self.thread.shutdown(cancel_futures=True)  # waits: Postgres is then either started or not
+        if self.deploying is not None:
+            self.deploying.kill()
+            self.deploying.communicate()
+        mine = {child.pid for child in self.children}
+        family = process_family(self.home)
+        # A worker of ours may have started a flow run already.
+        end_processes(self.children + [m.process for m in family if m.ancestors & mine], grace=3.0)
+        if POSTGRES in self.started:
+            stop_postgres(self.home / POSTGRES)
+        if {POSTGRES, SERVER} & set(self.started):
+            stack_file(self.home).unlink(missing_ok=True)
+
+
+def _fingerprint(deployments: Path, repo: Path, limits: Mapping[str, int]) -> str:
+    """Changes with our code and these settings: then the deployments are registered and the ledger migrated anew."""
+    digest = hashlib.sha256(repr((str(repo), sys.executable, metadata.version("prefect"), dict(limits))).encode())
+    sources = (path for package in repo.glob("*/__init__.py") for path in package.parent.rglob("*.py"))
+    for path in (deployments, *sorted(sources)):
+        digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

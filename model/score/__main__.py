@@ -1,0 +1,5 @@
+"""Measures what mini can do: `python -m model.score`."""
+
+from model.score.measure import main
+
+main()
