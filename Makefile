@@ -8,7 +8,7 @@ JOBS   ?= 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo eval bench chaos up down test lint types clean
+.PHONY: help demo eval bench chaos up down check test lint types clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,15 +22,23 @@ eval: $(VENV)/.set-up   ## set up, measure what mini can do, print the tables (A
 bench: $(VENV)/.set-up  ## set up, measure engine, platform and planner, print the tables (ARGS='step')
 	@$(BIN)/python -m tests.bench $(ARGS)
 
-chaos: $(VENV)/.set-up-dev  ## break a stack a hundred times and check it, an hour (ARGS='--faults 8 --seed 7')
+chaos: $(VENV)/.set-up-dev  ## long fuzzing, disks, cables, two hosts, then a hundred faults: hours (ARGS='--faults 8')
 	HYPOTHESIS_PROFILE=chaos $(BIN)/python -m pytest -q --timeout 3600 tests/generative/test_prompts_laws.py tests/generative/test_request_laws.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.end_to_end.chaos $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
 
 up: $(VENV)/.set-up     ## start the local stack (or mend it)
 	@$(BIN)/rushes up
 
 down:                   ## stop the local stack; nothing is left running
 	@if test -x $(BIN)/rushes; then $(BIN)/rushes down; fi
+
+check: $(VENV)/.set-up-dev  ## lint, types, contracts, unit and generative tests, in two minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup tests/unit tests/generative
 
 # Two test processes on two cores: more threads inside each would only fight.
 test: $(VENV)/.set-up-dev   ## set up and run every test (JOBS=2, ARGS='-k store')

@@ -216,7 +216,8 @@ def adopts() -> Iterator[None]:
 @pytest.mark.usefixtures("adopts")
 def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
     code = (
-        "from pathlib import Path; from model.config import Partition; from model.engine import Engine, ClipSpec\n"
+        "from pathlib import Path; from model.config import Partition\n"
+        "from model.engine.clip import ClipSpec; from model.engine.engine import Engine\n"
         f"engine = Engine(Path({str(model)!r}), Partition(cfg=2), log=Path({str(model / 'ranks.log')!r}))\n"
         "engine.start()\n"
         "print(*[info.pid for info in engine.ready], flush=True)\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.collector import Collector
-from tests.end_to_end.stack import PREFECT, House
+from tests.end_to_end.stack import PREFECT, Stack
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +22,11 @@ def spans() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory, spans: Collector) -> Iterator[House]:
+def stack(tmp_path_factory: pytest.TempPathFactory, spans: Collector) -> Iterator[Stack]:
     from tests.tiny import tiny_model
 
-    folder: Path = tmp_path_factory.mktemp("house")
-    house = House(
+    folder: Path = tmp_path_factory.mktemp("stack")
+    stack = Stack(
         home=folder / "home",
         model=tiny_model(folder / "tiny"),
         settings={
@@ -38,8 +38,8 @@ def house(tmp_path_factory: pytest.TempPathFactory, spans: Collector) -> Iterato
             "OTEL_BSP_SCHEDULE_DELAY": "200",
         },
     )
-    with house.up():
-        yield house
+    with stack.up():
+        yield stack
 
 
 def prompts(seed: int) -> list[str | dict[str, object]]:
@@ -52,27 +52,27 @@ def prompts(seed: int) -> list[str | dict[str, object]]:
 
 
 @pytest.fixture(scope="session")
-def runs(house: House, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def runs(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A batch submitted in each of the three ways: their flow runs, all ended. One engine serves them."""
-    form = {"name": "from the form", "model": str(house.model), "prompts": prompts(house.seed())}
-    form_run = house.submit(request=form)
+    form = {"name": "from the form", "model": str(stack.model), "prompts": prompts(stack.seed())}
+    form_run = stack.submit(request=form)
 
-    asked = json.dumps({"name": "from prefect", "model": str(house.model), "prompts": prompts(house.seed())})
-    api = house.stack()["prefect_api_url"]
-    said = house.rushes(
+    asked = json.dumps({"name": "from prefect", "model": str(stack.model), "prompts": prompts(stack.seed())})
+    api = stack.info()["prefect_api_url"]
+    said = stack.rushes(
         *("deployment", "run", "generate/default", "-p", f"request={asked}"), program=PREFECT, PREFECT_API_URL=api
     )
     (prefect_run,) = set(re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", said)) & {
-        row["id"] for row in house.api("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC"})
+        row["id"] for row in stack.api("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC"})
     }
 
     file: Path = tmp_path_factory.mktemp("prompts") / "mine.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in prompts(house.seed())))
-    said = house.rushes("submit", str(file), "--watch")
+    file.write_text("".join(json.dumps(line) + "\n" for line in prompts(stack.seed())))
+    said = stack.rushes("submit", str(file), "--watch")
     (command_run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
     (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
     assert f"{request} completed: 4 done" in said
-    house.ended(command_run)
-    assert house.request_of(command_run) == request
+    stack.ended(command_run)
+    assert stack.request_of(command_run) == request
 
     return {"form": form_run, "prefect": str(prefect_run), "command": command_run}

@@ -42,7 +42,7 @@ def wait_for(look: Callable[[], T | None], what: str, *, seconds: float = PATIEN
 
 
 @dataclass
-class House:
+class Stack:
     """One home folder with its stack. All settings are in `environment`, as a person would set them."""
 
     home: Path
@@ -51,7 +51,7 @@ class House:
     last_seed: int = 0
 
     @contextmanager
-    def up(self) -> Iterator[House]:
+    def up(self) -> Iterator[Stack]:
         """The stack runs; nothing of it is left after."""
         try:
             self.rushes("up")
@@ -71,7 +71,7 @@ class House:
         own = {"RUSHES_HOME": str(self.home), "RUSHES_MODEL": str(self.model), "OMP_NUM_THREADS": "1"}
         return {**kept, **own, **self.settings}
 
-    def stack(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """Where the parts are."""
         return dict(json.loads((self.home / "stack.json").read_text()))
 
@@ -96,14 +96,14 @@ class House:
         return finished(self.start(*arguments, program=program, **settings), code)
 
     def sql(self, query: str, *values: Any) -> list[dict[str, Any]]:
-        url = self.stack()["database_url"].replace("+psycopg", "")
+        url = self.info()["database_url"].replace("+psycopg", "")
         with psycopg.Connection[dict[str, Any]].connect(url, row_factory=dict_row, autocommit=True) as connection:
             return connection.execute(query.encode(), values).fetchall()
 
     # Prefect, as its page in the browser talks to it
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
-        url = self.stack()["prefect_api_url"]
+        url = self.info()["prefect_api_url"]
         answer = wait_for(
             lambda: self._ask(method, url + path, body),
             "the server, which on SQLite says 503, or 500, when two of its transactions meet",

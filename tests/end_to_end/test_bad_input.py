@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.stack import House
+from tests.end_to_end.stack import Stack
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -36,54 +36,54 @@ SAID = [
 
 
 @pytest.fixture(scope="module")
-def refused(house: House) -> dict[str, str]:
+def refused(stack: Stack) -> dict[str, str]:
     """Flow runs of requests with something bad in them, all submitted at once."""
-    folder = house.home / "prompts"
+    folder = stack.home / "prompts"
     folder.mkdir(exist_ok=True)
     (folder / "bad.jsonl").write_bytes(BAD_FILE)
-    seed = house.seed()
+    seed = stack.seed()
     mixed = [{"prompt": "a ball", "seed": seed}, {"prompt": "a ball", "frames": 50}, {"prompt": "a cube", "seed": seed}]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mixed))
     wanted = {
-        "inline": house.request(["a red ball", {"prompt": "a blue ball", "frames": 50}], width=72),
-        "file": {"model": str(house.model), "prompts_uri": "bad.jsonl"},
-        "outside": {"model": str(house.model), "prompts_uri": "../stack.json"},
-        "gone": {"model": str(house.model), "prompts_uri": "store:prompts/nothing"},
-        "skipped": {"model": str(house.model), "prompts_uri": "mixed.jsonl", "skip_invalid": True},
+        "inline": stack.request(["a red ball", {"prompt": "a blue ball", "frames": 50}], width=72),
+        "file": {"model": str(stack.model), "prompts_uri": "bad.jsonl"},
+        "outside": {"model": str(stack.model), "prompts_uri": "../stack.json"},
+        "gone": {"model": str(stack.model), "prompts_uri": "store:prompts/nothing"},
+        "skipped": {"model": str(stack.model), "prompts_uri": "mixed.jsonl", "skip_invalid": True},
     }
-    return {name: house.submit(request=request) for name, request in wanted.items()}
+    return {name: stack.submit(request=request) for name, request in wanted.items()}
 
 
-def message(house: House, run: str) -> str:
+def message(stack: Stack, run: str) -> str:
     """Why the run failed; asserts that it left nothing in the ledger."""
-    ended = house.ended(run, state="BadInput")
+    ended = stack.ended(run, state="BadInput")
     assert ended["state_type"] == "FAILED"
-    assert house.sql("select id from requests where flow_run_id = %s", run) == []
+    assert stack.sql("select id from requests where flow_run_id = %s", run) == []
     return str(ended["state"]["message"])
 
 
-def test_inline_prompts(house: House, refused: dict[str, str]) -> None:
-    said = message(house, refused["inline"])
+def test_inline_prompts(stack: Stack, refused: dict[str, str]) -> None:
+    said = message(stack, refused["inline"])
     assert "prompts:2: frames=50 must be 4n+1 (49 or 53)" in said
     assert "width=72 must be a multiple of 16 (64 or 80)" in said, "of the request itself, not of a line"
-    assert house.artifacts(refused["inline"])["bad-input"]["data"].count("frames=50") == 1
+    assert stack.artifacts(refused["inline"])["bad-input"]["data"].count("frames=50") == 1
 
 
-def test_every_error_of_a_file(house: House, refused: dict[str, str]) -> None:
-    first, *lines = message(house, refused["file"]).splitlines()
+def test_every_error_of_a_file(stack: Stack, refused: dict[str, str]) -> None:
+    first, *lines = message(stack, refused["file"]).splitlines()
     assert first == f"{len(SAID)} errors: nothing was submitted"
     for place, bound in SAID:
         assert any(line.startswith(place) and bound in line for line in lines), (place, bound, lines)
 
 
-def test_a_file_that_may_not_be_read(house: House, refused: dict[str, str]) -> None:
-    said = message(house, refused["outside"])
+def test_a_file_that_may_not_be_read(stack: Stack, refused: dict[str, str]) -> None:
+    said = message(stack, refused["outside"])
     assert "prompts folder" in said
     assert "database_url" not in said, "nothing of the file itself"
 
 
-def test_a_file_that_is_not_there(house: House, refused: dict[str, str]) -> None:
-    assert "prompts/nothing" in message(house, refused["gone"])
+def test_a_file_that_is_not_there(stack: Stack, refused: dict[str, str]) -> None:
+    assert "prompts/nothing" in message(stack, refused["gone"])
 
 
 @pytest.mark.parametrize(
@@ -96,18 +96,18 @@ def test_a_file_that_is_not_there(house: House, refused: dict[str, str]) -> None
     ],
     ids=lambda request: list(request)[1],
 )
-def test_the_form_itself_refuses(house: House, request_: dict[str, Any]) -> None:
+def test_the_form_itself_refuses(stack: Stack, request_: dict[str, Any]) -> None:
     """What the schema can tell is refused before there is a run."""
     with pytest.raises(AssertionError, match=r"create_flow_run: 4\d\d"):
-        house.submit(request={"model": str(house.model), **request_})
+        stack.submit(request={"model": str(stack.model), **request_})
 
 
-def test_bad_lines_can_be_skipped(house: House, refused: dict[str, str]) -> None:
-    run = house.ended(refused["skipped"], state="CompletedWithGaps")
+def test_bad_lines_can_be_skipped(stack: Stack, refused: dict[str, str]) -> None:
+    run = stack.ended(refused["skipped"], state="CompletedWithGaps")
     assert run["state_type"] == "COMPLETED"
-    request_id = house.request_of(run["id"])
-    assert house.status_of(request_id) == "completed_with_gaps"
-    clips = house.clips(request_id)
+    request_id = stack.request_of(run["id"])
+    assert stack.status_of(request_id) == "completed_with_gaps"
+    clips = stack.clips(request_id)
     assert [clip["status"] for clip in clips] == ["done", "rejected", "done"]
     assert clips[1]["error"] == "frames=50 must be 4n+1 (49 or 53)"
     assert (clips[1]["line"], clips[1]["attempts"], clips[1]["object_key"]) == (2, 0, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.stack import SLOW, House, wait_for
+from tests.end_to_end.stack import SLOW, Stack, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -28,17 +28,17 @@ def seconds_of(ranks: list[psutil.Process]) -> float:
     return sum(sum(rank.cpu_times()[:2]) for rank in ranks)
 
 
-def test_cancelled_in_the_ui(house: House) -> None:
+def test_cancelled_in_the_ui(stack: Stack) -> None:
     lines = [f"a blue ball moves right {k}" for k in range(3)]
-    run = house.submit(request=house.request(lines, **LARGE, steps=STEPS, seed=house.seed()))
-    request = house.request_of(run)
-    wait_for(lambda: "running" in house.statuses(request), "the first clip to begin")
-    engine, ranks = house.engine_run(), house.ranks()
+    run = stack.submit(request=stack.request(lines, **LARGE, steps=STEPS, seed=stack.seed()))
+    request = stack.request_of(run)
+    wait_for(lambda: "running" in stack.statuses(request), "the first clip to begin")
+    engine, ranks = stack.engine_run(), stack.ranks()
 
-    house.cancel(run)
-    wait_for(lambda: house.status_of(request) == "cancelled", "the ledger to learn of it", every=0.02)
+    stack.cancel(run)
+    wait_for(lambda: stack.status_of(request) == "cancelled", "the ledger to learn of it", every=0.02)
     before = seconds_of(ranks)
-    statuses = house.statuses(request)
+    statuses = stack.statuses(request)
     assert "cancelled" in statuses and set(statuses) <= {"done", "cancelled"}
 
     def idle() -> bool:
@@ -48,47 +48,47 @@ def test_cancelled_in_the_ui(house: House) -> None:
 
     wait_for(idle, "the ranks to rest")
     after = seconds_of(ranks)
-    house.ended(run, state="Cancelled")
-    assert house.statuses(request) == statuses, "nothing came of it later"
-    assert {attempt["status"] for attempt in house.attempts(request)} <= {"done", "cancelled"}
+    stack.ended(run, state="Cancelled")
+    assert stack.statuses(request) == statuses, "nothing came of it later"
+    assert {attempt["status"] for attempt in stack.attempts(request)} <= {"done", "cancelled"}
 
     # The same engine takes what comes next. By the way it shows what a step costs.
     few = 10
-    ask = house.request(["a green cube"], **LARGE, steps=few, seed=house.seed())
+    ask = stack.request(["a green cube"], **LARGE, steps=few, seed=stack.seed())
     spent = seconds_of(ranks)
-    later = house.submit(request=ask)
-    house.ended(later)
+    later = stack.submit(request=ask)
+    stack.ended(later)
     per_step = (seconds_of(ranks) - spent) / few
-    assert house.engines(house.request_of(later)) == {engine} == {house_engine(house, request)}
+    assert stack.engines(stack.request_of(later)) == {engine} == {engine_of(stack, request)}
     assert (after - before) / per_step < STEPS / 4, "a lease's beat of one second, and a step"
 
 
-def house_engine(house: House, request: str) -> str:
-    (engine,) = house.engines(request)
+def engine_of(stack: Stack, request: str) -> str:
+    (engine,) = stack.engines(request)
     return engine
 
 
-def test_cancelled_by_command_and_submitted_again(house: House, tmp_path: Path) -> None:
+def test_cancelled_by_command_and_submitted_again(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "again.jsonl"
-    seed = house.seed()
+    seed = stack.seed()
     lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(12)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = house.rushes("submit", str(file))
+    said = stack.rushes("submit", str(file))
     (request,) = re.findall(r"req_[0-9a-f]{12}", said)
     (run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
-    wait_for(lambda: house.request_of(run) and "done" in house.statuses(request), "the first clip")
+    wait_for(lambda: stack.request_of(run) and "done" in stack.statuses(request), "the first clip")
 
-    said = house.rushes("cancel", request)
+    said = stack.rushes("cancel", request)
     assert re.fullmatch(rf"{request}: \d+ clips? cancelled\n", said)
-    statuses = house.statuses(request)
+    statuses = stack.statuses(request)
     assert set(statuses) == {"done", "cancelled"}
     assert said.split()[1] == str(statuses.count("cancelled"))
-    made = {a["clip_id"]: a for a in house.attempts(request) if a["status"] == "done"}
-    house.ended(run, state="Cancelled")
-    assert "nothing was left to cancel" in house.rushes("cancel", request)
+    made = {a["clip_id"]: a for a in stack.attempts(request) if a["status"] == "done"}
+    stack.ended(run, state="Cancelled")
+    assert "nothing was left to cancel" in stack.rushes("cancel", request)
 
-    said = house.rushes("submit", str(file), "--watch")
+    said = stack.rushes("submit", str(file), "--watch")
     assert f"{request} completed: 12 done" in said
-    again = {a["clip_id"]: a for a in house.attempts(request) if a["status"] == "done"}
+    again = {a["clip_id"]: a for a in stack.attempts(request) if a["status"] == "done"}
     assert len(again) == 12
     assert made.items() <= again.items(), "what was done before was not made again"

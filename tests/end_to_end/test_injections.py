@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.stack import House, decode
+from tests.end_to_end.stack import Stack, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -28,43 +28,43 @@ PROMPTS = [
 ]
 
 
-def test_a_prompt_is_shown_as_itself_everywhere(house: House, tmp_path: Path) -> None:
+def test_a_prompt_is_shown_as_itself_everywhere(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "hostile.jsonl"
-    lines = [{"prompt": prompt, "frames": 1, "steps": 1, "seed": house.seed() + k} for k, prompt in enumerate(PROMPTS)]
+    lines = [{"prompt": prompt, "frames": 1, "steps": 1, "seed": stack.seed() + k} for k, prompt in enumerate(PROMPTS)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = house.rushes("submit", str(file), "--watch", "--no-rewrite", "--name", "<b>'; drop table clips; --</b>")
+    said = stack.rushes("submit", str(file), "--watch", "--no-rewrite", "--name", "<b>'; drop table clips; --</b>")
     request = said[said.index("req_") :][:16]
-    clips = house.clips(request)
+    clips = stack.clips(request)
     assert [clip["prompt"] for clip in clips] == PROMPTS
     assert {clip["status"] for clip in clips} == {"done"}
     assert not Path("/tmp/rushes-was-here").exists()
 
     for clip, prompt in zip(clips, PROMPTS, strict=True):
-        _, metadata = decode(house.blob(clip["object_key"]).read_bytes())
+        _, metadata = decode(stack.blob(clip["object_key"]).read_bytes())
         assert metadata["title"] == prompt
-        assert json.loads(house.rushes("show", clip["clip_id"], "--format", "json"))["prompt"] == prompt
-    manifest = house.blob(f"requests/{request}/manifest.jsonl").read_text().splitlines()
+        assert json.loads(stack.rushes("show", clip["clip_id"], "--format", "json"))["prompt"] == prompt
+    manifest = stack.blob(f"requests/{request}/manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in manifest] == PROMPTS
-    assert house.blob(f"requests/{request}/contact_sheet.png").stat().st_size > 1000
+    assert stack.blob(f"requests/{request}/contact_sheet.png").stat().st_size > 1000
 
     asked = ("history", "--request", request, "--columns", "prompt")
-    assert [row["prompt"] for row in json.loads(house.rushes(*asked, "--format", "json"))] == PROMPTS
-    assert [row["prompt"] for row in csv.DictReader(io.StringIO(house.rushes(*asked, "--format", "csv")))] == PROMPTS
+    assert [row["prompt"] for row in json.loads(stack.rushes(*asked, "--format", "json"))] == PROMPTS
+    assert [row["prompt"] for row in csv.DictReader(io.StringIO(stack.rushes(*asked, "--format", "csv")))] == PROMPTS
     for prompt in PROMPTS[:2]:  # what is searched for is a value too
-        found = json.loads(house.rushes("history", "--request", request, "--prompt", prompt, "--format", "json"))
+        found = json.loads(stack.rushes("history", "--request", request, "--prompt", prompt, "--format", "json"))
         assert prompt in [row["prompt"] for row in found]
     exported = tmp_path / "out"
-    house.rushes("export", request, str(exported))
+    stack.rushes("export", request, str(exported))
     assert len(list(exported.glob("*.png"))) >= len(PROMPTS)
 
     run = clips[0]["flow_run_id"]
-    for artifact in house.artifacts(run).values():
+    for artifact in stack.artifacts(run).values():
         data = artifact["data"] if isinstance(artifact["data"], str) else json.dumps(artifact["data"])
         assert "<script>" not in data and "javascript:" not in data and "<b>" not in data, artifact["key"]
 
 
-def test_what_is_no_text_is_refused_with_its_place(house: House, tmp_path: Path) -> None:
+def test_what_is_no_text_is_refused_with_its_place(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "nul.jsonl"
     file.write_text('{"prompt": "a red ball"}\n{"prompt": "a\\u0000b"}\n{"prompt": "\\ud800"}\n')
-    said = house.rushes("submit", str(file), code=2)
+    said = stack.rushes("submit", str(file), code=2)
     assert "nul.jsonl:2: " in said and "nul.jsonl:3: " in said and "nothing was submitted" in said

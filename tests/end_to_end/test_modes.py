@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.media.encode import encode_png
-from tests.end_to_end.stack import House, decode
+from tests.end_to_end.stack import Stack, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -23,76 +23,76 @@ def picture() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def submitted(house: House, picture: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def submitted(stack: Stack, picture: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prompt file with the picture beside it."""
     folder: Path = tmp_path_factory.mktemp("modes")
     (folder / "ball.png").write_bytes(picture)
-    line = {"prompt": "a red ball moves left", "mode": "image-to-video", "image": "ball.png", "seed": house.seed()}
+    line = {"prompt": "a red ball moves left", "mode": "image-to-video", "image": "ball.png", "seed": stack.seed()}
     (folder / "first.jsonl").write_text(json.dumps(line) + "\n")
     return folder / "first.jsonl"
 
 
 @pytest.fixture(scope="module")
-def first(house: House, submitted: Path) -> dict[str, Any]:
+def first(stack: Stack, submitted: Path) -> dict[str, Any]:
     """The clip that begins with the picture."""
-    return only_clip(house, house.rushes("submit", str(submitted), "--watch"))
+    return only_clip(stack, stack.rushes("submit", str(submitted), "--watch"))
 
 
 @pytest.fixture(scope="module")
-def longer(house: House, first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def longer(stack: Stack, first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same clip, extended."""
     file: Path = tmp_path_factory.mktemp("longer") / "more.txt"
     file.write_text("a red ball moves right\n")
     return only_clip(
-        house, house.rushes("submit", str(file), "--mode", "extend", "--clip", first["clip_id"], "--watch")
+        stack, stack.rushes("submit", str(file), "--mode", "extend", "--clip", first["clip_id"], "--watch")
     )
 
 
-def only_clip(house: House, said: str) -> dict[str, Any]:
+def only_clip(stack: Stack, said: str) -> dict[str, Any]:
     (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
     assert f"{request} completed: 1 done" in said
-    (clip,) = house.clips(request)
+    (clip,) = stack.clips(request)
     return clip
 
 
-def test_a_clip_from_a_picture(house: House, first: dict[str, Any], picture: bytes) -> None:
+def test_a_clip_from_a_picture(stack: Stack, first: dict[str, Any], picture: bytes) -> None:
     digest = hashlib.sha256(picture).hexdigest()
     assert (first["mode"], first["source_sha256"], first["parent_clip_id"]) == ("image-to-video", digest, None)
-    (stored,) = house.sql("select * from artifacts where sha256 = %s", digest)
-    assert house.blob(stored["key"]).read_bytes() == picture and stored["media_type"] == "image/png"
-    assert decode(house.blob(first["object_key"]).read_bytes())[0] == (9, 32, 48)
-    assert house.rushes("audit").endswith("no breaches\n"), "the picture belongs to the ledger"
+    (stored,) = stack.sql("select * from artifacts where sha256 = %s", digest)
+    assert stack.blob(stored["key"]).read_bytes() == picture and stored["media_type"] == "image/png"
+    assert decode(stack.blob(first["object_key"]).read_bytes())[0] == (9, 32, 48)
+    assert stack.rushes("audit").endswith("no breaches\n"), "the picture belongs to the ledger"
 
 
 def test_the_same_picture_is_the_same_request_and_another_is_not(
-    house: House, submitted: Path, first: dict[str, Any], tmp_path: Path, picture: bytes
+    stack: Stack, submitted: Path, first: dict[str, Any], tmp_path: Path, picture: bytes
 ) -> None:
-    said = house.rushes("submit", str(submitted), "--watch")
+    said = stack.rushes("submit", str(submitted), "--watch")
     assert said == f"{first['request_id']} is complete: all 1 clips were found, nothing is to be rendered\n"
     (tmp_path / "first.jsonl").write_bytes(submitted.read_bytes())
     other = np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)
     (tmp_path / "ball.png").write_bytes(encode_png(other, {}))
-    again = only_clip(house, house.rushes("submit", str(tmp_path / "first.jsonl"), "--watch"))
+    again = only_clip(stack, stack.rushes("submit", str(tmp_path / "first.jsonl"), "--watch"))
     assert again["request_id"] != first["request_id"] and again["recipe"] != first["recipe"]
     assert again["sha256"] != first["sha256"]
 
 
-def test_a_clip_is_extended_and_knows_its_parent(house: House, first: dict[str, Any], longer: dict[str, Any]) -> None:
+def test_a_clip_is_extended_and_knows_its_parent(stack: Stack, first: dict[str, Any], longer: dict[str, Any]) -> None:
     assert (longer["mode"], longer["direction"], longer["overlap"]) == ("extend", "forward", 5)
     assert (longer["frames"], longer["width"], longer["height"]) == (13, 48, 32)
     assert (longer["parent_clip_id"], longer["source_sha256"]) == (first["clip_id"], first["sha256"])
-    assert decode(house.blob(longer["object_key"]).read_bytes())[0] == (13, 32, 48)
-    edges = house.sql("select parent, kind::text as kind from edges where child = %s", longer["clip_id"])
+    assert decode(stack.blob(longer["object_key"]).read_bytes())[0] == (13, 32, 48)
+    edges = stack.sql("select parent, kind::text as kind from edges where child = %s", longer["clip_id"])
     assert edges == [{"parent": first["clip_id"], "kind": "extend"}]
-    story = json.loads(house.rushes("show", longer["clip_id"], "--format", "json"))
+    story = json.loads(stack.rushes("show", longer["clip_id"], "--format", "json"))
     assert story["parents"] == [{"clip": first["clip_id"], "kind": "extend"}] and story["mode"] == "extend"
-    assert first["clip_id"] in house.rushes("show", longer["clip_id"]).partition("Made from")[2]
-    assert longer["clip_id"] in house.rushes("show", first["clip_id"]).partition("Led to")[2]
+    assert first["clip_id"] in stack.rushes("show", longer["clip_id"]).partition("Made from")[2]
+    assert longer["clip_id"] in stack.rushes("show", first["clip_id"]).partition("Led to")[2]
 
 
-def test_the_form_makes_clips_from_clips(house: House, first: dict[str, Any], longer: dict[str, Any]) -> None:
+def test_the_form_makes_clips_from_clips(stack: Stack, first: dict[str, Any], longer: dict[str, Any]) -> None:
     known = {"clip": first["clip_id"]}
-    asked = house.request(
+    asked = stack.request(
         [
             {"prompt": "a green ball", "mode": "edit", "strength": 0.5, **known},
             {"prompt": "a green ball", "mode": "connect", "end_clip": longer["clip_id"], **known},
@@ -100,17 +100,17 @@ def test_the_form_makes_clips_from_clips(house: House, first: dict[str, Any], lo
             {"prompt": "a green ball", "mode": "loop", "frames": 13},
             {"prompt": "a green ball", "mode": "extend", "direction": "backward", "frames": 21, **known},
         ],
-        seed=house.seed(),
+        seed=stack.seed(),
     )
-    run = house.submit(request=asked)
-    house.ended(run)
-    clips = house.clips(house.request_of(run))
+    run = stack.submit(request=asked)
+    stack.ended(run)
+    clips = stack.clips(stack.request_of(run))
     assert [clip["status"] for clip in clips] == ["done"] * 5
     assert [clip["mode"] for clip in clips] == ["edit", "connect", "loop", "loop", "extend"]
     for clip in clips:
-        frames = decode(house.blob(clip["object_key"]).read_bytes())[0][0]
+        frames = decode(stack.blob(clip["object_key"]).read_bytes())[0][0]
         assert frames == clip["frames"], clip["mode"]
-    edges = house.sql(
+    edges = stack.sql(
         "select child, parent, kind::text as kind from edges where child like %s order by child, parent",
         f"{clips[0]['request_id']}%",
     )
@@ -124,15 +124,15 @@ def test_the_form_makes_clips_from_clips(house: House, first: dict[str, Any], lo
     ]
 
 
-def test_a_source_that_is_not_there_is_bad_input(house: House, tmp_path: Path) -> None:
+def test_a_source_that_is_not_there_is_bad_input(stack: Stack, tmp_path: Path) -> None:
     lines = [
         {"prompt": "a ball", "mode": "extend", "clip": "req_000000000000-000000-0"},
         {"prompt": "a ball", "mode": "edit", "video": "nothing.mp4"},
     ]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = house.rushes("submit", str(tmp_path / "bad.jsonl"), code=2)
+    said = stack.rushes("submit", str(tmp_path / "bad.jsonl"), code=2)
     assert "bad.jsonl:1: clip=req_000000000000-000000-0 is no clip of the ledger" in said
     assert "bad.jsonl:2: video=nothing.mp4 is no file" in said
-    ended = house.ended(house.submit(request=house.request(lines)), state="BadInput")
+    ended = stack.ended(stack.submit(request=stack.request(lines)), state="BadInput")
     assert "prompts:1: clip=req_000000000000-000000-0 is no clip of the ledger" in ended["state"]["message"]
     assert "prompts:2: video=nothing.mp4 cannot be used" in ended["state"]["message"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Locator, Page, TimeoutError, expect, sync_playwright
 
-from tests.end_to_end.stack import House, wait_for
+from tests.end_to_end.stack import Stack, wait_for
 
 CHROMIUM = shutil.which("chromium")
 # Without these a browser on a closed network keeps asking for its maker's servers.
@@ -34,10 +34,10 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, page: Page) -> None:
-    ui = str(house.stack()["prefect_ui_url"])
-    deployment = house.api("GET", "/deployments/name/generate/default")["id"]
-    before = {run["id"] for run in house.api("POST", "/flow_runs/filter", {})}
+def test_the_form_submits_and_the_page_shows_the_contact_sheet(stack: Stack, page: Page) -> None:
+    ui = str(stack.info()["prefect_ui_url"])
+    deployment = stack.api("GET", "/deployments/name/generate/default")["id"]
+    before = {run["id"] for run in stack.api("POST", "/flow_runs/filter", {})}
 
     page.goto(f"{ui}/deployments/deployment/{deployment}/run")
     field(page, "Name (Optional)").fill("from a browser")
@@ -48,8 +48,8 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, pag
     page.get_by_role("button", name="Add item").first.click()
     expect(editors).to_have_count(count + 1, timeout=60_000)
     editors.first.fill('"a red ball moves left"')
-    field(page, "Model (Optional)").fill(str(house.model))
-    field(page, "Seed (Optional)").fill(str(house.seed()))
+    field(page, "Model (Optional)").fill(str(stack.model))
+    field(page, "Seed (Optional)").fill(str(stack.seed()))
     for _ in range(3):  # Prefect on SQLite may answer 503 when two of its transactions meet: one clicks again
         page.get_by_role("button", name="Submit").click()
         try:
@@ -60,18 +60,18 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(house: House, pag
 
     def submitted() -> str | None:
         wanted = {"flows": {"name": {"any_": ["generate"]}}, "sort": "EXPECTED_START_TIME_DESC"}
-        runs = house.api("POST", "/flow_runs/filter", wanted)
+        runs = stack.api("POST", "/flow_runs/filter", wanted)
         return next((run["id"] for run in runs if run["id"] not in before), None)
 
     run_id = wait_for(submitted, "the form's flow run")
-    house.ended(run_id)
-    assert house.statuses(house.request_of(run_id)) == ["done"]
+    stack.ended(run_id)
+    assert stack.statuses(stack.request_of(run_id)) == ["done"]
 
     page.goto(f"{ui}/runs/flow-run/{run_id}")
     page.get_by_text("Artifacts", exact=True).first.click()
     for kind in ("progress", "shards", "summary", "outputs", "contact-sheet"):
         page.get_by_text(kind).first.wait_for()
-    page.goto(f"{ui}/artifacts/artifact/{house.artifacts(run_id)['contact-sheet']['id']}")
+    page.goto(f"{ui}/artifacts/artifact/{stack.artifacts(run_id)['contact-sheet']['id']}")
     picture = page.locator("img[src^='data:image/png']").first
     picture.wait_for()
     wait_for(lambda: picture.evaluate("image => image.complete && image.naturalWidth > 300"), "the picture to load")

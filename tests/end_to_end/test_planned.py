@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.stack import House, wait_for
+from tests.end_to_end.stack import Stack, wait_for
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -16,10 +16,10 @@ WHOLE, HALVES = "cfg1xsp1xtp1", "cfg2xsp1xtp1"
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack of its own, since what its engines are is a setting."""
     folder: Path = tmp_path_factory.mktemp("planned")
-    house = House(
+    stack = Stack(
         home=folder / "home",
         model=tiny_model(folder / "tiny"),
         settings={
@@ -29,15 +29,15 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             "RUSHES_SHARD_SECONDS": "1",
         },
     )
-    with house.up():
-        yield house
+    with stack.up():
+        yield stack
 
 
-def planned_for(house: House, request: str) -> set[str | None]:
-    return {row["partition"] for row in house.sql("select partition from shards where request_id = %s", request)}
+def planned_for(stack: Stack, request: str) -> set[str | None]:
+    return {row["partition"] for row in stack.sql("select partition from shards where request_id = %s", request)}
 
 
-def test_one_clip_gets_all_ranks_many_get_one_each_and_nothing_waits_for_ever(planned: House) -> None:
+def test_one_clip_gets_all_ranks_many_get_one_each_and_nothing_waits_for_ever(planned: Stack) -> None:
     run = planned.submit(request=planned.request(["a red ball"], seed=planned.seed()))
     one = planned.request_of(run)
     planned.ended(run)

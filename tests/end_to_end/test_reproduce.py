@@ -17,20 +17,20 @@ import pytest
 from PIL import Image
 
 from model.media.encode import encode_png
-from tests.end_to_end.stack import House
+from tests.end_to_end.stack import Stack
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def made(house: House, runs: dict[str, str]) -> list[dict[str, Any]]:
+def made(stack: Stack, runs: dict[str, str]) -> list[dict[str, Any]]:
     """Two samples of a line, a clip of another size, and a picture; all made on tp=2."""
-    return house.clips(house.request_of(runs["command"]))
+    return stack.clips(stack.request_of(runs["command"]))
 
 
 @pytest.fixture(scope="module")
 def more(
-    house: House, made: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    stack: Stack, made: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A clip that was found, for the first one's recipe, and one that begins with a picture."""
     folder: Path = tmp_path_factory.mktemp("more")
@@ -38,22 +38,22 @@ def more(
     (folder / "ball.png").write_bytes(encode_png(picture, {}))
     lines = [
         {"prompt": made[0]["prompt"], "seed": made[0]["seed"]},
-        {"prompt": "a green ball", "mode": "image-to-video", "image": "ball.png", "seed": house.seed()},
+        {"prompt": "a green ball", "mode": "image-to-video", "image": "ball.png", "seed": stack.seed()},
     ]
     (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = house.rushes("submit", str(folder / "more.jsonl"), "--watch")
+    said = stack.rushes("submit", str(folder / "more.jsonl"), "--watch")
     (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
-    found, begun = house.clips(request)
+    found, begun = stack.clips(request)
     assert found["found"] and found["attempts"] == 0 and found["sha256"] == made[0]["sha256"]
     return found, begun
 
 
-def reproduced(house: House, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+def reproduced(stack: Stack, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
     """What `rushes reproduce` says of each clip, after a look at what it recorded of it."""
-    (last,) = house.sql("select coalesce(max(id), 0) as id from reproductions")
-    said = house.rushes("reproduce", *arguments, "--json", code=code)
+    (last,) = stack.sql("select coalesce(max(id), 0) as id from reproductions")
+    said = stack.rushes("reproduce", *arguments, "--json", code=code)
     rows: list[dict[str, Any]] = json.JSONDecoder().raw_decode(said)[0]
-    recorded = house.sql("select * from reproductions where id > %s order by id", last["id"])
+    recorded = stack.sql("select * from reproductions where id > %s order by id", last["id"])
     compared = [row for row in rows if row["verdict"] != "failed"]
     assert [(row["clip_id"], row["partition"], row["psnr"], row["largest"]) for row in compared] == [
         (row["clip_id"], row["partition"], row["psnr"], row["largest"]) for row in recorded
@@ -64,46 +64,46 @@ def reproduced(house: House, *arguments: str, code: int = 0) -> list[dict[str, A
 
 
 def test_its_own_partition_gives_every_clip_again_to_the_byte(
-    house: House, made: list[dict[str, Any]], more: tuple[dict[str, Any], dict[str, Any]]
+    stack: Stack, made: list[dict[str, Any]], more: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     clips = [*made, *more]
-    rows = reproduced(house, *(clip["clip_id"] for clip in clips))
+    rows = reproduced(stack, *(clip["clip_id"] for clip in clips))
     assert [row["clip_id"] for row in rows] == [clip["clip_id"] for clip in clips]
     assert {(row["verdict"], row["partition"], row["psnr"], row["largest"], row["detail"]) for row in rows} == {
         ("identical", "cfg1xsp1xtp2", None, 0, "")
     }
     for clip in clips:
-        (seen,) = house.sql("select * from history where clip_id = %s", clip["clip_id"])
+        (seen,) = stack.sql("select * from history where clip_id = %s", clip["clip_id"])
         assert (seen["reproductions"], seen["lowest_psnr"], seen["largest_difference"]) == (1, None, 0)
-        story = json.loads(house.rushes("show", clip["clip_id"], "--format", "json"))
+        story = json.loads(stack.rushes("show", clip["clip_id"], "--format", "json"))
         assert [(row["sha256"], row["identical"]) for row in story["reproduced"]] == [(clip["sha256"], True)]
-    assert "Reproductions" in house.rushes("show", clips[0]["clip_id"])
+    assert "Reproductions" in stack.rushes("show", clips[0]["clip_id"])
 
 
-def test_another_partition_is_near(house: House, made: list[dict[str, Any]]) -> None:
+def test_another_partition_is_near(stack: Stack, made: list[dict[str, Any]]) -> None:
     request = made[0]["request_id"]
-    rows = reproduced(house, "--request", request, "--sample", "3", "--partition", "tp=1", "--tolerance-db", "40")
+    rows = reproduced(stack, "--request", request, "--sample", "3", "--partition", "tp=1", "--tolerance-db", "40")
     assert len({row["clip_id"] for row in rows}) == 3 and {row["request_id"] for row in made} == {request}
     for row in rows:
         assert row["partition"] == "cfg1xsp1xtp1"
         near = row["psnr"] is not None and row["psnr"] > 40 and 0 < row["largest"] < 32
         assert near or row["verdict"] in ("identical", "identical frames")
 
-    said = house.rushes("reproduce", made[0]["clip_id"], "--partition", "tp=3", code=2)
+    said = stack.rushes("reproduce", made[0]["clip_id"], "--partition", "tp=3", code=2)
     assert "partition cfg1xsp1xtp3 of tiny: 4 attention heads do not divide over sp 1 x tp 3 = 3 ranks" in said
 
 
-def test_what_a_step_cache_cost_is_measured(house: House, tmp_path: Path) -> None:
-    line = {"prompt": "a red cube", "seed": house.seed(), "step_cache": 0.5, "steps": 12}
+def test_what_a_step_cache_cost_is_measured(stack: Stack, tmp_path: Path) -> None:
+    line = {"prompt": "a red cube", "seed": stack.seed(), "step_cache": 0.5, "steps": 12}
     (tmp_path / "cached.jsonl").write_text(json.dumps(line) + "\n")
-    said = house.rushes("submit", str(tmp_path / "cached.jsonl"), "--watch")
-    (clip,) = house.clips(*re.findall(r"req_[0-9a-f]{12}", said)[:1])
+    said = stack.rushes("submit", str(tmp_path / "cached.jsonl"), "--watch")
+    (clip,) = stack.clips(*re.findall(r"req_[0-9a-f]{12}", said)[:1])
     assert clip["skipped_steps"] > 0
-    (again,) = reproduced(house, clip["clip_id"])
-    (exact,) = reproduced(house, clip["clip_id"], "--exact", code=1)
+    (again,) = reproduced(stack, clip["clip_id"])
+    (exact,) = reproduced(stack, clip["clip_id"], "--exact", code=1)
     assert again["verdict"] == "identical" and exact["verdict"] == "differs" and 10 < exact["psnr"] < 80
     assert "the stored one was rendered with a step cache of 0.5" in exact["detail"]
-    story = json.loads(house.rushes("show", clip["clip_id"], "--format", "json"))
+    story = json.loads(stack.rushes("show", clip["clip_id"], "--format", "json"))
     assert [row["step_cache"] for row in story["reproduced"]] == [0.5, None]
 
 
@@ -118,40 +118,40 @@ def without_metadata(data: bytes) -> bytes:
 
 
 @contextmanager
-def holding(house: House, contents: dict[str, bytes | None]) -> Iterator[None]:
+def holding(stack: Stack, contents: dict[str, bytes | None]) -> Iterator[None]:
     """The store with other bytes, or none, under these keys."""
-    kept = {key: house.blob(key).read_bytes() for key in contents}
+    kept = {key: stack.blob(key).read_bytes() for key in contents}
     try:
         for key, data in contents.items():
-            house.blob(key).unlink() if data is None else house.blob(key).write_bytes(data)
+            stack.blob(key).unlink() if data is None else stack.blob(key).write_bytes(data)
         yield
     finally:
         for key, data in kept.items():
-            house.blob(key).write_bytes(data)
+            stack.blob(key).write_bytes(data)
 
 
 def test_what_is_stored_wrongly_is_found(
-    house: House, made: list[dict[str, Any]], more: tuple[dict[str, Any], dict[str, Any]]
+    stack: Stack, made: list[dict[str, Any]], more: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     """One command: a clip that fails under the ranks stops none of the others."""
     first, second, other, still = made
-    first_bytes, second_bytes = (house.blob(clip["object_key"]).read_bytes() for clip in (first, second))
-    (source,) = house.sql("select key from artifacts where sha256 = %s", more[1]["source_sha256"])
-    run = house.submit(request=house.request(["a blue ball", "a blue cube"], seed=house.seed()))
-    house.ended(run)
-    wild, gone = house.clips(house.request_of(run))
-    house.sql("update clips set guidance = 1e38 where id = %s returning id", wild["clip_id"])
+    first_bytes, second_bytes = (stack.blob(clip["object_key"]).read_bytes() for clip in (first, second))
+    (source,) = stack.sql("select key from artifacts where sha256 = %s", more[1]["source_sha256"])
+    run = stack.submit(request=stack.request(["a blue ball", "a blue cube"], seed=stack.seed()))
+    stack.ended(run)
+    wild, gone = stack.clips(stack.request_of(run))
+    stack.sql("update clips set guidance = 1e38 where id = %s returning id", wild["clip_id"])
     contents = {
         first["object_key"]: second_bytes,
         second["object_key"]: b"no video",
         other["object_key"]: second_bytes,
-        still["object_key"]: without_metadata(house.blob(still["object_key"]).read_bytes()),
+        still["object_key"]: without_metadata(stack.blob(still["object_key"]).read_bytes()),
         gone["object_key"]: None,
         source["key"]: None,
     }
-    with holding(house, contents):
+    with holding(stack, contents):
         ids = [clip["clip_id"] for clip in (wild, *made, gone, more[1])]
-        rows = {row["clip_id"]: row for row in reproduced(house, *ids, "--tolerance-db", "0", code=1)}
+        rows = {row["clip_id"]: row for row in reproduced(stack, *ids, "--tolerance-db", "0", code=1)}
     assert list(rows) == ids
     apart = np.abs(frames_of(first_bytes).astype(float) - frames_of(second_bytes))
     said = rows[first["clip_id"]]
@@ -171,5 +171,5 @@ def test_what_is_stored_wrongly_is_found(
         (more[1], "its source"),
     ):
         assert rows[clip["clip_id"]]["verdict"] == "failed" and reason in rows[clip["clip_id"]]["detail"]
-    (seen,) = house.sql("select * from history where clip_id = %s", first["clip_id"])
+    (seen,) = stack.sql("select * from history where clip_id = %s", first["clip_id"])
     assert (seen["lowest_psnr"], seen["largest_difference"]) == (rows[first["clip_id"]]["psnr"], apart.max())

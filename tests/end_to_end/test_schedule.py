@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.end_to_end.stack import House, wait_for
+from tests.end_to_end.stack import Stack, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
-def test_tidy_runs_by_its_schedule(house: House) -> None:
+def test_tidy_runs_by_its_schedule(stack: Stack) -> None:
     of_tidy = {"flows": {"name": {"any_": ["tidy"]}}}
 
     def scheduled() -> bool:
-        return any(run["auto_scheduled"] for run in house.api("POST", "/flow_runs/filter", of_tidy))
+        return any(run["auto_scheduled"] for run in stack.api("POST", "/flow_runs/filter", of_tidy))
 
     wait_for(scheduled, "a scheduled run of tidy", every=1)

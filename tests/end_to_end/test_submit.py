@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.end_to_end.stack import PATIENCE, House, decode
+from tests.end_to_end.stack import PATIENCE, Stack, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -21,13 +21,13 @@ WAYS = pytest.mark.parametrize("way", ["form", "prefect", "command"])
 
 
 @WAYS
-def test_every_clip_is_there_and_the_run_says_so(house: House, runs: dict[str, str], way: str) -> None:
-    run = house.ended(runs[way])
-    request = house.request_of(runs[way])
-    assert house.status_of(request) == "completed"
+def test_every_clip_is_there_and_the_run_says_so(stack: Stack, runs: dict[str, str], way: str) -> None:
+    run = stack.ended(runs[way])
+    request = stack.request_of(runs[way])
+    assert stack.status_of(request) == "completed"
     assert run["state"]["message"] == f"{request}: 4 done (0 found, not rendered again)"
     assert run["name"] == {"form": "from the form", "prefect": "from prefect", "command": "mine.jsonl"}[way]
-    clips = house.clips(request)
+    clips = stack.clips(request)
     assert [clip["status"] for clip in clips] == ["done"] * 4
     assert [clip["attempts"] for clip in clips] == [1] * 4
     assert [clip["custom_id"] for clip in clips] == ["two", "two", None, "still"]
@@ -43,10 +43,10 @@ def test_every_clip_is_there_and_the_run_says_so(house: House, runs: dict[str, s
 
 
 @WAYS
-def test_the_bytes_are_what_the_ledger_says_and_play(house: House, runs: dict[str, str], way: str) -> None:
+def test_the_bytes_are_what_the_ledger_says_and_play(stack: Stack, runs: dict[str, str], way: str) -> None:
     pixels: set[str] = set()
-    for clip, (frames, height, width) in zip(house.clips(house.request_of(runs[way])), SHAPES, strict=True):
-        data = house.blob(clip["object_key"]).read_bytes()
+    for clip, (frames, height, width) in zip(stack.clips(stack.request_of(runs[way])), SHAPES, strict=True):
+        data = stack.blob(clip["object_key"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == clip["sha256"]
         assert clip["sha256"] in clip["object_key"]
         assert len(data) == clip["bytes"]
@@ -62,22 +62,22 @@ def test_the_bytes_are_what_the_ledger_says_and_play(house: House, runs: dict[st
 
 
 @WAYS
-def test_manifest_and_contact_sheet_are_in_the_store(house: House, runs: dict[str, str], way: str) -> None:
-    request = house.request_of(runs[way])
-    row = house.sql("select manifest_key, sheet_key from requests where id = %s", request)[0]
+def test_manifest_and_contact_sheet_are_in_the_store(stack: Stack, runs: dict[str, str], way: str) -> None:
+    request = stack.request_of(runs[way])
+    row = stack.sql("select manifest_key, sheet_key from requests where id = %s", request)[0]
     assert row["manifest_key"] == f"requests/{request}/manifest.jsonl"
-    manifest = [json.loads(line) for line in house.blob(row["manifest_key"]).read_text().splitlines()]
-    for line, clip in zip(manifest, house.clips(request), strict=True):
+    manifest = [json.loads(line) for line in stack.blob(row["manifest_key"]).read_text().splitlines()]
+    for line, clip in zip(manifest, stack.clips(request), strict=True):
         for name in ("clip_id", "prompt", "seed", "recipe", "status", "object_key", "sha256", "trace_id"):
             assert line[name] == clip[name]
-    (_, height, width), _ = decode(house.blob(row["sheet_key"]).read_bytes())
+    (_, height, width), _ = decode(stack.blob(row["sheet_key"]).read_bytes())
     assert height > 4 * 32 and width > 3 * 48, "a row for each clip, some frames in each"
 
 
 @WAYS
-def test_the_page_of_the_run_shows_it(house: House, runs: dict[str, str], way: str) -> None:
-    request = house.request_of(runs[way])
-    artifacts = house.artifacts(runs[way])
+def test_the_page_of_the_run_shows_it(stack: Stack, runs: dict[str, str], way: str) -> None:
+    request = stack.request_of(runs[way])
+    artifacts = stack.artifacts(runs[way])
     assert {name: artifact["type"] for name, artifact in artifacts.items()} == {
         "progress": "progress",
         "shards": "table",
@@ -91,21 +91,21 @@ def test_the_page_of_the_run_shows_it(house: House, runs: dict[str, str], way: s
     assert sum(int(shard["done"]) for shard in shards) == 4 and {shard["status"] for shard in shards} == {"done"}
     assert request in data["summary"]
     queries = re.findall(r"^select .*;$", data["summary"], re.MULTILINE)
-    assert queries and all(house.sql(query) for query in queries), "the SQL that the page offers can be asked"
+    assert queries and all(stack.sql(query) for query in queries), "the SQL that the page offers can be asked"
     (link,) = re.findall(r"\]\((.*)\),", data["outputs"])
-    assert Path(unquote(urlsplit(link).path)) == house.blob(f"requests/{request}/manifest.jsonl")
+    assert Path(unquote(urlsplit(link).path)) == stack.blob(f"requests/{request}/manifest.jsonl")
     picture = base64.b64decode(data["contact-sheet"].removeprefix("data:image/png;base64,"))
-    assert picture == house.blob(f"requests/{request}/contact_sheet.png").read_bytes()
+    assert picture == stack.blob(f"requests/{request}/contact_sheet.png").read_bytes()
 
 
-def test_a_deadline_that_cannot_be_met_is_told(house: House, tmp_path: Path) -> None:
+def test_a_deadline_that_cannot_be_met_is_told(stack: Stack, tmp_path: Path) -> None:
     """By the command before anybody waits, and on the run's page; the clips are made all the same."""
     file = tmp_path / "late.jsonl"
-    file.write_text(json.dumps({"prompt": "a red ball moves right", "seed": house.seed(), "samples": 3}) + "\n")
-    process = house.start("submit", str(file), "--deadline", "0.01", "--watch")
+    file.write_text(json.dumps({"prompt": "a red ball moves right", "seed": stack.seed(), "samples": 3}) + "\n")
+    process = stack.start("submit", str(file), "--deadline", "0.01", "--watch")
     said, warned = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, warned
     assert "the deadline of 0s cannot be met: all is done in about " in warned
     (run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
-    assert "The deadline will not be met" in house.artifacts(run)["deadline"]["data"]
-    assert house.statuses(house.request_of(run)) == ["done"] * 3
+    assert "The deadline will not be met" in stack.artifacts(run)["deadline"]["data"]
+    assert stack.statuses(stack.request_of(run)) == ["done"] * 3

@@ -8,15 +8,15 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.collector import Collector
-from tests.end_to_end.stack import House, wait_for
+from tests.end_to_end.stack import Stack, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 STAGES = {"text", "denoise", "decode", "encode", "put", "record"}
 
 
-def test_one_connected_trace_from_submit_to_put(house: House, runs: dict[str, str], spans: Collector) -> None:
-    clips = house.clips(house.request_of(runs["command"]))
+def test_one_connected_trace_from_submit_to_put(stack: Stack, runs: dict[str, str], spans: Collector) -> None:
+    clips = stack.clips(stack.request_of(runs["command"]))
     (trace_id,) = {clip["trace_id"] for clip in clips}
 
     def whole() -> dict[bytes, tuple[str, Span]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.stack import House, command, wait_for
+from tests.end_to_end.stack import Stack, command, wait_for
 from tests.tiny import tiny_captioner, tiny_model
 from tests.videos import write_folder
 
@@ -34,55 +34,55 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_named(house: House, name: str) -> str:
+def run_named(stack: Stack, name: str) -> str:
     """The newest flow run of this name."""
     filters = {"flow_runs": {"name": {"any_": [name]}}, "sort": "START_TIME_DESC"}
-    return str(wait_for(lambda: house.api("POST", "/flow_runs/filter", filters), "the run to be known")[0]["id"])
+    return str(wait_for(lambda: stack.api("POST", "/flow_runs/filter", filters), "the run to be known")[0]["id"])
 
 
-def stages(house: House) -> list[Any]:
-    return [process for process in house.processes() if "model.train" in command(process)]
+def stages(stack: Stack) -> list[Any]:
+    return [process for process in stack.processes() if "model.train" in command(process)]
 
 
-def test_training_on_a_folder_goes_on_after_a_kill(house: House, videos: Path, tmp_path: Path) -> None:
+def test_training_on_a_folder_goes_on_after_a_kill(stack: Stack, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
     asked = ("train", "--data", str(videos), "--name", "mine", "--threads", "1", "--licence", "CC0-1.0")
     asked += ("--recipe", str(tmp_path / "recipe.json"))
-    said = house.rushes(*asked)
+    said = stack.rushes(*asked)
     run = said.strip().rpartition("/")[2]
 
     def log() -> list[dict[str, Any]]:
-        found = list((house.home / "training").glob("*/dit.jsonl"))
+        found = list((stack.home / "training").glob("*/dit.jsonl"))
         return lines(found[0]) if found else []
 
     def under_way() -> bool:
-        state = house.run(run)
+        state = stack.run(run)
         assert state["state_type"] not in ("COMPLETED", "FAILED"), state["state"]["message"]
         return bool(log())
 
     wait_for(under_way, "the transformer's first checkpoint")
-    house.kill(house.processes_of(run))
-    wait_for(lambda: not stages(house), "the stage to end with its flow")
+    stack.kill(stack.processes_of(run))
+    wait_for(lambda: not stages(stack), "the stage to end with its flow")
     reached = log()[-1]["step"]
     assert reached < RECIPE["dit_steps"], "it was killed too late to tell"
 
-    said = house.rushes(*asked, "--watch")
+    said = stack.rushes(*asked, "--watch")
     assert "Completed: mine" in said
-    run = run_named(house, f"mine on {videos}")
+    run = run_named(stack, f"mine on {videos}")
     steps = [row["step"] for row in log()]
     assert steps == sorted(set(steps)) and steps[-1] == RECIPE["dit_steps"]  # nothing was done twice
-    work = next((house.home / "training").glob("*/dit.jsonl")).parent
+    work = next((stack.home / "training").glob("*/dit.jsonl")).parent
     assert len(lines(work / "vae.jsonl")) == 1
 
-    (model,) = house.sql("select * from models where name = 'mine'")
-    (dataset,) = house.sql("select * from datasets where id = %s", model["dataset_id"])
+    (model,) = stack.sql("select * from models where name = 'mine'")
+    (dataset,) = stack.sql("select * from datasets where id = %s", model["dataset_id"])
     assert (dataset["source"], dataset["licence"], dataset["clips"]) == (videos.as_uri(), "CC0-1.0", 12)
     assert dataset["shapes"] == {"32x32x9": 12} and dataset["captions"] == "files"
     assert model["card"]["training"]["recipe"]["dit_steps"] == RECIPE["dit_steps"]
     assert model["card"]["scores"]["dit"]["held_out_loss"] == log()[-1]["held_out_loss"]
     assert Path(model["path"], "transformer", "config.json").is_file()
 
-    shown = {key.split("-", 1)[-1]: value for key, value in house.artifacts(run).items()}
+    shown = {key.split("-", 1)[-1]: value for key, value in stack.artifacts(run).items()}
     curve = json.loads(shown["dit-curve"]["data"])
     assert curve[-1]["step"] == RECIPE["dit_steps"] and curve[-1]["steps_per_second"] > 0
     assert shown["samples"]["data"].startswith("data:image/png;base64,")
@@ -90,23 +90,23 @@ def test_training_on_a_folder_goes_on_after_a_kill(house: House, videos: Path, t
     assert model["digest"] in shown["model"]["data"]
 
 
-def test_recaptioning_keeps_what_was_there(house: House, videos: Path, tmp_path: Path) -> None:
+def test_recaptioning_keeps_what_was_there(stack: Stack, videos: Path, tmp_path: Path) -> None:
     asked = ("recaption", str(videos), "--watch", "--model", str(tiny_model(tmp_path / "tiny")))
-    assert "no captioner/model.safetensors" in house.rushes(*asked, code=2)
+    assert "no captioner/model.safetensors" in stack.rushes(*asked, code=2)
     tiny_captioner(tmp_path / "tiny")
-    assert "Completed: set_" in house.rushes(*asked)
-    (new,) = house.sql("select * from datasets where captions = 'captioner'")
-    (old,) = house.sql("select * from datasets where id = %s", new["parent"])
+    assert "Completed: set_" in stack.rushes(*asked)
+    (new,) = stack.sql("select * from datasets where captions = 'captioner'")
+    (old,) = stack.sql("select * from datasets where id = %s", new["parent"])
     assert old["captions"] == "files" and new["clips"] == old["clips"] == 12
     assert new["digest"] != old["digest"] and len(new["author"]) == 64
     both = "select o.caption as before, n.caption as now from dataset_clips o join dataset_clips n using (index)"
-    rows = house.sql(f"{both} where o.dataset_id = %s and n.dataset_id = %s order by index", old["id"], new["id"])
+    rows = stack.sql(f"{both} where o.dataset_id = %s and n.dataset_id = %s order by index", old["id"], new["id"])
     assert [row["before"] for row in rows] == [f"something moves, take {k}" for k in range(12)]
     assert all("take" not in row["now"] for row in rows) and any(row["now"] for row in rows)
 
-    assert new["id"] in house.rushes(*asked)  # there is nothing left to do
-    assert len(house.sql("select * from datasets where captions = 'captioner'")) == 1
-    listed = json.loads(house.rushes("datasets", "--format", "json"))
+    assert new["id"] in stack.rushes(*asked)  # there is nothing left to do
+    assert len(stack.sql("select * from datasets where captions = 'captioner'")) == 1
+    listed = json.loads(stack.rushes("datasets", "--format", "json"))
     assert {old["id"], new["id"]} <= {row["id"] for row in listed}
-    shown = json.loads(house.rushes("datasets", new["id"], "--format", "json"))
+    shown = json.loads(stack.rushes("datasets", new["id"], "--format", "json"))
     assert shown[3]["before"] == "something moves, take 3" and shown[3]["caption"] == rows[3]["now"]

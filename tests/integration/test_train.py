@@ -25,10 +25,11 @@ from model.loading.load import load_dit, load_text, load_vae
 from model.media.windows import Canvas, Given, windows
 from model.network.diffusion import noise
 from model.network.vae import to_video
-from model.train.__main__ import Bucket, publish
+from model.train.__main__ import publish
 from model.train.autoencoder import encode_latents, train_decoder, train_vae, trained_vae
 from model.train.captioner import train_captioner
 from model.train.clips import clips_of, render, scene_of
+from model.train.data import Bucket
 from model.train.loop import Checkpoint, join
 from model.train.recipe import Recipe
 from model.train.transformer import Stock, draw_known, draw_times, train_dit

@@ -26,7 +26,7 @@ import psycopg
 
 from infra.store.s3 import S3Store
 from tests.collector import Collector
-from tests.end_to_end.stack import House, wait_for
+from tests.end_to_end.stack import Stack, wait_for
 from tests.integration.s3 import S3Server, s3_server
 from tests.tiny import tiny_model
 
@@ -38,10 +38,10 @@ RECOVERY = 240.0  # seconds, on a machine that does other work as well
 
 
 @dataclass
-class Ground:
+class FaultRig:
     """A stack to be broken: mini on two ranks, its store a real S3 server."""
 
-    house: House
+    stack: Stack
     server: S3Server
     random: random.Random
     collector: Collector  # of the traces
@@ -49,27 +49,27 @@ class Ground:
 
     def submit(self, clips: int = CLIPS, **settings: Any) -> str:
         """A request that nothing of is known; its id."""
-        seed = self.house.seed()
+        seed = self.stack.seed()
         colours, shapes = ("red", "blue", "green", "yellow"), ("sphere", "cube", "cone")
         lines: list[str | dict[str, Any]] = [
             {"prompt": f"a {colours[k % 4]} {shapes[k % 3]} slides to the left on grass", "seed": seed + k}
             for k in range(clips)
         ]
-        run = self.house.submit(request=self.house.request(lines, **{"steps": STEPS, "frames": 9} | settings))
-        request = self.house.request_of(run)
+        run = self.stack.submit(request=self.stack.request(lines, **{"steps": STEPS, "frames": 9} | settings))
+        request = self.stack.request_of(run)
         self.requests.append(request)
         return request
 
     def waiting(self) -> int:
         """Clips of all requests that have not come to an end."""
         query = "select count(*) as clips from clips where status in ('queued', 'running')"
-        return int(self.house.sql(query)[0]["clips"])
+        return int(self.stack.sql(query)[0]["clips"])
 
     def up(self) -> None:
         """What a person does, or an init system: starts what is not there. Again, while it says that it cannot yet."""
 
         def tried() -> bool:
-            with self.house.start("up") as process:
+            with self.stack.start("up") as process:
                 process.communicate(timeout=120)
             return process.returncode == 0
 
@@ -77,7 +77,7 @@ class Ground:
 
     def part(self, name: str) -> list[psutil.Process]:
         """The process of a part of the stack itself, not what it has started."""
-        pid = self.house.stack()["pids"].get(name)
+        pid = self.stack.info()["pids"].get(name)
         return [psutil.Process(pid)] if pid and psutil.pid_exists(pid) else []
 
     def engine(self) -> tuple[str, list[psutil.Process]]:
@@ -85,15 +85,15 @@ class Ground:
         leased = "select distinct owner from shards where status = 'leased'"
 
         def look() -> list[tuple[str, list[psutil.Process]]]:
-            runs = [str(row["owner"]).rpartition("/")[2] for row in self.house.sql(leased)]
-            return [(run, found) for run in runs if (found := self.house.processes_of(run))]
+            runs = [str(row["owner"]).rpartition("/")[2] for row in self.stack.sql(leased)]
+            return [(run, found) for run in runs if (found := self.stack.processes_of(run))]
 
         return self.random.choice(wait_for(look, "an engine at work", seconds=RECOVERY))
 
     def rendering(self) -> None:
         """Waits until clips are under way and more are to come, so that a fault has something to hit."""
         running = "select 1 from clips where status = 'running'"
-        wait_for(lambda: self.house.sql(running), "a clip to be rendered", seconds=RECOVERY)
+        wait_for(lambda: self.stack.sql(running), "a clip to be rendered", seconds=RECOVERY)
         time.sleep(self.random.uniform(0, 1.5))
 
     def now(self) -> Any:
@@ -102,7 +102,7 @@ class Ground:
     def tried(self, query: str, *values: Any) -> list[dict[str, Any]]:
         """Rows, or none while the ledger is away."""
         try:
-            return self.house.sql(query, *values)
+            return self.stack.sql(query, *values)
         except psycopg.OperationalError:
             return []
 
@@ -121,48 +121,48 @@ class Ground:
 
         deadline = time.monotonic() + 900
         while not over():
-            assert time.monotonic() < deadline, f"{request} does not end: {self.house.statuses(request)}"
+            assert time.monotonic() < deadline, f"{request} does not end: {self.stack.statuses(request)}"
             self.tidy()  # as its schedule does every ten minutes
             for _ in range(20):
                 if over():
                     break
                 time.sleep(1)
-        assert set(self.house.statuses(request)) == {"done"}, self.house.statuses(request)
-        assert self.house.status_of(request) == "completed"
-        (row,) = self.house.sql("select flow_run_id from requests where id = %s", request)
-        self.house.ended(row["flow_run_id"])
+        assert set(self.stack.statuses(request)) == {"done"}, self.stack.statuses(request)
+        assert self.stack.status_of(request) == "completed"
+        (row,) = self.stack.sql("select flow_run_id from requests where id = %s", request)
+        self.stack.ended(row["flow_run_id"])
 
     def tidy(self) -> None:
-        self.house.ended(self.house.submit("tidy/scheduled"))
+        self.stack.ended(self.stack.submit("tidy/scheduled"))
 
     def check(self) -> dict[str, int]:
         """After a campaign, whose requests have ended: how many clips and attempts there are. Asserts the promise."""
-        said = self.house.rushes("audit")
+        said = self.stack.rushes("audit")
         assert "no breaches" in said, said
         store = S3Store(self.server.endpoint, self.server.access_key, self.server.secret_key, self.bucket, secure=False)
         objects = {listed.key for listed in store.list("blobs/")}
-        rows = {row["key"] for row in self.house.sql("select key from artifacts")}
+        rows = {row["key"] for row in self.stack.sql("select key from artifacts")}
         assert objects == rows, f"objects without a row: {objects - rows}; rows without bytes: {rows - objects}"
         assert not list(store.list("checkpoints/")), "of clips that have ended"
-        assert not self.house.sql("select 1 from shards where status = 'leased'"), "capacity is not given back"
+        assert not self.stack.sql("select 1 from shards where status = 'leased'"), "capacity is not given back"
         twice = "select recipe from attempts a join clips c on c.id = a.clip_id where a.status = 'done'"
-        assert not self.house.sql(f"{twice} group by 1 having count(*) > 1"), "a recipe was rendered twice"
+        assert not self.stack.sql(f"{twice} group by 1 having count(*) > 1"), "a recipe was rendered twice"
         assert not self.leaks(), "secrets were written down"
-        clips = self.house.sql("select count(*) as n from clips")[0]["n"]
-        attempts = self.house.sql("select count(*) as n from attempts")[0]["n"]
+        clips = self.stack.sql("select count(*) as n from clips")[0]["n"]
+        attempts = self.stack.sql("select count(*) as n from attempts")[0]["n"]
         return {"clips": clips, "attempts": attempts}
 
     def leaks(self) -> list[str]:
         """Where secrets can be read that belong nowhere but into the environment and the stack's own file."""
-        passwords = [urlsplit(self.house.stack()[name]).password or "" for name in ("database_url", "reader_url")]
+        passwords = [urlsplit(self.stack.info()[name]).password or "" for name in ("database_url", "reader_url")]
         secrets = [self.server.secret_key, PLANTED, *passwords]
         assert all(len(secret) >= 16 for secret in secrets)
-        home, places = self.house.home, dict[str, bytes]()
+        home, places = self.stack.home, dict[str, bytes]()
         for file in (*(home / "logs").rglob("*"), *(home / "prefect").rglob("*")):  # parameters, logs, artifacts
             if file.is_file():
                 places[str(file.relative_to(home))] = file.read_bytes()
-        for table in self.house.sql("select tablename from pg_tables where schemaname = 'public'"):
-            rows = self.house.sql(f'select t::text as row from "{table["tablename"]}" t')
+        for table in self.stack.sql("select tablename from pg_tables where schemaname = 'public'"):
+            rows = self.stack.sql(f'select t::text as row from "{table["tablename"]}" t')
             places[table["tablename"]] = "\n".join(row["row"] for row in rows).encode()
         places["traces"] = "".join(str(span) for _, span in self.collector.spans).encode()
         assert {"logs/gpu.log", "prefect/prefect.db", "attempts"} <= places.keys() and places["traces"]
@@ -170,14 +170,14 @@ class Ground:
 
     @property
     def bucket(self) -> str:
-        return self.house.settings["RUSHES_STORE_URL"].removeprefix("s3://").partition("?")[0]
+        return self.stack.settings["RUSHES_STORE_URL"].removeprefix("s3://").partition("?")[0]
 
 
 @contextmanager
-def ground(folder: Path, seed: int) -> Iterator[Ground]:
+def fault_rig(folder: Path, seed: int) -> Iterator[FaultRig]:
     """A stack of its own, ended after."""
     with s3_server() as server, Collector() as collector:
-        house = House(
+        stack = Stack(
             home=folder / "home",
             model=Path("mini"),
             settings={
@@ -192,77 +192,77 @@ def ground(folder: Path, seed: int) -> Iterator[Ground]:
                 "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
             },
         )
-        with house.up():
-            yield Ground(house, server, random.Random(seed), collector)
+        with stack.up():
+            yield FaultRig(stack, server, random.Random(seed), collector)
         collector.shutdown()
 
 
 @contextmanager
-def small_house(folder: Path, **settings: str) -> Iterator[House]:
+def stack_without_engines(folder: Path, **settings: str) -> Iterator[Stack]:
     """A stack whose engines are started by hand, so that where they run and what they reach is ours to say."""
     own = {"RUSHES_PARTITION": "tp=2", "RUSHES_LEASE_SECONDS": str(LEASE), "RUSHES_SHARD_SECONDS": "1"}
-    house = House(home=folder / "home", model=tiny_model(folder / "tiny"), settings=own | settings)
-    with house.up():
-        house.kill(house.of_pool("gpu"))
-        yield house
+    stack = Stack(home=folder / "home", model=tiny_model(folder / "tiny"), settings=own | settings)
+    with stack.up():
+        stack.kill(stack.of_pool("gpu"))
+        yield stack
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def kill_a_rank(on: Ground) -> None:
-    on.random.choice(wait_for(on.house.ranks, "a rank", seconds=RECOVERY)).kill()
+def kill_a_rank(rig: FaultRig) -> None:
+    rig.random.choice(wait_for(rig.stack.ranks, "a rank", seconds=RECOVERY)).kill()
 
 
-def kill_the_engine(on: Ground) -> None:
-    _, processes = on.engine()
-    on.house.kill(processes)
+def kill_the_engine(rig: FaultRig) -> None:
+    _, processes = rig.engine()
+    rig.stack.kill(processes)
 
 
-def kill_a_worker(on: Ground) -> None:
-    on.house.kill(on.part(on.random.choice(("gpu", "control"))))
+def kill_a_worker(rig: FaultRig) -> None:
+    rig.stack.kill(rig.part(rig.random.choice(("gpu", "control"))))
     time.sleep(2)
-    on.up()
+    rig.up()
 
 
-def kill_prefect(on: Ground) -> None:
-    on.house.kill(on.part("prefect"))
-    time.sleep(on.random.uniform(1, 8))
-    on.up()
+def kill_prefect(rig: FaultRig) -> None:
+    rig.stack.kill(rig.part("prefect"))
+    time.sleep(rig.random.uniform(1, 8))
+    rig.up()
 
 
-def kill_postgres(on: Ground) -> None:
-    on.house.kill(on.part("postgres"))
-    time.sleep(on.random.uniform(0, 5))
-    on.up()
+def kill_postgres(rig: FaultRig) -> None:
+    rig.stack.kill(rig.part("postgres"))
+    time.sleep(rig.random.uniform(0, 5))
+    rig.up()
 
 
-def kill_the_store(on: Ground) -> None:
-    gateway = on.server.gateway
+def kill_the_store(rig: FaultRig) -> None:
+    gateway = rig.server.gateway
     assert gateway is not None, "RUSHES_TEST_S3 names a server that is not ours to kill"
     gateway.kill()
-    time.sleep(on.random.uniform(1, 8))
+    time.sleep(rig.random.uniform(1, 8))
     gateway.start()
 
 
-def stop_the_engine(on: Ground) -> None:
+def stop_the_engine(rig: FaultRig) -> None:
     """SIGSTOP for longer than its lease, while `tidy` and another engine go on; then it wakes up, and may not write."""
-    house, (run, processes) = on.house, on.engine()
+    stack, (run, processes) = rig.stack, rig.engine()
     of_run = "select id, attempt, owner from shards where status = 'leased' and owner like %s"
-    (lease,) = wait_for(lambda: house.sql(of_run, f"%{run}"), "its lease", seconds=RECOVERY)
+    (lease,) = wait_for(lambda: stack.sql(of_run, f"%{run}"), "its lease", seconds=RECOVERY)
     stopped = [*processes, *(child for process in processes for child in process.children(recursive=True))]
     for process in stopped:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGSTOP)
-    since = on.now()
+    since = rig.now()
     try:
         time.sleep(LEASE + 1)
-        on.tidy()
-        (now,) = house.sql("select status, attempt from shards where id = %s", lease["id"])
+        rig.tidy()
+        (now,) = stack.sql("select status, attempt from shards where id = %s", lease["id"])
         assert now["status"] != "leased" or now["attempt"] > lease["attempt"], "the lease outlived its end"
-        with house.start("engine", "--linger", "1") as other:
+        with stack.start("engine", "--linger", "1") as other:
             made = "select 1 from attempts where status = 'done' and owner <> %s and started_at > %s"
-            wait_for(lambda: house.sql(made, lease["owner"], since), "another engine to go on")
+            wait_for(lambda: stack.sql(made, lease["owner"], since), "another engine to go on")
             other.send_signal(signal.SIGTERM)
             other.communicate(timeout=60)
     finally:
@@ -271,13 +271,13 @@ def stop_the_engine(on: Ground) -> None:
                 process.send_signal(signal.SIGCONT)
     time.sleep(2)
     late = "select 1 from attempts where owner = %s and shard_id = %s and shard_attempt = %s and status = 'done'"
-    wrote = house.sql(late + " and finished_at > %s", lease["owner"], lease["id"], lease["attempt"], since)
+    wrote = stack.sql(late + " and finished_at > %s", lease["owner"], lease["id"], lease["attempt"], since)
     assert not wrote, f"engine {run} wrote under a lease that it had lost"
 
 
-def end_the_stack(on: Ground) -> None:
+def end_the_stack(rig: FaultRig) -> None:
     """SIGTERM to everything at once, as when a host shuts down."""
-    processes = on.house.processes()
+    processes = rig.stack.processes()
     for process in processes:
         with suppress(psutil.NoSuchProcess):  # it followed another one
             process.terminate()
@@ -286,14 +286,14 @@ def end_the_stack(on: Ground) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=10)
-    on.up()
-    on.tidy()
+    rig.up()
+    rig.tidy()
 
 
 @dataclass(frozen=True)
 class Fault:
     what: str
-    strike: Callable[[Ground], None]
+    strike: Callable[[FaultRig], None]
 
 
 FAULTS = (
@@ -317,26 +317,26 @@ class Struck:
     repeated: int  # attempts that ended in vain from then on, until the next one struck
 
 
-def campaign(on: Ground, faults: Sequence[Fault], *, clips: int = CLIPS) -> list[Struck]:
+def campaign(rig: FaultRig, faults: Sequence[Fault], *, clips: int = CLIPS) -> list[Struck]:
     """Strikes with each in turn, at random moments of requests that are being rendered, and sees all of them end."""
     took: list[float] = []
     moments: list[Any] = []
-    on.submit(clips)
+    rig.submit(clips)
     for fault in faults:
-        if on.waiting() < 12:
-            on.submit(clips)
-        on.rendering()
-        began, since = time.monotonic(), on.now()
+        if rig.waiting() < 12:
+            rig.submit(clips)
+        rig.rendering()
+        began, since = time.monotonic(), rig.now()
         moments.append(since)
         print(f"{time.strftime('%H:%M:%S')} {fault.what}", flush=True)
-        fault.strike(on)
-        on.recovered(since)
+        fault.strike(rig)
+        rig.recovered(since)
         took.append(time.monotonic() - began)
-    for request in on.requests:
-        on.ended(request)
+    for request in rig.requests:
+        rig.ended(request)
     lost = "select count(*) as n from attempts where status in ('lost', 'failed', 'released')"
     lost += " and finished_at > %s and finished_at <= %s"
-    repeated = [on.house.sql(lost, since, until)[0]["n"] for since, until in pairwise([*moments, on.now()])]
+    repeated = [rig.stack.sql(lost, since, until)[0]["n"] for since, until in pairwise([*moments, rig.now()])]
     return [Struck(fault.what, *figures) for fault, *figures in zip(faults, took, repeated, strict=True)]
 
 

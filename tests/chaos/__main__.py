@@ -1,6 +1,6 @@
 """`make chaos`: the long run. A hundred faults (or `--faults N`), and docs/reliability.md's table of them.
 
-python -m tests.end_to_end.chaos --faults 100 --seed 7 --write
+python -m tests.chaos --faults 100 --seed 7 --write
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from tests.end_to_end.faults import FAULTS, LEASE, Struck, campaign, ground
+from tests.chaos.faults import FAULTS, LEASE, Struck, campaign, fault_rig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by make chaos -->", "<!-- end -->"
@@ -54,9 +54,9 @@ def main() -> None:
     order = [chosen[k % len(chosen)] for k in range(asked.faults)]
     random.Random(asked.seed).shuffle(order)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rushes-chaos-") as folder, ground(Path(folder), asked.seed) as on:
-        struck = campaign(on, order)
-        counted = on.check()  # raises where a clip was lost or published twice: the zeros below are what it found
+    with tempfile.TemporaryDirectory(prefix="rushes-chaos-") as folder, fault_rig(Path(folder), asked.seed) as rig:
+        struck = campaign(rig, order)
+        counted = rig.check()  # raises where a clip was lost or published twice: the zeros below are what it found
     said = table(struck, counted["clips"], asked.seed, time.monotonic() - began)
     print(said)
     if asked.write:

@@ -15,11 +15,11 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 
-from tests.end_to_end.faults import cable, may_make_namespaces, relay, small_house
-from tests.end_to_end.stack import House, finished
+from tests.chaos.faults import cable, may_make_namespaces, relay, stack_without_engines
+from tests.end_to_end.stack import Stack, finished
 from tests.integration.s3 import s3_server
 
-pytestmark = [pytest.mark.xdist_group("kills"), pytest.mark.timeout(1800), pytest.mark.slow]
+pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("kills"), pytest.mark.timeout(1800)]
 
 CLIPS = 160
 STEPS = 60  # a clip takes a third of a second, and is a shard
@@ -30,13 +30,13 @@ OTHER = "rushes-other"  # the second host's name, where it may have one
 class Host:
     """A computer that has nothing of the stack but what its settings name."""
 
-    house: House
+    stack: Stack
     within: tuple[str, ...] = ()  # what runs a command there
 
     @contextmanager
     def engine(self) -> Iterator[subprocess.Popen[str]]:
         """An engine that has loaded its model and asks for work; gone after, whatever happens."""
-        engine = self.house.start("engine", "--linger", "600", within=self.within)
+        engine = self.stack.start("engine", "--linger", "600", within=self.within)
         assert engine.stdout
         try:
             assert any("is ready" in line for line in iter(engine.stdout.readline, "")), finished(engine)
@@ -47,23 +47,23 @@ class Host:
 
 
 @contextmanager
-def other_host(near: House, folder: Path) -> Iterator[Host]:
+def other_host(near: Stack, folder: Path) -> Iterator[Host]:
     """A home of its own; for root a network and a name of its own as well, and nothing but a cable between."""
-    database, store = urlsplit(near.stack()["database_url"]), urlsplit(near.settings["RUSHES_STORE_URL"])
+    database, store = urlsplit(near.info()["database_url"]), urlsplit(near.settings["RUSHES_STORE_URL"])
     query = dict(parse_qsl(store.query))
-    with ExitStack() as stack:
+    with ExitStack() as exits:
         within: tuple[str, ...] = ()
         if may_make_namespaces():
-            line = stack.enter_context(cable())
+            line = exits.enter_context(cable())
             ports = database.port, urlsplit(f"//{query['endpoint']}").port
-            ledger, objects = (stack.enter_context(relay(line, port)) for port in ports if port)
+            ledger, objects = (exits.enter_context(relay(line, port)) for port in ports if port)
             account = database.netloc.rpartition("@")[0]
             database = database._replace(netloc=f"{account}@{line.ours}:{ledger}")
             store = store._replace(query=urlencode(query | {"endpoint": f"{line.ours}:{objects}"}))
             within = (*line.within, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', OTHER)
         reach = {"RUSHES_DATABASE_URL": database.geturl(), "RUSHES_STORE_URL": store.geturl()}
         folder.mkdir()
-        yield Host(House(folder / "home", near.model, near.settings | reach), within)
+        yield Host(Stack(folder / "home", near.model, near.settings | reach), within)
 
 
 def test_two_hosts_share_one_request(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_two_hosts_share_one_request(tmp_path: Path) -> None:
             "RUSHES_PARTITION": "tp=1",
         }
         with (
-            small_house(tmp_path / "one", **settings) as near,
+            stack_without_engines(tmp_path / "one", **settings) as near,
             other_host(near, tmp_path / "two") as far,
             Host(near).engine() as here,
             far.engine() as there,
