@@ -34,7 +34,8 @@ from model.engine.clip import RankDied, RankHung, RenderedClip, RenderFailed
 from model.engine.engine import Engine
 from model.loading.card import ModelCard, ModelNotFound
 from model.media.compare import Difference, compare
-from model.media.decode import BadMedia, every_frame
+from model.media.decode import every_frame
+from model.media.errors import BadMedia
 
 Verdict = Literal["identical", "identical frames", "differs", "failed"]
 COLUMNS = ["clip_id", "partition", "verdict", "psnr", "largest", "first_frame", "seconds", "detail"]

@@ -36,7 +36,7 @@ from flows.render.worker import Crew, T, code_version, log
 from infra.store.contract import NoSuchKey
 from infra.tracing import Event, carrier, continued, current_trace_id, span_between
 from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, UnfinishedClip
-from model.media.decode import BadMedia
+from model.media.errors import BadMedia
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 LOOK = 2  # beats between two looks whether work of a higher priority waits

@@ -21,7 +21,8 @@ from flows.request.files import BadUri, InStore, locate
 from flows.request.lines import BadFile
 from flows.request.modes import BadSource, Source
 from infra.store.contract import BLOBS, NoSuchKey, Store
-from model.media.decode import MAX_BYTES, BadMedia, probe
+from model.media.decode import MAX_BYTES, probe
+from model.media.errors import BadMedia
 
 Sessions = sessionmaker[Session]
 

@@ -13,29 +13,28 @@ import hashlib
 import json
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from PIL.Image import Resampling
 
 from model.config import Shape
-from model.media import decode
-from model.media.decode import BadMedia, fit, open_video, upright
+from model.media.decode import at_rate, fit, opened
 from model.world.captions import describe
 from model.world.render import render
 from model.world.scene import Scene, sample_scene
 
 FPS = 8
 VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"))
-DEMUXERS = (*decode.VIDEOS, "gif")
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTION = ("caption", "text", "prompt")  # names of the caption in a table or a JSON file, the first that is there
@@ -126,7 +125,7 @@ def scan(folder: Path, shapes: Sequence[Shape], fps: int) -> Scanned:
             width, height, frames = _measure(path, fps)
             starts = list(_stretches(width, height, frames, shapes))
             caption = _sidecar(path) or told.get(name, "")
-        except (OSError, av.FFmpegError, UnidentifiedImageError, ValueError) as error:
+        except (OSError, ValueError) as error:
             scanned.unused.append(f"{name}: {' '.join(str(error).split())}")
             continue
         if not starts:
@@ -220,20 +219,9 @@ def load_list(path: Path) -> tuple[Source, list[Cut]]:
 
 def _measure(path: Path, fps: int) -> tuple[int, int, int]:
     """(width, height, frames at `fps`); 1 frame for an image. Decodes the first frame, so what passes can be read."""
-    if path.suffix.lower() in IMAGES:
-        with Image.open(path) as image:
-            return (*ImageOps.exif_transpose(image).size, 1)
-    with open_video(path, DEMUXERS) as container:
-        stream = container.streams.video[0]
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise BadMedia("holds no video")
-        container.seek(0)
-        stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-        rate = stream.average_rate or fps
-        assert stream.time_base is not None
-        seconds = (max(stamps) - min(stamps)) * stream.time_base + 1 / rate
-        return (*upright(first).size, max(1, math.floor(seconds * fps + 1e-3)))
+    with opened(path) as file:
+        _, first = next(file.shown())
+        return (*first.size, max(1, math.floor(file.seconds * fps + Fraction(1, 1000))))
 
 
 def _sha256(path: Path) -> str:
@@ -270,18 +258,10 @@ def _cut(path: Path, cuts: Sequence[Cut], fps: int) -> Iterator[Clip]:
 
 def _frames(path: Path, fps: int) -> Iterator[Image.Image]:
     """The picture that is shown at each 1/fps of a second; the last one for ever, since its own end is not known."""
-    if path.suffix.lower() in IMAGES:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image)
-    else:
-        picture, shown, begin = None, 0, None
-        with open_video(path, DEMUXERS) as container:
-            for frame in container.decode(container.streams.video[0]):
-                begin = frame.time if begin is None else begin
-                while picture is not None and shown / fps < frame.time - begin - 1e-4:
-                    yield picture
-                    shown += 1
-                picture = upright(frame)
+    picture = None
+    with opened(path) as file:
+        for picture in at_rate(file, fps, sys.maxsize):
+            yield picture
     assert picture is not None
     while True:
         yield picture

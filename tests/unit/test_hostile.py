@@ -20,7 +20,8 @@ from flows.request.form import GenerationRequest, PromptsFormat
 from flows.request.lines import BadFile
 from flows.request.read import BadLine, read_prompts
 from model.loading.inspect import BadCheckpoint, read_header
-from model.media.decode import BadMedia, read_frames
+from model.media.decode import read_frames
+from model.media.errors import BadMedia
 from tests.generative.test_prompts_laws import DEFAULTS
 
 MEGABYTE = 1 << 20

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from model.config import frames_at
-from model.media.decode import MAX_BYTES, BadMedia, Media, probe, read_frames
+from model.media.decode import MAX_BYTES, Media, probe, read_frames
 from model.media.encode import encode_mp4, encode_png
+from model.media.errors import BadMedia
 from tests.videos import on_its_side
 
 

@@ -11,8 +11,8 @@ from db.artifacts import NewArtifact
 from db.claim import LeasedClip
 from db.tables import ClipDirection, ClipMode
 from flows.render.clip import spec_of
-from model.media.decode import BadMedia
 from model.media.encode import encode_mp4, encode_png
+from model.media.errors import BadMedia
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
 STORED = {
