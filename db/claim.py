@@ -16,6 +16,7 @@ from db.fence import HELD, Lease, now, of
 from db.leases import Checkpoint, complete_shard, end_running
 from db.renders import adoptable, adopted
 from db.session import change
+from db.settings import SETTINGS, ClipSettings
 from db.tables import (
     Artifact,
     AttemptStatus,
@@ -30,11 +31,7 @@ from db.tables import (
 )
 from db.usage import charge
 
-_AS_STORED = (
-    *("negative_prompt", "seed", "width", "height", "frames", "fps"),
-    *("steps", "guidance", "solver", "shift", "recipe"),
-    *("mode", "direction", "strength", "window", "overlap", "step_cache"),
-)
+_AS_STORED = ("negative_prompt", "seed", "recipe", "mode", "direction")
 WINDOW = 600.0  # seconds over which tenants share the GPUs by weight
 AGEING = 600.0  # seconds without a lease that lift a request's priority by one: nothing waits for ever
 AVOID = 30.0  # seconds for which a clip waits for another engine than those on which it failed
@@ -49,21 +46,10 @@ class LeasedClip:
     prompt: str  # the rewritten one where there is one
     negative_prompt: str | None
     seed: int
-    width: int
-    height: int
-    frames: int
-    fps: int
-    steps: int
-    guidance: float
-    solver: str
-    shift: float
+    settings: ClipSettings
     recipe: str
     mode: ClipMode
     direction: ClipDirection | None
-    strength: float | None
-    window: int | None
-    overlap: int | None
-    step_cache: float | None
     source: NewArtifact | None  # what it is made from
     end_source: NewArtifact | None
     checkpoint: Checkpoint | None = None  # where an earlier attempt had come to
@@ -258,7 +244,7 @@ def _wanted(which: ColumnElement[bool]) -> Select[Any]:
             clip.id,
             clip.attempts + 1,
             func.coalesce(clip.rewritten_prompt, clip.prompt),
-            *(clip[name] for name in _AS_STORED),
+            *(clip[name] for name in (*_AS_STORED, *SETTINGS)),
             *(clip.checkpoint, clip.checkpoint_step, clip.checkpoint_of),
             *(source.c[name] for source in _SOURCES for name in _OF_ARTIFACT),
             exists().where(adoptable(Clip)).label("there"),
@@ -275,11 +261,13 @@ _BY_ID = _wanted(Clip.id == bindparam("clip_id"))
 
 
 def _leased_clip(row: Row[Any]) -> LeasedClip:
-    key, step, of = row[len(_PLAIN) : len(_PLAIN) + 3]
+    after = len(_PLAIN) + len(SETTINGS)
+    key, step, of = row[after : after + 3]
     return LeasedClip(
         **dict(zip(_PLAIN, row, strict=False)),
-        source=_artifact(row, len(_PLAIN) + 3),
-        end_source=_artifact(row, len(_PLAIN) + 3 + len(_OF_ARTIFACT)),
+        settings=ClipSettings(**dict(zip(SETTINGS, row[len(_PLAIN) : after], strict=True))),
+        source=_artifact(row, after + 3),
+        end_source=_artifact(row, after + 3 + len(_OF_ARTIFACT)),
         checkpoint=None if key is None else Checkpoint(key=key, step=step, of=of),
     )
 

@@ -15,6 +15,7 @@ from sqlalchemy.schema import CreateTable
 
 from db.artifacts import NewArtifact
 from db.session import change
+from db.settings import SETTINGS, ClipSettings
 from db.tables import Artifact, Clip, ClipDirection, ClipMode, ClipStatus, EdgeKind
 
 
@@ -28,14 +29,7 @@ class NewClip:
     custom_id: str | None = None
     rewritten_prompt: str | None = None
     negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    fps: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    solver: str | None = None
-    shift: float | None = None
+    settings: ClipSettings | None = None
     seed: int | None = None
     recipe: str | None = None
     line: int | None = None
@@ -43,11 +37,7 @@ class NewClip:
     source: str | None = None  # sha256 of an artifact that the ledger knows: see add_artifacts
     end_source: str | None = None
     direction: ClipDirection | None = None
-    strength: float | None = None
-    window: int | None = None
-    overlap: int | None = None
-    made_frames: int | None = None
-    step_cache: float | None = None
+    made_frames: int | None = None  # that go through the model, where that is not all of them once
     fresh: bool = False  # a take that is there already will not do
     parents: tuple[tuple[str, EdgeKind], ...] = ()  # clips it is made from, and how
     rejected: str | None = None
@@ -63,21 +53,27 @@ def add_clips(session: Session, request_id: str, clips: Iterable[NewClip]) -> in
     with _driver(session).cursor() as cursor, cursor.copy(_COPY.encode()) as copy:
         for clip in clips:
             parents, kinds = [parent for parent, _ in clip.parents], [str(kind) for _, kind in clip.parents]
-            copy.write_row((_clip_id(request_id, clip), request_id, clip.rejected, *_values_of(clip), parents, kinds))
+            row = (*_values_of(clip), *(_settings_of(clip.settings) if clip.settings else _NO_SETTINGS))
+            copy.write_row((_clip_id(request_id, clip), request_id, clip.rejected, *row, parents, kinds))
     added = change(session, _TAKE_OVER)
     session.execute(_TAKE_OVER_EDGES)
     session.execute(text(f"truncate {_GIVEN.name}"))  # it may be used again before the transaction ends
     return added
 
 
-_OF_CLIP = tuple(name for name in NewClip.__slots__ if name not in ("rejected", "parents"))
+_OF_CLIP = tuple(name for name in NewClip.__slots__ if name not in ("settings", "rejected", "parents"))
 _values_of = attrgetter(*_OF_CLIP)  # their values, in this order
+_settings_of = attrgetter(*SETTINGS)
+_NO_SETTINGS = (None,) * len(SETTINGS)
 # Enums are words here: the type of a column of a table that is only passed through need not be the same.
 _GIVEN = Table(
     "given_clips",
     MetaData(),
     *(Column(name, Text) for name in ("id", "request_id", "error")),
-    *(Column(n, Text if isinstance(c := Clip.__table__.c[n].type, Enum) else c, nullable=True) for n in _OF_CLIP),
+    *(
+        Column(name, Text if isinstance(kind := Clip.__table__.c[name].type, Enum) else kind, nullable=True)
+        for name in (*_OF_CLIP, *SETTINGS)
+    ),
     *(Column(name, ARRAY(Text)) for name in ("parents", "kinds")),
     prefixes=["temporary"],
     postgresql_on_commit="DROP",
@@ -119,31 +115,25 @@ class FinishedClip:
 
     clip_id: str
     status: ClipStatus
-    width: int
-    height: int
-    frames: int
-    fps: int
+    settings: ClipSettings
     artifact: NewArtifact | None  # None: it is not done
 
 
 def clip_by(session: Session, clip_id: str) -> FinishedClip | None:
     """What is known of a clip as a source; None when there is no such clip, or none that was accepted."""
     row = session.execute(
-        select(Clip.status, Clip.width, Clip.height, Clip.frames, Clip.fps, *_ARTIFACT)
+        select(Clip.status, *(getattr(Clip, name) for name in SETTINGS), *_ARTIFACT)
         .outerjoin(Artifact, Artifact.sha256 == Clip.artifact)
         .where(Clip.id == clip_id, Clip.recipe.is_not(None))
     ).one_or_none()
     if row is None:
         return None
-    status, width, height, frames, fps, *stored = row
+    settings, stored = row[1 : 1 + len(SETTINGS)], row[1 + len(SETTINGS) :]
     names = (each.key for each in _ARTIFACT)
     return FinishedClip(
         clip_id=clip_id,
-        status=status,
-        width=width,
-        height=height,
-        frames=frames,
-        fps=fps,
+        status=row.status,
+        settings=ClipSettings(**dict(zip(SETTINGS, settings, strict=True))),
         artifact=NewArtifact(**dict(zip(names, stored, strict=True))) if stored[0] else None,
     )
 

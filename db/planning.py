@@ -31,6 +31,7 @@ from db.tables import (
 )
 
 _PLANNING = 0x506C616E  # advisory lock: "Plan"
+_SHAPE = ("width", "height", "frames")  # that the clips of a shard have in common
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +170,7 @@ def create_shards(
         return []
     session.execute(select(func.pg_advisory_xact_lock(_PLANNING)))
     asked = [clip_id for shard in shards for clip_id in shard.clip_ids]
-    takable = select(Clip.id, Clip.width, Clip.height, Clip.frames, Clip.attempts).distinct(Clip.recipe)
+    takable = select(Clip.id, *(getattr(Clip, name) for name in _SHAPE), Clip.attempts).distinct(Clip.recipe)
     takable = takable.where(
         Clip.id == any_(literal(asked, ARRAY(Text))),
         Clip.request_id == request_id,
@@ -183,20 +184,18 @@ def create_shards(
         theirs = [rows.pop(clip_id) for clip_id in shard.clip_ids if clip_id in rows]
         if not theirs:
             continue
-        shapes = {(row.width, row.height, row.frames) for row in theirs}
+        shapes = {tuple(getattr(row, name) for name in _SHAPE) for row in theirs}
         if len(shapes) > 1:
             said = f"these clips of {request_id} have {len(shapes)}: {sorted(shapes)}"
             raise ValueError(f"a shard renders one shape; {said}")
-        ((width, height, frames),) = shapes
+        (shape,) = shapes
         tried = [row.id for row in theirs if row.attempts]
         seconds = shard.predicted_seconds
         new.append(
             {
                 "request_id": request_id,
                 "priority": request.priority if priority is None else priority,
-                "width": width,
-                "height": height,
-                "frames": frames,
+                **dict(zip(_SHAPE, shape, strict=True)),
                 "size": len(theirs),
                 "partition": shard.partition,
                 "predicted_seconds": seconds and seconds * len(theirs) / len(shard.clip_ids),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from sqlalchemy import (
     ARRAY,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     ForeignKey,
     Identity,
     Index,
+    Integer,
     MetaData,
     SmallInteger,
     Text,
@@ -31,6 +33,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from db.settings import ClipSettings
 
 PRIORITIES = (0, 9)  # least and most urgent
 PRIORITY = 5  # of a request that says nothing
@@ -311,7 +315,7 @@ class Artifact(Base):
 
 
 class Clip(Base):
-    """One video (or image) asked for: prompt, sample seed, settings; and what became of it."""
+    """One video (or image) asked for: prompt, sample seed, settings (see `ClipSettings`); and what became of it."""
 
     __tablename__ = "clips"
 
@@ -324,25 +328,13 @@ class Clip(Base):
     prompt: Mapped[str]
     rewritten_prompt: Mapped[str | None]
     negative_prompt: Mapped[str | None]
-    width: Mapped[int | None]
-    height: Mapped[int | None]
-    frames: Mapped[int | None]
-    fps: Mapped[int | None]
-    steps: Mapped[int | None]
-    guidance: Mapped[float | None]
-    solver: Mapped[str | None]
-    shift: Mapped[float | None]
     seed: Mapped[int | None] = mapped_column(BigInteger)
     recipe: Mapped[str | None]
     mode: Mapped[ClipMode] = mapped_column(server_default=ClipMode.TEXT_TO_VIDEO.value)
     source: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))  # prevents a source that is not stored
     end_source: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))
     direction: Mapped[ClipDirection | None]
-    strength: Mapped[float | None]
-    window: Mapped[int | None]  # most frames made at once, where the clip is made in several
-    overlap: Mapped[int | None]
     made_frames: Mapped[int | None]  # that go through the model, where that is not all of them once
-    step_cache: Mapped[float | None]  # how little the first block may change for the others to be skipped; null: never
     status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
     error: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
@@ -450,6 +442,17 @@ class Clip(Base):
         # prevents the search for what was made from an artifact from reading all clips
         Index("ix_clips_source", "source", postgresql_where=text("source is not null")),
     )
+
+
+def _add_settings() -> None:
+    """One column a setting. All may be null: a rejected line is kept as it came, and may lack any."""
+    types = {int: Integer, float: Double, str: Text}
+    for name, hint in get_type_hints(ClipSettings).items():
+        kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+        setattr(Clip, name, mapped_column(types[kind], nullable=True))
+
+
+_add_settings()
 
 
 class Tally(Base):

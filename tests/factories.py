@@ -16,6 +16,7 @@ from db.fence import Lease
 from db.leases import complete_shard, expire_leases, fail_clip, record_clip, release_shard, start_clip
 from db.planning import create_shard, unplanned
 from db.requests import NewRequest, open_request, seal_request
+from db.settings import SETTINGS, ClipSettings
 
 ENGINE = {"engine": "engine-1", "partition": "cfg1xsp1xtp2", "code_version": "1.0"}
 
@@ -44,20 +45,26 @@ def new_request(key: str = "batch", **changes: Any) -> NewRequest:
     return NewRequest(**values)
 
 
+SETTINGS_OF_A_CLIP: dict[str, Any] = {
+    "width": 64,
+    "height": 48,
+    "frames": 5,
+    "fps": 8,
+    "steps": 4,
+    "guidance": 3.0,
+    "solver": "euler",
+    "shift": 3.0,
+}
+
+
 def new_clip(index: int, *, sample: int = 0, recipe: object = None, **changes: Any) -> NewClip:
     """A clip of its own recipe, unless one is named."""
+    settings = SETTINGS_OF_A_CLIP | {name: changes.pop(name) for name in SETTINGS if name in changes}
     values: dict[str, Any] = {
         "index": index,
         "sample": sample,
         "prompt": f"a red ball, number {index}",
-        "width": 64,
-        "height": 48,
-        "frames": 5,
-        "fps": 8,
-        "steps": 4,
-        "guidance": 3.0,
-        "solver": "euler",
-        "shift": 3.0,
+        "settings": ClipSettings(**settings),
         "seed": 7 * index + sample,
         "recipe": digest((index, sample) if recipe is None else recipe),
         "line": index + 1,

@@ -18,6 +18,7 @@ from db.clips import NewClip, add_clips
 from db.models import register_model
 from db.planning import adopt_takes
 from db.requests import NewRequest, OpenedRequest, Progress, open_request, request_by, seal_request
+from db.settings import ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
 from flows.clients.retry import transact
 from flows.generate.estimates import Estimate, estimate
@@ -208,15 +209,20 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
             prompt=line.prompt,
             rewritten_prompt=rewritten,
             negative_prompt=line.negative_prompt,
-            width=line.width,
-            height=line.height,
-            frames=line.frames,
-            fps=line.fps,
-            steps=line.steps,
-            guidance=line.guidance,
-            solver=line.solver,
-            shift=line.shift,
-            step_cache=line.step_cache,
+            settings=ClipSettings(
+                width=line.width,
+                height=line.height,
+                frames=line.frames,
+                fps=line.fps,
+                steps=line.steps,
+                guidance=line.guidance,
+                solver=line.solver,
+                shift=line.shift,
+                step_cache=line.step_cache,
+                strength=made.strength,
+                window=made.window,
+                overlap=made.overlap,
+            ),
             fresh=source.fresh,
             seed=line.seed_of(sample),
             recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
@@ -224,9 +230,6 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
             source=made.source and made.source.sha256,
             end_source=made.end_source and made.end_source.sha256,
             direction=None if made.direction is None else ClipDirection(made.direction),
-            strength=made.strength,
-            window=made.window,
-            overlap=made.overlap,
             made_frames=made.made_frames,
             parents=parents_of(made),
         )

@@ -56,7 +56,7 @@ class Job:
 
     @property
     def step_cache(self) -> float | None:
-        return None if self.exact else self.original.made_for.step_cache
+        return None if self.exact else self.original.made_for.settings.step_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,8 +248,10 @@ def judged(original: Original, stored: bytes, difference: Difference | None, row
         was, now = difference.shapes
         if was != now:
             details.append(f"{was} is stored, {now} was rendered")
-        if original.made_for.step_cache != row.step_cache:
-            details.append(f"the stored one was rendered with a step cache of {original.made_for.step_cache:g}")
+        if original.made_for.settings.step_cache != row.step_cache:
+            details.append(
+                f"the stored one was rendered with a step cache of {original.made_for.settings.step_cache:g}"
+            )
         for kind, before, after in (
             ("on", original.partition, row.partition),
             ("on", original.device, row.device),

@@ -50,7 +50,7 @@ def render(model: str | None = None, linger: float | None = None, partition: str
 
 def as_task(shard: Shard) -> int:
     """Runs a shard as a Prefect task, named so that a person understands it."""
-    first, lease = shard.clips[0], shard.lease
+    first, lease = shard.clips[0].settings, shard.lease
     shape = f"{first.width}x{first.height}x{first.frames}"
     clips = f"{len(shard.clips)} clip{'s' if len(shard.clips) > 1 else ''}"
     name = f"shard {lease.shard_id}: {clips} {shape} of {lease.request_id}"

@@ -168,7 +168,7 @@ class Shard:
             try:
                 specs.append(self.gone_on(clip, spec_of(clip, self.fetch)))
             except (BadMedia, NoSuchKey, WrongDigest) as error:
-                self.on_step(clip.clip_id, 0, clip.steps)
+                self.on_step(clip.clip_id, 0, clip.settings.steps)
                 self.settle_failed(clip.clip_id, f"its source {error}", error)
         return specs
 

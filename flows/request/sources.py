@@ -69,15 +69,16 @@ class Sources:
         if clip.artifact is None:
             rest = "its request must finish first" if clip.status in ACTIVE else "it has no frames"
             raise BadSource(f"is {clip.status}, not done: {rest} (clips of one request cannot be made from each other)")
+        made = clip.settings
         return Source(
             sha256=clip.artifact.sha256,
             key=clip.artifact.key,
             bytes=clip.artifact.bytes,
             media_type=clip.artifact.media_type,
-            width=clip.width,
-            height=clip.height,
-            frames=clip.frames,
-            fps=0.0 if clip.frames == 1 else float(clip.fps),
+            width=made.width,
+            height=made.height,
+            frames=made.frames,
+            fps=0.0 if made.frames == 1 else float(made.fps),
             clip_id=clip.clip_id,
         )
 

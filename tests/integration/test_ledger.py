@@ -41,6 +41,7 @@ from db.requests import (
     seal_request,
 )
 from db.session import connect
+from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
 from db.watching import measured_costs, open_shards
 from tests.factories import (
@@ -146,7 +147,7 @@ def test_a_clip_made_from_others_names_them_and_is_found_as_a_source_when_done(l
         render(session, lease, parent, "parent")
         found, waiting = clip_by(session, parent), clip_by(session, unfinished)
         assert found is not None and found.artifact == artifact_of("parent")
-        assert (found.status, found.width, found.height, found.frames, found.fps) == ("done", 64, 48, 5, 8)
+        assert (found.status, found.settings) == ("done", new_clip(0).settings)
         assert waiting is not None and waiting.artifact is None
         assert clip_by(session, "nobody") is None
         child = new_clip(
@@ -189,11 +190,12 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
         (row,) = clips_of(session, request)
         planned(session, request)
         _, (leased,) = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
-    same = set(NewClip.__slots__) - {"rejected", "parents", "source", "end_source"}
+    same = set(NewClip.__slots__) - {"settings", "rejected", "parents", "source", "end_source"}
     assert {name: getattr(row, name) for name in same} == {name: getattr(clip, name) for name in same}
+    assert leased.settings == clip.settings == ClipSettings(**{name: getattr(row, name) for name in SETTINGS})
     assert (row.source_sha256, row.end_source_sha256) == (clip.source, clip.end_source)
     assert (leased.source, leased.end_source) == (artifact_of("a"), artifact_of("b"))
-    assert (leased.mode, leased.window, leased.overlap, leased.step_cache) == (ClipMode.CONNECT, 17, 5, 0.1)
+    assert (leased.mode, leased.settings.window, leased.settings.step_cache) == (ClipMode.CONNECT, 17, 0.1)
     assert row.status == ClipStatus.QUEUED
 
 

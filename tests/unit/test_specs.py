@@ -9,6 +9,7 @@ import pytest
 
 from db.artifacts import NewArtifact
 from db.claim import LeasedClip
+from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode
 from flows.render.clip import spec_of
 from model.media.encode import encode_mp4, encode_png
@@ -48,7 +49,8 @@ def leased(mode: ClipMode, source: str | None = None, end: str | None = None, **
         "end_source": artifact(end),
         **changes,
     }
-    return LeasedClip(**values)
+    settings = ClipSettings(**{name: values.pop(name) for name in SETTINGS})
+    return LeasedClip(settings=settings, **values)
 
 
 def artifact(name: str | None) -> NewArtifact | None:
