@@ -1,10 +1,15 @@
-"""Short visits to the ledger from the command line. Importing this loads neither Prefect nor torch."""
+"""Visits to the ledger: long ones that outlive its outages, and short ones from the command line.
+
+Importing this loads neither Prefect nor torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -12,7 +17,48 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.requests import RequestNotFound, RequestRow, request_by
 from db.roles import make_reader
 from db.session import connect, sessions, upgrade
+from flows.clients.retry import OUTAGE_SECONDS, never, with_retry
 from flows.settings import Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The ledger, patient: what is read or written is begun again from its start while the ledger is away.
+
+    A ledger that vanishes while it commits may have done so or not, so `work` must be of a kind that may be done twice.
+    """
+
+    sessions: sessionmaker[Session]
+    seconds: float = OUTAGE_SECONDS  # for which it is waited for
+    abandoned: Callable[[], bool] = never  # nobody wants the answer any more
+
+    def read(self, work: Callable[[Session], T]) -> T:
+        """What `work` finds, in a transaction that changes nothing. Raises what it raised last."""
+
+        def once() -> T:
+            with self.sessions() as session:
+                return work(session)
+
+        return with_retry(once, seconds=self.seconds, abandoned=self.abandoned)
+
+    def write(self, work: Callable[[Session], T]) -> T:
+        """What `work` returns, as one transaction. Raises what it raised last."""
+
+        def once() -> T:
+            with self.sessions.begin() as session:
+                return work(session)
+
+        return with_retry(once, seconds=self.seconds, abandoned=self.abandoned)
+
+    def within(self, seconds: float) -> Ledger:
+        """The same ledger, waited for no longer than this."""
+        return replace(self, seconds=seconds)
+
+    def until(self, abandoned: Callable[[], bool]) -> Ledger:
+        """The same ledger, waited for until the answer is `abandoned`."""
+        return replace(self, seconds=math.inf, abandoned=abandoned)
 
 
 def settle(url: str, reader_url: str) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for a server that is away: the ledger, the store, Prefect, the disk.
+"""Asking again while a server is away: the ledger, the store, Prefect, the disk.
 
 A batch outlives restarts of everything that it talks to. What is asked for is asked again, as a whole, with growing
 pauses and for a bounded time; so it must be of a kind that may be done twice, as all transactions of the ledger are.
@@ -20,15 +20,15 @@ from db.session import is_away
 from flows.clients.prefect import NOT_NOW
 from infra.store.contract import StoreUnavailable
 
-PATIENCE = 900.0  # seconds: a restart takes less, and what is away for longer needs a person
+OUTAGE_SECONDS = 900.0  # a restart takes less, and what is away for longer needs a person
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def away(error: BaseException) -> str | None:
-    """Which server did not answer, where that is all that the error says; else None."""
+def unavailable_service(error: BaseException) -> str | None:
+    """The server that did not answer, where that is all that the error says; else None."""
     if is_away(error):
         return "the ledger"
     if isinstance(error, StoreUnavailable):
@@ -44,53 +44,61 @@ def away(error: BaseException) -> str | None:
     return None
 
 
-def patiently(ask: Callable[[], T], *, seconds: float = PATIENCE, abandoned: Callable[[], bool] = lambda: False) -> T:
-    """What `ask` returns. Asks again while a server is away, for so many seconds or until it is `abandoned`.
+def never() -> bool:
+    """The answer of work that nothing can abandon."""
+    return False
 
-    Raises what `ask` raised last.
+
+def with_retry(ask: Callable[[], T], *, seconds: float = OUTAGE_SECONDS, abandoned: Callable[[], bool] = never) -> T:
+    """Calls `ask` until no server that it needs is away, for at most `seconds` or until it is `abandoned`.
+
+    Returns what `ask` returns, raises what it raised last.
     """
 
-    def says(state: RetryCallState) -> None:
+    def warn(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         pause = state.next_action.sleep if state.next_action else 0.0
         if error is not None:
-            what, said = away(error), (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("%s is away, trying again in %.1f s: %s", what, pause, said)
+            log.warning("%s is away, trying again in %.1f s: %s", unavailable_service(error), pause, _first_line(error))
 
     def enough(state: RetryCallState) -> bool:
         return abandoned() or (state.seconds_since_start or 0.0) >= seconds
 
     return Retrying(
-        retry=retry_if_exception(lambda error: away(error) is not None),
+        retry=retry_if_exception(lambda error: unavailable_service(error) is not None),
         wait=wait_random_exponential(multiplier=0.25, max=5),
         stop=enough,
-        before_sleep=says,
+        before_sleep=warn,
         reraise=True,
     )(ask)
 
 
-def once(ledgers: sessionmaker[Session], work: Callable[[Session], T]) -> T:
-    """What `work` returns, as one transaction of the ledger."""
-    with ledgers.begin() as session:
-        return work(session)
-
-
-def transact(ledgers: sessionmaker[Session], work: Callable[[Session], T], *, seconds: float = PATIENCE) -> T:
-    """What `work` returns, as one transaction of the ledger, begun again from its start while the ledger is away.
-
-    A ledger that vanishes while it commits may have done so or not: `work` must be of a kind that may be done twice.
-    """
-    return patiently(partial(once, ledgers, work), seconds=seconds)
-
-
-def if_there(ask: Callable[[], object]) -> bool:
+def best_effort(ask: Callable[[], object]) -> bool:
     """Does what can as well be done a little later; False, with a warning, where the server for it is away."""
     try:
         ask()
     except Exception as error:
-        what = away(error)
-        if what is None:
+        service = unavailable_service(error)
+        if service is None:
             raise
-        log.warning("%s is away: %s", what, (str(error).splitlines() or [type(error).__name__])[0])
+        log.warning("%s is away: %s", service, _first_line(error))
         return False
     return True
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def once(ledgers: sessionmaker[Session], work: Callable[[Session], T]) -> T:
+    """One transaction of the ledger; to go when its callers have a `Ledger`."""
+    with ledgers.begin() as session:
+        return work(session)
+
+
+def transact(ledgers: sessionmaker[Session], work: Callable[[Session], T], *, seconds: float = OUTAGE_SECONDS) -> T:
+    """One patient transaction; to go when its callers have a `Ledger`."""
+    return with_retry(partial(once, ledgers, work), seconds=seconds)
+
+
+patiently, if_there, away = with_retry, best_effort, unavailable_service

@@ -13,7 +13,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from db.session import connect, sessions, upgrade
-from flows.clients.retry import away, if_there, patiently, transact
+from flows.clients.ledger import Ledger
+from flows.clients.retry import best_effort, unavailable_service, with_retry
 from infra.stack.postgres import start_postgres, stop_postgres
 from infra.store.contract import StoreUnavailable
 from infra.store.folder import FolderStore
@@ -39,7 +40,7 @@ def test_a_transaction_is_begun_again_when_the_ledger_comes_back(tmp_path: Path)
                 threading.Timer(2.0, start_postgres, [folder], {"port": server.port}).start()
             return session.scalar(text(COUNT))  # pyright: ignore
 
-        assert transact(ledgers, work, seconds=60) == 1
+        assert Ledger(ledgers, seconds=60).write(work) == 1
         assert len(tries) >= 2 and tries[-1] - tries[0] >= 1.5
         with ledgers() as session:
             assert session.scalar(text(COUNT)) == 1
@@ -58,7 +59,7 @@ def test_an_error_of_the_statement_is_raised_at_once(database_url: str) -> None:
         session.execute(text("select 1 / 0"))  # pyright: ignore
 
     with pytest.raises(DBAPIError, match="division by zero"):
-        transact(sessions(engine), work, seconds=60)
+        Ledger(sessions(engine), seconds=60).write(work)
     assert len(tries) == 1
     engine.dispose()
 
@@ -74,7 +75,9 @@ def test_who_stalls_in_a_transaction_loses_its_locks(database_url: str) -> None:
         assert time.monotonic() - began < 20
         with pytest.raises(DBAPIError) as caught:
             one.execute(text(COUNT))
-        assert away(caught.value) == "the ledger", "it may try again, and will find that its lease is lost"
+        assert unavailable_service(caught.value) == "the ledger", (
+            "it may try again, and will find that its lease is lost"
+        )
     stalled.dispose()
     other.dispose()
 
@@ -87,11 +90,11 @@ def test_patience_ends(tmp_path: Path) -> None:
         raise StoreUnavailable("gone")
 
     with pytest.raises(StoreUnavailable):
-        patiently(ask, seconds=1.0)
+        with_retry(ask, seconds=1.0)
     assert len(asked) >= 2
     asked.clear()
     with pytest.raises(StoreUnavailable):
-        patiently(ask, abandoned=lambda: True)
+        with_retry(ask, abandoned=lambda: True)
     assert len(asked) == 1
 
 
@@ -102,21 +105,21 @@ def test_what_can_wait_is_left_and_what_is_wrong_is_raised() -> None:
     def refused() -> None:
         httpx.get("http://127.0.0.1:9/api", timeout=5, trust_env=False)
 
-    assert if_there(lambda: None)
-    assert not if_there(refused)
+    assert best_effort(lambda: None)
+    assert not best_effort(refused)
     with pytest.raises(KeyError):
-        if_there(broken)
+        best_effort(broken)
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), ValueError("b"), OSError(2, "no such file"), psycopg.Error("c")])
 def test_other_errors_are_nobodys_absence(error: Exception) -> None:
-    assert away(error) is None
+    assert unavailable_service(error) is None
 
 
 def test_a_full_disk_is_nobodys_fault(tmp_path: Path) -> None:
-    assert away(OSError(28, "No space left on device")) == "the disk"
+    assert unavailable_service(OSError(28, "No space left on device")) == "the disk"
     store = FolderStore(tmp_path / "store")
     (tmp_path / "store" / ".incoming").rmdir()
     with pytest.raises(StoreUnavailable) as caught:
         store.put(b"pixels")
-    assert away(caught.value) == "the store"
+    assert unavailable_service(caught.value) == "the store"
