@@ -26,6 +26,8 @@ CHUNK = 1000  # clips in one insert
 class DatasetNotFound(LookupError):
     """No data set has this id or name; `rushes datasets` lists those there are."""
 
+    exit_code = 2
+
 
 class DatasetNotReady(RuntimeError):
     """The data set lacks clips, so it cannot be sealed or used; the message says how many, and what to do first."""

@@ -240,6 +240,8 @@ class Answer:
 class SqlFailed(Exception):
     """The database refused the query; the message is the database's own."""
 
+    exit_code = 2
+
 
 def find_clips(
     session: Session,

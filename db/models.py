@@ -24,9 +24,13 @@ _NAMING = 0x4E616D65  # advisory lock: "Name"
 class NameTaken(ValueError):
     """Another model was added under this name. Choose another one."""
 
+    exit_code = 2
+
 
 class ModelNeeded(ValueError):
     """A request that is open renders with this model. Wait until it is finished, or cancel it."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ from db.usage import end_leases
 class RequestNotFound(LookupError):
     """No request has this id; `rushes history` lists the ids there are."""
 
+    exit_code = 2
+
 
 class QuotaExceeded(RuntimeError):
     """The tenant may not ask for so much now; the message gives its bound, what it has, and what it asked for."""
@@ -47,6 +49,8 @@ class QuotaExceeded(RuntimeError):
 
 class RequestNotReady(RuntimeError):
     """The request is not in the state this step needs; the message says which, and what to do first."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

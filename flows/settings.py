@@ -52,9 +52,13 @@ SECRETS = (  # never shown
 class WrongSetting(ValueError):
     """A setting cannot be used. The message names it, its value, and what it must be."""
 
+    exit_code = 2
+
 
 class NotRunning(RuntimeError):
     """No stack runs and no setting says where one is. The message says how to start or name one."""
+
+    exit_code = 1
 
 
 class Settings(BaseSettings):

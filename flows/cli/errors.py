@@ -1,4 +1,10 @@
-"""Errors that a person can mend, as one line on standard error and an exit code."""
+"""Errors that a person can mend, as one line on standard error and an exit code.
+
+An exception class that a person can mend says so by a class attribute, which its subclasses inherit: `exit_code = 2`
+for input to put right, before anything was done, and `exit_code = 1` for all else (a service away, memory too small).
+So no command has to import a class to catch it. The few classes of other packages stand in `THIRD_PARTY`. An exception
+with neither is a defect of Rushes and stays a traceback.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +12,10 @@ from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-# What a person can mend, by name so that nothing has to be imported to catch it, and the exit code it deserves.
-EXITS = {
-    "flows.settings.WrongSetting": BAD_INPUT,
-    "flows.settings.NotRunning": FAILED,
-    "flows.request.lines.BadFile": BAD_INPUT,
-    "flows.request.files.BadUri": BAD_INPUT,
-    "flows.request.submit.BadOptions": BAD_INPUT,
-    "db.datasets.DatasetNotFound": BAD_INPUT,
-    "flows.clients.prefect.PrefectRefused": FAILED,
-    "flows.request.rewriting.RewriterFailed": FAILED,
-    "flows.train.evaluation.NoJudge": BAD_INPUT,
-    "flows.train.evaluation.EvaluationFailed": FAILED,
-    "flows.clients.prefect.PrefectUnavailable": FAILED,
-    "model.loading.card.ModelNotFound": BAD_INPUT,
-    "model.loading.inspect.BadCheckpoint": BAD_INPUT,
-    "model.parallel.memory.NotEnoughMemory": FAILED,
-    "model.engine.clip.EngineError": FAILED,
-    "flows.library.models.BadName": BAD_INPUT,
-    "flows.library.variants.BadVariant": BAD_INPUT,
-    "flows.plan.layout.BadGpus": BAD_INPUT,
-    "flows.operate.reproduce.BadPartition": BAD_INPUT,
-    "flows.plan.layout.CannotFit": FAILED,
-    "flows.render.devices.NoDevices": FAILED,
-    "flows.library.models.BrokenModel": FAILED,
-    "db.models.NameTaken": BAD_INPUT,
-    "db.models.ModelNeeded": BAD_INPUT,
-    "db.requests.RequestNotFound": BAD_INPUT,
-    "db.requests.RequestNotReady": FAILED,
-    "db.history.SqlFailed": BAD_INPUT,
-    "infra.store.contract.NoSuchKey": FAILED,
-    "infra.store.contract.StoreUnavailable": FAILED,
-    "infra.stack.postgres.PostgresFailed": FAILED,
-    "infra.stack.home.StackFailed": FAILED,
+THIRD_PARTY = {
     "sqlalchemy.exc.OperationalError": FAILED,
     "sqlalchemy.exc.ProgrammingError": FAILED,
     "pydantic_core._pydantic_core.ValidationError": BAD_INPUT,
@@ -54,14 +29,21 @@ class OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            for kind in type(error).__mro__:
-                code = EXITS.get(f"{kind.__module__}.{kind.__qualname__}")
-                if code is not None:
-                    fail(_say(error, kind.__module__), code)
+            if (code := exit_code_of(error)) is not None:
+                fail(_say(error), code)
             raise
+
+
+def exit_code_of(error: Exception) -> int | None:
+    """The exit code that an exception's class deserves; None for defects."""
+    for kind in type(error).__mro__:
+        code = vars(kind).get("exit_code", THIRD_PARTY.get(f"{kind.__module__}.{kind.__qualname__}"))
+        if code is not None:
+            return code
+    return None
 
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
@@ -70,7 +52,8 @@ def fail(message: str, code: int = FAILED) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _say(error: Exception, module: str) -> str:
+def _say(error: Exception) -> str:
+    module = type(error).__module__
     if module == "sqlalchemy.exc":
         first = str(getattr(error, "orig", error)).strip().splitlines()[0]
         if "does not exist" in first:

@@ -37,12 +37,16 @@ log = logging.getLogger(__name__)
 class PrefectRefused(RuntimeError):
     """The Prefect server answered and said no; the message is its own."""
 
+    exit_code = 1
+
 
 class PrefectUnavailable(RuntimeError):
     """The Prefect server did not answer, or was too busy to.
 
     Start the stack with `rushes up`, or mend RUSHES_PREFECT_API_URL.
     """
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class BadName(ValueError):
     """A model cannot be added under this name. The message says what it must look like."""
 
+    exit_code = 2
+
 
 class BrokenModel(RuntimeError):
     """What was fetched of a model is not what was added. Adding its folder again puts right what the store lacks."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)

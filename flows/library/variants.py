@@ -27,6 +27,8 @@ PEFT, PEFT_CONFIG = "base_model.model.", "adapter_config.json"
 class BadVariant(ValueError):
     """The variant cannot be made as it is asked for. The message says what to change."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:

@@ -44,6 +44,8 @@ COLUMNS = ["clip_id", "partition", "verdict", "psnr", "largest", "first_frame", 
 class BadPartition(ValueError):
     """The model cannot be divided like this. The message says how it can be."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:

@@ -31,9 +31,13 @@ SPARE = 0.08  # of a GPU's memory for what nobody counts: the context, fragments
 class CannotFit(ValueError):
     """No partition of the GPUs at hand holds the model and a clip of this shape. The message says what it takes."""
 
+    exit_code = 1
+
 
 class BadGpus(ValueError):
     """The GPUs are not said as a number and a known kind, like 8xh200."""
+
+    exit_code = 2
 
 
 class Gpu(NamedTuple):

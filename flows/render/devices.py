@@ -20,6 +20,8 @@ POLL = 1.0  # seconds between two looks for free ones
 class NoDevices(RuntimeError):
     """Other engines of this host kept its GPUs. The work is still queued: an engine that starts later will find it."""
 
+    exit_code = 1
+
 
 @contextmanager
 def hold_devices(home: Path, total: int, wanted: int, seconds: float) -> Generator[tuple[int, ...]]:

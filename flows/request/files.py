@@ -17,6 +17,8 @@ from flows.request.lines import CHUNK, BadFile
 class BadUri(ValueError):
     """`prompts_uri` names something that a request may not read."""
 
+    exit_code = 2
+
 
 def digest_stream(stream: BinaryIO) -> tuple[str, int]:
     """(sha256 hex, bytes) of what is left in the stream."""

@@ -24,6 +24,8 @@ EXAMPLE = '{"prompt": "a red ball spins"}'
 class BadFile(ValueError):
     """The file as a whole cannot be read as prompts: missing, empty, not UTF-8, or without a usable header row."""
 
+    exit_code = 2
+
 
 class _Line(NamedTuple):
     number: int

@@ -52,6 +52,8 @@ STILL = "This prompt is for a picture: tell no motion and no camera move."
 class RewriterFailed(RuntimeError):
     """Prompts could not be rewritten. The message says why, and how to go on without."""
 
+    exit_code = 1
+
 
 class Rewriter(Protocol):
     """Something that rewrites prompts. Each result follows from the prompt and `moving` alone, as far as it can."""

@@ -151,6 +151,8 @@ def looking(settings: Settings | None, folder: Path, files: dict[str, Path]) -> 
 class BadOptions(ValueError):
     """Options contradict the model's rules; each was reported."""
 
+    exit_code = 2
+
 
 class _Hashing:
     """A stream that digests what is read from it, so that what is checked is what is stored."""

@@ -26,9 +26,13 @@ EVALUATION = "evaluation"  # the figures' name among a model's scores
 class NoJudge(ValueError):
     """The folder holds no judge. Name one that `python -m model.score.judge` wrote."""
 
+    exit_code = 2
+
 
 class EvaluationFailed(RuntimeError):
     """The process that measures ended badly; what it said is on standard error. Nothing was recorded."""
+
+    exit_code = 1
 
 
 def find_judge(folder: Path = JUDGE) -> Path:

@@ -33,6 +33,8 @@ T = TypeVar("T")
 class StackFailed(RuntimeError):
     """The stack could not be started or ended. What the failed start had started has been ended again."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:

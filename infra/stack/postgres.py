@@ -50,6 +50,8 @@ LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
 class PostgresFailed(RuntimeError):
     """The embedded Postgres could not be made, started or stopped; the message carries the end of its log."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Postgres:

@@ -28,12 +28,16 @@ Data = bytes | Path | BinaryIO
 class NoSuchKey(KeyError):
     """The store answered, and it has no such object. Nothing to retry; the key is wrong or was deleted."""
 
+    exit_code = 1
+
     def __str__(self) -> str:  # KeyError shows the repr of its argument, which doubles the quotes
         return str(self.args[0]) if self.args else ""
 
 
 class StoreUnavailable(Exception):
     """The store did not answer, or refused us. Says nothing about the object: try again, or mend what it names."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)

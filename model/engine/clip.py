@@ -10,6 +10,8 @@ from model.media.windows import Frames, Given
 class EngineError(Exception):
     """The engine stopped. Its ranks are gone; `start` begins anew."""
 
+    exit_code = 1
+
 
 class RankDied(EngineError):
     """A rank's process ended, killed from outside or by an error. Start the engine again and repeat the clips."""

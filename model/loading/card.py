@@ -28,6 +28,8 @@ ADAPTERS = "adapters"  # the folder of a variant's adapters; adapters.json lists
 class ModelNotFound(ValueError):
     """The name is no shipped model and no folder in the diffusers layout. Give one of the names it lists, or a path."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:

@@ -50,6 +50,8 @@ AGAIN = "fetch the folder again"
 class BadCheckpoint(ValueError):
     """The folder is incomplete, damaged, or holds a model that is not computed here. The message says what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:

@@ -16,6 +16,8 @@ GIB = 1 << 30
 class NotEnoughMemory(ValueError):
     """The model does not fit into memory in this partition. The message says how much it needs and what would fit."""
 
+    exit_code = 1
+
 
 def rank_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
     """Bytes of the transformer's parameters, or of both experts', that one rank holds. All ranks hold as much.

@@ -18,11 +18,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from db.requests import RequestNotFound
+from flows.cli.errors import exit_code_of
 from flows.cli.main import app
 from flows.cli.requests import _seconds as seconds_of  # pyright: ignore[reportPrivateUsage]
 from flows.render.worker import machine
-from flows.settings import load_settings
+from flows.settings import WrongSetting, load_settings
 from flows.show import plain, printable, show_one, show_rows
+from infra.store.contract import StoreUnavailable
+from model.engine.clip import RankDied
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"width": 64, "height": 64, "frames": 17, "fps": 8, "steps": 25, "guidance": 4.0, "solver": "ab2", "shift": 2.0}
@@ -420,3 +424,18 @@ def test_another_deadline_is_refused(text: str, home: Path) -> None:
     (home.parent / "p.txt").write_text("a red ball\n")
     said = CliRunner().invoke(app, ["submit", "p.txt", "--deadline", text])
     assert said.exit_code == 2 and "must be a time like 45m or 2h30m" in said.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (WrongSetting("RUSHES_ENGINES=none must be a number"), 2),
+        (RequestNotFound("no request req_0123456789ab"), 2),
+        (StoreUnavailable("the store does not answer"), 1),
+        (RankDied("rank 1 was killed"), 1),  # as EngineError, its base
+        (PermissionError(13, "Permission denied", "prompts.txt"), 1),  # as OSError, which is not ours to mark
+        (LookupError("of a dict"), None),  # a defect: RequestNotFound's base says nothing of itself
+    ],
+)
+def test_what_a_person_can_mend_has_an_exit_code_that_subclasses_inherit(error: Exception, code: int | None) -> None:
+    assert exit_code_of(error) == code
