@@ -34,6 +34,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, spans: Collector) -> Iterato
             "RUSHES_MICRO_BATCH": "1",  # clips end one by one, so that there is a middle of a batch
             "RUSHES_LINGER": "600",  # one engine stays warm from test to test
             "RUSHES_LEASE_SECONDS": "15",
+            "RUSHES_CHECKPOINT_STEPS": "10",  # what a long clip has is kept within a second or two
             "OTEL_EXPORTER_OTLP_ENDPOINT": spans.endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": "200",
         },

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 RUSHES = Path(sys.executable).with_name("rushes")
 PREFECT = Path(sys.executable).with_name("prefect")
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+LONG = {"width": 192, "height": 192, "frames": 33, "guidance": 4.0}  # a step takes a tenth of a second, not a hundredth
 SLOW = 60  # denoising steps: with them a clip takes a second or two, so that there is a middle to kill and cancel in
 PATIENCE = 400.0  # seconds: a fifth of that is plenty where nothing else runs
 
@@ -207,6 +208,10 @@ class Stack:
     def blob(self, key: str) -> Path:
         return self.home / "store" / key
 
+    def checkpoints(self) -> list[Path]:
+        """What is kept of clips that are under way."""
+        return [path for path in (self.home / "store" / "checkpoints").rglob("*") if path.is_file()]
+
     # Processes
 
     def processes(self) -> list[psutil.Process]:
@@ -254,6 +259,15 @@ class Stack:
         for process in processes:
             with suppress(psutil.NoSuchProcess):  # a short-lived child of theirs
                 process.send_signal(signal.SIGKILL)
+
+
+def assert_as_if_undisturbed(stack: Stack, clip: dict[str, Any]) -> None:
+    """The same bytes come of the clip when nothing disturbs it; nothing is left of its checkpoints; all is sound."""
+    said = stack.rushes("reproduce", clip["clip_id"], "--json")
+    (again,) = json.JSONDecoder().raw_decode(said)[0]
+    assert again["verdict"].startswith("identical"), again
+    wait_for(lambda: not stack.checkpoints(), "the checkpoints to be deleted")
+    stack.rushes("audit")
 
 
 def finished(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -10,16 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.stack import SLOW, Stack, wait_for
+from tests.end_to_end.stack import LONG, SLOW, Stack, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
-LARGE = {
-    "width": 192,
-    "height": 192,
-    "frames": 33,
-    "guidance": 4.0,
-}  # a step takes a tenth of a second, not a hundredth
 STEPS = 200
 
 
@@ -30,7 +24,7 @@ def seconds_of(ranks: list[psutil.Process]) -> float:
 
 def test_cancelled_in_the_ui(stack: Stack) -> None:
     lines = [f"a blue ball moves right {k}" for k in range(3)]
-    run = stack.submit(request=stack.request(lines, **LARGE, steps=STEPS, seed=stack.seed()))
+    run = stack.submit(request=stack.request(lines, **LONG, steps=STEPS, seed=stack.seed()))
     request = stack.request_of(run)
     wait_for(lambda: "running" in stack.statuses(request), "the first clip to begin")
     engine, ranks = stack.engine_run(), stack.ranks()
@@ -54,7 +48,7 @@ def test_cancelled_in_the_ui(stack: Stack) -> None:
 
     # The same engine takes what comes next. By the way it shows what a step costs.
     few = 10
-    ask = stack.request(["a green cube"], **LARGE, steps=few, seed=stack.seed())
+    ask = stack.request(["a green cube"], **LONG, steps=few, seed=stack.seed())
     spent = seconds_of(ranks)
     later = stack.submit(request=ask)
     stack.ended(later)
@@ -71,7 +65,7 @@ def engine_of(stack: Stack, request: str) -> str:
 def test_cancelled_by_command_and_submitted_again(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "again.jsonl"
     seed = stack.seed()
-    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(12)]
+    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(6)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = stack.rushes("submit", str(file))
     (request,) = re.findall(r"req_[0-9a-f]{12}", said)
@@ -88,7 +82,7 @@ def test_cancelled_by_command_and_submitted_again(stack: Stack, tmp_path: Path) 
     assert "nothing was left to cancel" in stack.rushes("cancel", request)
 
     said = stack.rushes("submit", str(file), "--watch")
-    assert f"{request} completed: 12 done" in said
+    assert f"{request} completed: 6 done" in said
     again = {a["clip_id"]: a for a in stack.attempts(request) if a["status"] == "done"}
-    assert len(again) == 12
+    assert len(again) == 6
     assert made.items() <= again.items(), "what was done before was not made again"

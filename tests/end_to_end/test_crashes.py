@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.stack import SLOW, Stack, wait_for
+from tests.end_to_end.stack import LONG, SLOW, Stack, assert_as_if_undisturbed, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
-CLIPS = 4
+CLIPS = 3
+UNDER_WAY = "select id, checkpoint_step as step from clips where request_id = %s and checkpoint_step >= 10"
 
 
-def submit_batch(stack: Stack) -> tuple[str, str]:
+def submit_batch(stack: Stack, **settings: Any) -> tuple[str, str]:
     """(flow run, request) of a batch that takes long enough to be killed in; one of its clips is done by now."""
     lines = [f"a red ball moves left slow {k}" for k in range(CLIPS)]
-    run = stack.submit(request=stack.request(lines, steps=SLOW, seed=stack.seed()))
+    run = stack.submit(request=stack.request(lines, steps=SLOW, seed=stack.seed(), **settings))
     request = stack.request_of(run)
     wait_for(lambda: "done" in stack.statuses(request), "the first clip")
     assert {"queued", "running"} & set(stack.statuses(request)), "the batch is too small to be killed in"
@@ -55,17 +56,29 @@ def assert_complete(stack: Stack, request: str, before: dict[str, dict[str, Any]
 
 
 def test_an_engine_is_killed(stack: Stack) -> None:
-    """Its ranks end themselves, its lease is given back, and the request starts another engine."""
-    run, request = submit_batch(stack)
+    """Its ranks end themselves, its lease is given back, and the request starts another engine.
+
+    There the clip that was under way goes on from its last checkpoint, and comes to the bytes of an undisturbed one.
+    """
+    run, request = submit_batch(stack, **LONG)
+    (kept,) = wait_for(lambda: stack.sql(UNDER_WAY, request), "a checkpoint in the middle")
     engine, ranks = stack.engine_run(), stack.ranks()
     before = done_attempts(stack, request)
     stack.kill(stack.processes_of(engine))
     wait_for(lambda: not any(rank.is_running() for rank in ranks), "the ranks to follow their engine")
+    assert len(stack.checkpoints()) <= 2, "older ones are deleted"
     stack.ended(run)
     stack.ended(engine, state="Crashed")
     assert_complete(stack, request, before)
     assert {attempt["status"] for attempt in unfinished(stack, request)} == {"lost"}
     assert stack.engines(request) - {engine}, "another engine went on"
+
+    (clip,) = [clip for clip in stack.clips(request) if clip["clip_id"] == kept["id"]]
+    lost, done = [attempt for attempt in stack.attempts(request) if attempt["clip_id"] == kept["id"]]
+    assert (lost["status"], lost["resumed_step"], done["status"]) == ("lost", None, "done")
+    assert lost["owner"] != done["owner"]
+    assert kept["step"] <= clip["resumed_step"] == done["resumed_step"] and clip["resumed_step"] % 10 == 0
+    assert_as_if_undisturbed(stack, clip)
 
 
 def test_the_flow_that_watches_is_killed(stack: Stack) -> None:

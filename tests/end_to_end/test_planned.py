@@ -10,7 +10,7 @@ import pytest
 from tests.end_to_end.stack import Stack, wait_for
 from tests.tiny import tiny_model
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 WHOLE, HALVES = "cfg1xsp1xtp1", "cfg2xsp1xtp1"
 

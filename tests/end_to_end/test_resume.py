@@ -1,25 +1,23 @@
-"""Clips that go on in the middle: after a kill, after an engine was told to stop, and after they gave way to others.
+"""Clips that go on in the middle: after an engine was told to stop, and after they gave way to others.
 
-All of them come to the bytes of an undisturbed rendering.
+All of them come to the bytes of an undisturbed rendering. What is killed is in test_crashes.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.end_to_end.stack import Stack, finished, wait_for
+from tests.end_to_end.stack import LONG, Stack, assert_as_if_undisturbed, finished, wait_for
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
-LONG = {"width": 192, "height": 192, "frames": 33, "guidance": 4.0, "steps": 120}  # a quarter of a minute
-UNDER_WAY = "select checkpoint, checkpoint_step as step from clips where request_id = %s and checkpoint_step >= %s"
+MEDIUM, FILM = LONG | {"steps": 60}, LONG | {"frames": 65, "steps": 120}  # some seconds, and half a minute
+UNDER_WAY = "select 1 from clips where request_id = %s and checkpoint_step >= %s"
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +33,7 @@ def keeps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
 
 
-def objects(stack: Stack) -> list[Path]:
-    """Checkpoints in the store."""
-    return [path for path in (stack.home / "store" / "checkpoints").rglob("*") if path.is_file()]
-
-
-def assert_as_if_undisturbed(stack: Stack, clip: dict[str, Any]) -> None:
-    """The same bytes come of the clip when nobody disturbs it; nothing is left of its checkpoints; all is sound."""
-    said = stack.rushes("reproduce", clip["clip_id"], "--json")
-    (again,) = json.JSONDecoder().raw_decode(said)[0]
-    assert again["verdict"].startswith("identical"), again
-    wait_for(lambda: not objects(stack), "the checkpoints to be deleted", seconds=30)
-    stack.rushes("audit")
-
-
-def test_a_killed_engine_s_clip_goes_on_in_another(keeps: Stack) -> None:
-    run = keeps.submit(request=keeps.request(["a red ball moves left"], **LONG, seed=keeps.seed()))
-    request = keeps.request_of(run)
-    (kept,) = wait_for(lambda: keeps.sql(UNDER_WAY, request, 20), "a checkpoint in the middle")
-    engine = keeps.engine_run()
-    keeps.kill(keeps.processes_of(engine))
-    assert len(objects(keeps)) <= 2, "older ones are deleted"
-    keeps.ended(run)
-    (clip,) = keeps.clips(request)
-    lost, done = keeps.attempts(request)
-    assert (lost["status"], lost["resumed_step"], done["status"]) == ("lost", None, "done")
-    assert lost["owner"] != done["owner"], "another engine went on"
-    assert clip["status"] == "done" and kept["step"] <= clip["resumed_step"] == done["resumed_step"]
-    assert clip["resumed_step"] % 2 == 0
-    assert_as_if_undisturbed(keeps, clip)
-
-
+@pytest.mark.chaos
 def test_a_store_that_takes_no_checkpoints_costs_no_clip(keeps: Stack) -> None:
     folder = keeps.home / "store" / "checkpoints"
     if folder.exists():
@@ -82,8 +50,9 @@ def test_a_store_that_takes_no_checkpoints_costs_no_clip(keeps: Stack) -> None:
     keeps.rushes("audit")
 
 
+@pytest.mark.chaos
 def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(keeps: Stack) -> None:
-    low = keeps.submit(request=keeps.request(["a blue cube"], **LONG | {"frames": 65}, priority=1, seed=keeps.seed()))
+    low = keeps.submit(request=keeps.request(["a blue cube"], **FILM, priority=1, seed=keeps.seed()))
     low_request = keeps.request_of(low)
     wait_for(lambda: keeps.sql(UNDER_WAY, low_request, 10), "the long clip to be under way")
     high = keeps.submit(request=keeps.request(["a green ball"], priority=9, seed=keeps.seed()))
@@ -157,10 +126,40 @@ def assert_went_on(stack: Stack, request: str, kept: list[int]) -> None:
     assert_as_if_undisturbed(stack, clip)
 
 
+def test_an_engine_without_a_worker_keeps_what_it_is_at(stack: Stack) -> None:
+    """A host is lost with its worker and its engine: `rushes engine` takes its place without Prefect.
+
+    It is told to stop in the middle of a clip, and the next one goes on there.
+    """
+    without_gpu(stack)
+    wait_for(lambda: not stack.ranks(), "the ranks to follow")
+    stack.rushes("status", code=1)
+
+    run = stack.submit(request=stack.request(["a blue cube"], **MEDIUM, seed=stack.seed()))
+    request = stack.request_of(run)
+    with stack.start("engine") as engine:
+        under_way(stack, request, 1)
+        engine.terminate()
+        kept = [released_at(stack, request, 1)]
+        engine.wait(timeout=60)
+    assert engine.returncode == 128 + signal.SIGTERM
+    assert not stack.ranks(), "it ended its ranks when it left"
+    assert " clips in " in stack.rushes("engine", "--linger", "3")
+    assert not stack.ranks(), "it ended its ranks when it left"
+    stack.ended(run)
+    engines = "select flow_run_id, closed_at from engines where id = any(%s)"
+    rows = stack.sql(engines, [attempt["engine"] for attempt in stack.attempts(request)])
+    assert len(rows) == 2 and all(row["flow_run_id"] is None and row["closed_at"] is not None for row in rows)
+
+    assert "gpu" in stack.rushes("up")
+    stack.rushes("status")
+    assert_went_on(stack, request, kept)
+
+
+@pytest.mark.chaos
 def test_engines_of_prefect_that_are_stopped_keep_what_they_are_at(keeps_at_the_end: Stack) -> None:
     stack = keeps_at_the_end
-    long = LONG | {"frames": 65}
-    run = stack.submit(request=stack.request(["a red ball moves left"], **long, seed=stack.seed()))
+    run = stack.submit(request=stack.request(["a red ball moves left"], **FILM, seed=stack.seed()))
     request, kept = stack.request_of(run), list[int]()
 
     under_way(stack, request, 1)
@@ -183,10 +182,11 @@ def test_engines_of_prefect_that_are_stopped_keep_what_they_are_at(keeps_at_the_
     assert_went_on(stack, request, kept)
 
 
+@pytest.mark.chaos
 def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: Stack) -> None:
     stack = keeps_at_the_end
     without_gpu(stack)
-    run = stack.submit(request=stack.request(["a blue cube"], **LONG, seed=stack.seed()))
+    run = stack.submit(request=stack.request(["a blue cube"], **MEDIUM, seed=stack.seed()))
     request, kept = stack.request_of(run), list[int]()
     for attempt, told in enumerate((signal.SIGTERM, signal.SIGINT), 1):
         # A shell's background jobs, and so this test there, are deaf to SIGINT.
@@ -202,11 +202,12 @@ def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: Stack) 
     assert_went_on(stack, request, kept)
 
 
+@pytest.mark.chaos
 def test_a_worker_that_is_stopped_lets_its_engine_keep_what_it_is_at(keeps_at_the_end: Stack) -> None:
     stack = keeps_at_the_end
     without_gpu(stack)
     with stack.start("worker", "gpu") as worker:
-        run = stack.submit(request=stack.request(["a green ball"], **LONG, seed=stack.seed()))
+        run = stack.submit(request=stack.request(["a green ball"], **MEDIUM, seed=stack.seed()))
         request = stack.request_of(run)
         under_way(stack, request, 1)
         worker.terminate()

@@ -10,7 +10,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +27,21 @@ from tests.generative.test_prompts_laws import DEFAULTS
 MEGABYTE = 1 << 20
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_collected() -> Iterator[None]:
+    """Else every collection looks through what other tests have left in this process, torch among it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def modest(act: Callable[[], None], megabytes: float = 64) -> None:
     """It takes less than a second of this process, and so much memory at most. Does it twice: to trace takes time."""
     gc.collect()
-    gc.freeze()  # else every collection looks through what other tests have left in this process, torch among it
-    try:
-        began = time.process_time()
-        act()
-        spent = time.process_time() - began
-    finally:
-        gc.unfreeze()
+    began = time.process_time()
+    act()
+    spent = time.process_time() - began
     tracemalloc.start()
     try:
         act()
