@@ -27,7 +27,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
-    ("partition", "how"), [(Partition(), True), (Partition(tp=2), True), (Partition(), "reduce-overhead")], ids=str
+    ("partition", "how"),
+    [
+        (Partition(tp=2), True),
+        pytest.param(Partition(), True, marks=pytest.mark.chaos),
+        pytest.param(Partition(), "reduce-overhead", marks=pytest.mark.chaos),
+    ],
+    ids=str,
 )
 def test_a_compiled_engine_makes_the_same_clips_within_a_level(
     partition: Partition, how: Compile, tmp_path: Path, cache: Path

@@ -1,6 +1,6 @@
 """The engine's promises: same recipe, same bytes; whoever dies or hangs, nobody is left and the next start works.
 
-Starting ranks costs seconds, so one engine serves many tests here. Where a test ends it, the next use starts it again.
+Most tests here use an engine of the pool. Where a test ends its ranks, the next use starts them again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pytest
 from model.config import Partition
 from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, StartFailed
 from model.engine.engine import Engine
+from tests.distributed.conftest import Engines
 from tests.tiny import CLIP, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
@@ -32,25 +33,9 @@ ROOT = Path(__file__).parents[2]
 LONG = replace(CLIP, clip_id="long", steps=5000)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def shared(model: Path) -> Iterator[Engine]:
-    engine = Engine(model, Partition(tp=2), log=model / "ranks.log")
-    yield engine
-    pids = pids_of(engine)
-    engine.close()
-    assert gone(pids, 0.1)
-
-
 @pytest.fixture
-def engine(shared: Engine) -> Engine:
-    shared.start()
-    shared.step_timeout = 60.0
-    return shared
+def engine(engines: Engines) -> Engine:
+    return engines.get(Partition(tp=2))
 
 
 def pids_of(engine: Engine) -> list[int]:
@@ -116,15 +101,18 @@ def test_same_recipe_same_bytes_whatever_the_neighbours(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("partition", [Partition(), Partition(cfg=2), Partition(sp=2)], ids=str)
-def test_a_new_engine_gives_the_same_bytes_in_another_shard(model: Path, partition: Partition) -> None:
+def test_a_new_engine_gives_the_same_bytes_in_another_shard(
+    model: Path, engines: Engines, partition: Partition
+) -> None:
     """On tp=2 the tests beside this one say so. A clip with given frames goes another way through the ranks."""
     given = replace(CLIP, clip_id="given", start=np.random.default_rng(0).integers(0, 255, (1, 32, 48, 3), np.uint8))
     large = replace(CLIP, clip_id="large", width=64, height=64, frames=17, steps=3, solver="euler", guidance=1.0)
-    with Engine(model, partition, log=model / "ranks.log") as engine:
-        first, begun = frames(engine, CLIP, given)
+    first, begun = frames(engines.get(partition), CLIP, given)
     assert first != begun
     with Engine(model, partition, log=model / "ranks.log") as engine:
         assert frames(engine, large, given, replace(CLIP, clip_id="other", seed=8), CLIP)[1::2] == [begun, first]
+        pids = pids_of(engine)
+    assert gone(pids, 0.1)
 
 
 def test_the_ranks_work_while_the_caller_looks(engine: Engine) -> None:
@@ -246,17 +234,17 @@ def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
                 os.waitpid(pid, 0)
 
 
-def test_the_thread_that_starts_an_engine_may_end(model: Path) -> None:
-    with Engine(model, Partition(cfg=2), log=model / "ranks.log") as engine:
-        (wanted,) = frames(engine, CLIP)
-        engine.close()
-        thread = threading.Thread(target=engine.start)
-        thread.start()
-        thread.join()
-        assert frames(engine, CLIP) == [wanted]
+def test_the_thread_that_starts_an_engine_may_end(engines: Engines) -> None:
+    engine = engines.get(Partition(cfg=2))
+    (wanted,) = frames(engine, CLIP)
+    engine.close()
+    thread = threading.Thread(target=engine.start)
+    thread.start()
+    thread.join()
+    assert frames(engine, CLIP) == [wanted]
 
 
-def test_clips_join_and_leave_a_batch_and_are_the_same_as_alone(model: Path) -> None:
+def test_clips_join_and_leave_a_batch_and_are_the_same_as_alone(engines: Engines) -> None:
     """Of other lengths, prompts, solvers: five clips in three seats, one of them without finite pixels."""
     specs = [
         replace(CLIP, clip_id=f"clip{k}", seed=k, prompt=prompt, steps=steps, solver=solver, guidance=2.0 + k)
@@ -265,17 +253,17 @@ def test_clips_join_and_leave_a_batch_and_are_the_same_as_alone(model: Path) -> 
         )
     ]
     wild = replace(CLIP, clip_id="wild", guidance=1e38)
-    with Engine(model, Partition(), micro_batch=3, log=model / "ranks.log") as engine:
-        failed: list[RenderFailed] = []
-        together = list(engine.render([specs[0], wild, *specs[1:]], on_failure=failed.append))
-        alone = [clip for spec in specs for clip in engine.render([spec])]
-        begun: list[str] = []
-        kept = engine.render(
-            specs[:2],
-            on_step=lambda clip_id, step, _: begun.append(clip_id) if step else None,
-            cancelled=lambda: {"clip0"} if begun else set(),
-        )
-        assert [clip.clip_id for clip in kept] == ["clip1"], "clip0 was cancelled under way"
+    engine = engines.get(Partition(), micro_batch=3)
+    failed: list[RenderFailed] = []
+    together = list(engine.render([specs[0], wild, *specs[1:]], on_failure=failed.append))
+    alone = [clip for spec in specs for clip in engine.render([spec])]
+    begun: list[str] = []
+    kept = engine.render(
+        specs[:2],
+        on_step=lambda clip_id, step, _: begun.append(clip_id) if step else None,
+        cancelled=lambda: {"clip0"} if begun else set(),
+    )
+    assert [clip.clip_id for clip in kept] == ["clip1"], "clip0 was cancelled under way"
     assert [str(failure) for failure in failed] == [
         "clip wild: the model computed latents that are not finite (guidance=1e+38)"
     ]

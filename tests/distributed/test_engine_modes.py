@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,8 @@ from model.config import Partition
 from model.engine.clip import RenderFailed
 from model.engine.engine import Engine
 from model.media.windows import Frames
-from tests.tiny import CLIP, tiny_model
+from tests.distributed.conftest import Engines
+from tests.tiny import CLIP
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
 
@@ -43,20 +42,14 @@ MODES: dict[str, dict[str, Any]] = {
 SPECS = [replace(SPEC, clip_id=name, **values) for name, values in MODES.items()]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+@pytest.fixture
+def engine(engines: Engines) -> Engine:
+    return engines.get(Partition())
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    with Engine(model, Partition(), log=model / "whole.log") as whole:
-        yield whole
-
-
-@pytest.fixture(scope="module")
-def made(engine: Engine) -> dict[str, Frames]:
-    return {clip.clip_id: clip.frames for clip in engine.render(SPECS)}
+def made(engines: Engines) -> dict[str, Frames]:
+    return {clip.clip_id: clip.frames for clip in engines.get(Partition()).render(SPECS)}
 
 
 def test_every_mode_gives_the_frames_that_were_asked_for(made: dict[str, Frames]) -> None:
@@ -102,19 +95,18 @@ def test_steps_are_counted_over_all_windows(engine: Engine) -> None:
     assert last[1] == last[2] < 4
 
 
-def test_clips_that_keep_frames_are_made_together(model: Path, made: dict[str, Frames]) -> None:
+def test_clips_that_keep_frames_are_made_together(engines: Engines, made: dict[str, Frames]) -> None:
     """Windows of one clip join the batch anew, those of clips with other time lines too."""
-    with Engine(model, Partition(), micro_batch=3, log=model / "together.log") as several:
-        for _ in range(2):
-            for clip in several.render(SPECS):
-                assert difference(clip.frames, made[clip.clip_id]) <= 1, clip.clip_id
+    several = engines.get(Partition(), micro_batch=3)
+    for _ in range(2):
+        for clip in several.render(SPECS):
+            assert difference(clip.frames, made[clip.clip_id]) <= 1, clip.clip_id
 
 
-def test_a_divided_engine_makes_the_same(model: Path, made: dict[str, Frames]) -> None:
+def test_a_divided_engine_makes_the_same(engines: Engines, made: dict[str, Frames]) -> None:
     """Times differ from token to token here, so each rank must take the times of its own tokens."""
-    with Engine(model, Partition(sp=2), log=model / "divided.log") as divided:
-        for clip in divided.render(SPECS):
-            assert difference(clip.frames, made[clip.clip_id]) <= 2, clip.clip_id
+    for clip in engines.get(Partition(sp=2)).render(SPECS):
+        assert difference(clip.frames, made[clip.clip_id]) <= 2, clip.clip_id
 
 
 def test_frames_of_another_size_are_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from model.config import Partition
 from model.engine.clip import ClipSpec, RenderedClip
 from model.engine.engine import Engine
-from tests.tiny import CLIP, tiny_model, tiny_wan
+from tests.distributed.conftest import Engines
+from tests.tiny import CLIP, tiny_wan
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
 
@@ -20,15 +20,9 @@ WHOLE = replace(CLIP, steps=8)
 IN_WINDOWS = replace(WHOLE, clip_id="windows", frames=18, window=9, overlap=5)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", layers=3)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    with Engine(model, Partition(), micro_batch=3, log=model / "whole.log") as whole:
-        yield whole
+@pytest.fixture
+def engine(engines: Engines) -> Engine:
+    return engines.get(Partition(), micro_batch=3)
 
 
 def rendered(engine: Engine, *specs: ClipSpec) -> list[RenderedClip]:
@@ -62,12 +56,12 @@ def test_a_clip_with_a_step_cache_is_rendered_alone_whatever_comes_with_it(engin
     assert len({clip.started for clip in together}) == 4
 
 
-def test_a_divided_engine_skips_the_same_steps(model: Path, engine: Engine) -> None:
+def test_a_divided_engine_skips_the_same_steps(engines: Engines, engine: Engine) -> None:
     specs = [replace(spec, step_cache=0.1) for spec in (WHOLE, IN_WINDOWS)]
-    with Engine(model, Partition(sp=2), log=model / "divided.log") as divided:
-        for mine, whole in zip(rendered(divided, *specs), rendered(engine, *specs), strict=True):
-            assert mine.skipped_steps == whole.skipped_steps
-            assert np.abs(mine.frames.astype(int) - whole.frames).max() <= 2
+    divided = engines.get(Partition(sp=2))
+    for mine, whole in zip(rendered(divided, *specs), rendered(engine, *specs), strict=True):
+        assert mine.skipped_steps == whole.skipped_steps
+        assert np.abs(mine.frames.astype(int) - whole.frames).max() <= 2
 
 
 def test_the_second_expert_begins_with_a_computed_step(tmp_path: Path) -> None:

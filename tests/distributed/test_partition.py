@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,23 @@ from model.config import Partition
 from model.loading.load import load_dit
 from model.parallel.mesh import ALONE, Axis, Groups, groups_of
 from model.parallel.partition import WAN_PLAN, Plan, load_partitioned, parameter_bytes, place
-from tests.distributed.partition_worker import INPUTS, PARTITIONS, inputs
+from tests.distributed.partition_worker import INPUTS, MORE, PARTITIONS, inputs
 from tests.tiny import tiny_lora, tiny_model, variant
 
 WORKER = Path(__file__).with_name("partition_worker.py")
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(world: int, *arguments: object) -> list[dict[str, dict[str, Any]]]:
-    """What every rank found."""
+Found = dict[str, dict[str, Any]]  # what a rank found, by partition
+
+
+def run_ranks(world: int, partitions: Sequence[str], *models: tuple[Path, ...]) -> list[list[Found]]:
+    """What every rank found of each model; all in one start, which takes longer than a check."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=world)
     os.set_inheritable(listener.fileno(), True)
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     port, listening = listener.getsockname()[1], listener.fileno()
+    arguments = [" ".join(partitions), *(path for folders in models for path in folders)]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), *map(str, (rank, world, port, listening, *arguments))],
@@ -50,7 +55,8 @@ def run_ranks(world: int, *arguments: object) -> list[dict[str, dict[str, Any]]]
             rank.kill()
             rank.communicate()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors for _, errors in outputs)
-    return json.loads(outputs[0][0].splitlines()[-1])
+    everyone = json.loads(outputs[0][0].splitlines()[-1])
+    return [list(of_model) for of_model in zip(*everyone, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +67,34 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return tiny_model(folder / "whole"), short, deep
 
 
-@pytest.fixture(scope="module", params=PARTITIONS)
-def everyone(request: pytest.FixtureRequest, models: tuple[Path, ...]) -> list[dict[str, dict[str, Any]]]:
-    """What every rank found, for each number of ranks."""
-    return run_ranks(request.param, *models)
+@pytest.fixture(scope="module")
+def variants(models: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Adapters change layers of every kind, and all linear layers are kept in 8 bits."""
+    folder = tmp_path_factory.mktemp("variants")
+    lora = tiny_lora(folder / "lora.safetensors", models[0], alpha=5.0)
+    return tuple(variant(each, folder / each.name, f"{lora}:0.8", weights="int8") for each in models)
+
+
+@pytest.fixture(scope="module")
+def two(models: tuple[Path, ...], variants: tuple[Path, ...]) -> list[list[Found]]:
+    """What two ranks found of the models, and of the variants."""
+    return run_ranks(2, PARTITIONS[2], models, variants)
+
+
+@pytest.fixture(scope="module", params=[*PARTITIONS, pytest.param("more", marks=pytest.mark.chaos)])
+def everyone(request: pytest.FixtureRequest, models: tuple[Path, ...]) -> tuple[list[str], list[Found]]:
+    """The partitions, and what every rank found, for each number of ranks."""
+    if request.param == 2:
+        return PARTITIONS[2], request.getfixturevalue("two")[0]
+    world, partitions = (4, MORE) if request.param == "more" else (request.param, PARTITIONS[request.param])
+    return partitions, run_ranks(world, partitions, models)[0]
 
 
 @pytest.mark.xdist_group("ranks")
-def test_divided_equals_whole(everyone: list[dict[str, dict[str, Any]]]) -> None:
-    for found in everyone:
-        assert list(found) == PARTITIONS[len(everyone)]
+def test_divided_equals_whole(everyone: tuple[list[str], list[Found]]) -> None:
+    partitions, ranks = everyone
+    for found in ranks:
+        assert list(found) == partitions
         for partition, values in found.items():
             for kind in INPUTS:
                 assert values[f"error {kind}"] <= 1e-5, (partition, kind)
@@ -87,26 +111,26 @@ def test_divided_equals_whole(everyone: list[dict[str, dict[str, Any]]]) -> None
             cached = values["step cache"]
             assert 2 <= cached["skipped"] == cached["skipped here"] <= cached["changes"] - 2 == 12, partition
             assert cached["off"] <= 1e-5 and cached["error"] <= 1e-5, (partition, cached)
-    for partition in everyone[0]:
-        assert len({found[partition]["bytes"] for found in everyone}) == 1
+    for partition in partitions:
+        assert len({found[partition]["bytes"] for found in ranks}) == 1
 
 
 @pytest.mark.xdist_group("ranks")
-def test_every_rank_sends_what_the_formula_says(everyone: list[dict[str, dict[str, Any]]]) -> None:
+def test_every_rank_sends_what_the_formula_says(everyone: tuple[list[str], list[Found]]) -> None:
     """To the byte. Models of two and of three layers tell what a block sends from what is sent beside blocks."""
-    for found in everyone:
+    for found in everyone[1]:
         for partition, values in found.items():
+            assert values["traffic"]
             for what, sent, expected in values["traffic"]:
                 assert sent == expected, (partition, what)
 
 
 @pytest.mark.xdist_group("ranks")
-def test_a_divided_variant_equals_the_whole_one(models: tuple[Path, ...], tmp_path: Path) -> None:
-    """Adapters change layers of every kind, and all linear layers are kept in 8 bits, under every partition of two."""
-    lora = tiny_lora(tmp_path / "lora.safetensors", models[0], alpha=5.0)
+def test_a_divided_variant_equals_the_whole_one(models: tuple[Path, ...], two: list[list[Found]]) -> None:
+    """Under every partition of two that keeps its weights in 8 bits."""
     floats = parameter_bytes(load_dit(models[0], torch.float32).blocks)
-    variants = [variant(each, tmp_path / each.name, f"{lora}:0.8", weights="int8") for each in models]
-    for found in run_ranks(2, *variants):
+    for found in two[1]:
+        assert set(found) == {"tp=2", "sp=2", "cfg=2"}
         for partition, values in found.items():
             assert max(values[f"error {kind}"] for kind in INPUTS) <= 1e-5, partition
             assert values["self test"] <= 1e-5

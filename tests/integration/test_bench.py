@@ -51,6 +51,7 @@ def test_a_step_computes_what_diffusers_computes() -> None:
         assert float(row[3]) == pytest.approx(float(row[1]) / float(row[2]), rel=0.05)
 
 
+@pytest.mark.chaos
 @pytest.mark.xdist_group("ranks")
 def test_whole_clips_are_timed_side_by_side() -> None:
     rows = cells(bench.clips(2, cores=2, at_once=[(1, 2)], steps=2))
@@ -60,7 +61,7 @@ def test_whole_clips_are_timed_side_by_side() -> None:
 
 @pytest.mark.skipif(bench_gpu.torch.cuda.is_available(), reason="this is the path without a GPU")
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of other parts of torch
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.chaos)])
 def test_the_gpu_bench_runs_small_on_a_cpu_and_says_so(
     compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,21 @@ def test_a_release_of_wan_makes_the_frames_that_diffusers_makes(released: tuple[
     assert set(asked) == ({0, 1} if release == "2.2-a14b" else {0})  # both experts had their turn
 
 
-@pytest.mark.parametrize("partition", [Partition(), Partition(tp=2), Partition(zero=2)], ids=str)
+DIVIDED = [("2.1", Partition(tp=2)), ("2.2-ti2v", Partition(zero=2)), ("2.2-a14b", Partition())]  # each way once
+REST = [
+    (release, partition)
+    for release in RELEASES
+    for partition in (Partition(), Partition(tp=2), Partition(zero=2))
+    if (release, partition) not in DIVIDED
+]
+
+
+@pytest.mark.parametrize(
+    ("released", "partition"),
+    [*DIVIDED, *(pytest.param(*each, marks=pytest.mark.chaos) for each in REST)],
+    indirect=["released"],
+    ids=str,
+)
 def test_an_engine_makes_them_too(released: tuple[str, Path], partition: Partition) -> None:
     release, folder = released
     shape = SIZES[release]
