@@ -46,3 +46,12 @@ def test_files_named_in_the_documents_exist() -> None:
 def test_columns_that_others_rely_on() -> None:
     promised = "request_id clip_id custom_id prompt seed status attempts error object_key sha256 trace_id"
     assert set(promised.split()) <= set(COLUMNS)
+
+
+def test_every_test_file_has_its_laws_in_the_table_and_every_name_in_the_table_is_a_test() -> None:
+    named = re.findall(r"`(tests/\w+/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "testing.md").read_text(encoding="utf-8"))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert files - {file for file, _ in named} == set(), "files without a law"
+    for file, test in named:
+        assert (ROOT / file).is_file(), file
+        assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
