@@ -82,7 +82,7 @@ def live_engines(session: Session, within_seconds: float, *, model_digest: str |
 
 
 def silent_engines(session: Session, for_seconds: float) -> list[EngineRow]:
-    """Engines that have not left, but gave no sign of life for so long: for tidy to end.
+    """Engines that have not left, but gave no sign of life for so long: for maintenance to end.
 
     While the server was down nobody could give one, so silence counts from its start at the earliest.
     """

@@ -79,7 +79,7 @@ def remove_model(session: Session, digest: str) -> int:
     """Forget that a model's files lie in the store, and those of them that nothing else needs; their number.
 
     The row stays, since clips were rendered with it, its list of files as `removed`. The objects are orphans then, and
-    go with a later `tidy`. Raises ModelNeeded.
+    go with a later round of maintenance. Raises ModelNeeded.
     """
     session.execute(select(func.pg_advisory_xact_lock(_NAMING)))
     # A request that is being opened refers to the row: this waits until it is, or makes it wait.

@@ -80,7 +80,7 @@ def remove(name: Annotated[str, typer.Argument(help="The name that it was added 
     """Take a model out of the store.
 
     Its clips and its row stay. What no other model needs of its files is
-    deleted by tidy after a day. Refused while an open request needs it.
+    deleted by maintenance after a day. Refused while an open request needs it.
     """
     from flows.library.models import remove as remove_model
 

@@ -161,19 +161,19 @@ def audit(
     wrong digests. Exit code 1 on any.
     """
     from flows.clients.ledger import reading
-    from flows.operate.audit import Audited
+    from flows.operate.audit import AuditReport
     from flows.operate.audit import audit as compare
     from flows.show import show_rows
 
-    settings, audited = current_settings(), Audited()
+    settings, report = current_settings(), AuditReport()
     with reading(settings) as session:
-        found = compare(session, settings.open_store(), audited, hash_bytes=not quick, sample=sample)
+        found = compare(session, settings.open_store(), report, hash_bytes=not quick, sample=sample)
         breaches = [asdict(each) for each in found]
     if breaches or format != "table":
         show_rows(breaches, ["problem", "key", "detail"], format)
-    hashed = "not hashed" if quick else f"{audited.hashed:,} bytes hashed"
-    young = f" ({audited.young} younger than a minute left alone)" if audited.young else ""
-    counts = f"{audited.rows} rows and {audited.blobs} blobs{young} compared, {hashed}"
+    hashed = "not hashed" if quick else f"{report.hashed:,} bytes hashed"
+    young = f" ({report.unclaimed} of them young and without a row yet)" if report.unclaimed else ""
+    counts = f"{report.rows} rows and {report.blobs} blobs{young} compared, {hashed}"
     counts += f": {len(breaches) or 'no'} breaches"
     typer.echo(counts, err=format != "table")
     raise typer.Exit(FAILED if breaches else DONE)

@@ -34,7 +34,7 @@ def start_stack(settings: Settings) -> Stack:
 
 
 def _take_up(settings: Settings, stack: Stack) -> None:
-    """Has `tidy` look at once, and not within ten minutes, where the run of an open request has ended without it.
+    """Has maintenance look at once, and not within ten minutes, where the run of an open request has ended without it.
 
     That is what becomes of a run whose worker was killed. While Prefect cannot say, the schedule will do.
     """
@@ -51,9 +51,9 @@ def _take_up(settings: Settings, stack: Stack) -> None:
         with PrefectApi(stack.prefect_api_url, settings.prefect_password) as api:
             states = [api.run(run) for run in runs]
             if any(run is None or not run.under_way for run in states):
-                api.submit("tidy/scheduled", {})
+                api.submit("maintenance/scheduled", {})
     except (PrefectRefused, PrefectUnavailable) as error:
-        typer.echo(f"tidy will take up what was left: {error}")
+        typer.echo(f"maintenance will take up what was left: {error}")
 
 
 @app.command(rich_help_panel=STACK)

@@ -22,7 +22,11 @@ from infra.store.contract import Listed, NoSuchKey, Store
 
 CHUNK = 1 << 20
 BATCH = 500  # rows of one statement
-YOUNG = timedelta(minutes=1)  # bytes are stored before their row is written, so young bytes may have none yet
+# Bytes are stored before their row is written, so young bytes may have none yet; a cancel or a kill leaves such behind.
+# Maintenance deletes objects of this age that no row knows. Checkpoints are many, and of no use to another clip.
+ORPHAN_AGE = {"blobs/": timedelta(days=1), "checkpoints/": timedelta(hours=1)}
+REFERENCES = {"blobs/": known_keys, "checkpoints/": checkpoints}  # which of some keys rows refer to
+OVERDUE = timedelta(hours=1)  # for which maintenance, which comes every ten minutes, may be late
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,42 +39,46 @@ class Breach:
 
 
 @dataclass(slots=True)
-class Audited:
-    """What was compared. Complete when `audit` has been read to its end."""
+class AuditReport:
+    """Counts of what was compared; complete when `audit` has been read to its end."""
 
     rows: int = 0
-    blobs: int = 0
-    young: int = 0  # objects that may still await their rows, and were not compared
+    blobs: int = 0  # objects, of checkpoints too
+    unclaimed: int = 0  # objects without a row that are too young to be a breach
     hashed: int = 0  # bytes
 
 
 def audit(
-    session: Session, store: Store, audited: Audited, *, hash_bytes: bool = True, sample: int | None = None
+    session: Session, store: Store, report: AuditReport, *, hash_bytes: bool = True, sample: int | None = None
 ) -> Iterator[Breach]:
-    """Yields every breach as it is found and counts in `audited`. Raises StoreUnavailable.
+    """Yields every breach as it is found and counts in `report`. Raises StoreUnavailable.
 
     `hash_bytes=False` compares existence and size only; `sample` hashes so many objects, drawn at random, of the others
-    size and existence. Works while engines run: an object's bytes come first and its row second, so rows are looked at
-    before objects, and objects younger than a minute are left alone.
+    size and existence. Works while engines run: an object's bytes come first and its row second, so rows are
+    looked at before objects, and an object without a row is an orphan when maintenance should have deleted it.
     """
     for found in contradictions(session):
         yield Breach(found.rule, found.key, "the ledger contradicts itself")
     session.rollback()
     drawn = None if sample is None or not hash_bytes else _draw(session, sample)
     for row in _rows(session):
-        audited.rows += 1
-        if breach := _look_at(row, store, audited, hash_bytes and (drawn is None or row.key in drawn)):
+        report.rows += 1
+        if breach := _look_at(row, store, report, hash_bytes and (drawn is None or row.key in drawn)):
             yield breach
-    yield from _checkpoints(session, store, audited)
-    for prefix, known in (("blobs/", known_keys), ("checkpoints/", checkpoints)):
-        listed = store.list(prefix)
+    yield from _checkpoints(session, store, report)
+    for prefix, known in REFERENCES.items():
+        listed, overdue = store.list(prefix), datetime.now(UTC) - ORPHAN_AGE[prefix] - OVERDUE
         while batch := list(islice(listed, BATCH)):
-            old = [item for item in batch if item.modified < datetime.now(UTC) - YOUNG]
-            audited.blobs += len(old)
-            audited.young += len(batch) - len(old)
-            keys = known(session, [item.key for item in old])
+            report.blobs += len(batch)
+            keys = known(session, [item.key for item in batch])
             session.rollback()
-            yield from (_orphan(item) for item in old if item.key not in keys)
+            for item in batch:
+                if item.key in keys:
+                    continue
+                if item.modified < overdue:
+                    yield _orphan(item)
+                else:
+                    report.unclaimed += 1
 
 
 def _draw(session: Session, count: int) -> set[str]:
@@ -84,11 +92,11 @@ def _draw(session: Session, count: int) -> set[str]:
     return set(drawn)
 
 
-def _checkpoints(session: Session, store: Store, audited: Audited) -> Iterator[Breach]:
+def _checkpoints(session: Session, store: Store, report: AuditReport) -> Iterator[Breach]:
     """Latents that a clip would go on from and that are not there, unless it has finished or moved on meanwhile."""
     named = checkpoints(session)
     session.rollback()
-    audited.rows += len(named)
+    report.rows += len(named)
     gone = {key for key in named if not store.exists(key)}
     if gone:
         gone = checkpoints(session, sorted(gone))
@@ -110,7 +118,7 @@ def _rows(session: Session) -> Iterator[Artifact]:
         last = page[-1].key
 
 
-def _look_at(row: Artifact, store: Store, audited: Audited, hash_bytes: bool) -> Breach | None:
+def _look_at(row: Artifact, store: Store, report: AuditReport, hash_bytes: bool) -> Breach | None:
     there = store.stat(row.key)
     if there is None:
         return Breach("missing", row.key, "the ledger has the row, the store has no such object")
@@ -122,7 +130,7 @@ def _look_at(row: Artifact, store: Store, audited: Audited, hash_bytes: bool) ->
     try:
         with store.open(row.key) as stream:
             while chunk := stream.read(CHUNK):
-                audited.hashed += len(chunk)
+                report.hashed += len(chunk)
                 digest.update(chunk)
     except NoSuchKey:
         return Breach("missing", row.key, "it went away while it was being read")

@@ -1,4 +1,4 @@
-"""Puts right what crashes leave behind: runs every few minutes, does nothing when there is nothing to do.
+"""Maintenance: rescues the work of what has crashed and prunes the store, every few minutes.
 
 Every step is safe to repeat and to run beside living engines, since each asks the ledger, and the ledger's own time.
 """
@@ -34,23 +34,20 @@ from prefect.types import DateTime
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import watching
-from db.artifacts import known_keys
-from db.audit import checkpoints
 from db.engines import ALIVE, EngineRow, close_engine, silent_engines
 from db.leases import expire_leases, expire_owner
 from db.requests import cancel_request
 from flows.clients.ledger import ledger as ledger_of
+from flows.operate.audit import ORPHAN_AGE, REFERENCES
 from flows.render import pool
 from flows.settings import load_settings
 from infra.store.contract import Store
 from infra.tracing import flush, setup_tracing
 
-ORPHAN_AGE = timedelta(days=1)  # a blob without a row may belong to a clip that is being recorded right now
-CHECKPOINT_AGE = timedelta(hours=1)  # the same of unfinished clips, which are many and of no use to anybody else
 CRASHED_AGE = timedelta(days=1)  # of runs that crashed before the ledger knew of their request: theirs is not forgotten
-TRIES = 3  # of such a request, by one run after the other
+MAX_RUNS = 3  # of such a request, one after the other
 GENERATE = "generate/default"
-TAKEN_UP = "taken-up-"  # begins the idempotency key of a run that goes on in place of another
+RESTART_OF = "restart-of-"  # begins the idempotency key of a run that goes on in place of another
 UNDER_WAY = (StateType.PENDING, StateType.CANCELLING)
 HEARTBEATS = "Runs without a heartbeat have crashed"
 SILENCE = timedelta(seconds=90)
@@ -71,8 +68,8 @@ ENDINGS = (
 
 
 @dataclass(slots=True)
-class Tidied:
-    """What one round put right."""
+class MaintenanceReport:
+    """Counts of one round's repairs."""
 
     leases: int = 0  # expired, given back to the queue
     engines: int = 0  # rows closed whose process is gone
@@ -89,42 +86,51 @@ class Tidied:
         )
 
 
-@flow(name="tidy", description="Expired leases, silent engines, forsaken requests, orphan objects.")
-def tidy() -> State[Any]:
-    """Puts right what crashes left behind."""
+@flow(name="maintenance", description="Expired leases, silent engines, abandoned requests, orphan objects.")
+def maintenance() -> State[Any]:
+    """Repairs the state that crashes leave behind."""
     settings = load_settings()
-    setup_tracing("rushes-tidy")
+    setup_tracing("rushes-maintenance")
     log = get_run_logger()
+    report = MaintenanceReport()
     try:
         with ledger_of(settings) as ledgers, get_client(sync_client=True) as client:
-            watch_heartbeats(client)
-            done = Tidied()
-            with ledgers.begin() as session:
-                for owner in pool.dead_owners(watching.lease_owners(session)):
-                    done.leases += expire_owner(session, owner)
-                done.leases += expire_leases(session)
-            done.engines = close_silent_engines(client, ledgers)
-            done.runs = end_stuck_runs(client)
-            done.requests = take_up_forsaken(client, ledgers) + take_up_unknown(client, ledgers)
-            store = settings.open_store()
-            done.objects, done.bytes = sweep_orphans(ledgers, store)
-            store.sweep_unfinished(ORPHAN_AGE.total_seconds())
+            rescue(client, ledgers, report)
+            prune(ledgers, settings.open_store(), report)
     finally:
         flush()
-    log.info("%s", done)
-    if any((done.leases, done.engines, done.runs, done.requests, done.objects)):
-        create_markdown_artifact(f"{done}", key="tidy")
-    return Completed(message=str(done))
+    log.info("%s", report)
+    if any((report.leases, report.engines, report.runs, report.requests, report.objects)):
+        create_markdown_artifact(f"{report}", key="maintenance")
+    return Completed(message=str(report))
 
 
-def watch_heartbeats(client: SyncPrefectClient) -> None:
-    """Creates the automation that marks a run as crashed when its host is gone; Prefect has no such rule of its own."""
+def rescue(client: SyncPrefectClient, ledgers: sessionmaker[Session], report: MaintenanceReport) -> None:
+    """Returns the work of dead engines, workers and flow runs to the queue, and restarts requests without a run."""
+    ensure_heartbeat_automation(client)
+    with ledgers.begin() as session:
+        for owner in pool.dead_owners(watching.lease_owners(session)):
+            report.leases += expire_owner(session, owner)
+        report.leases += expire_leases(session)
+    report.engines = close_silent_engines(client, ledgers)
+    report.runs = end_stuck_runs(client)
+    report.requests = restart_abandoned_requests(client, ledgers) + restart_unrecorded_requests(client, ledgers)
+
+
+def prune(ledgers: sessionmaker[Session], store: Store, report: MaintenanceReport) -> None:
+    """Deletes from the store what nothing refers to any more, and uploads that were never finished."""
+    report.objects, report.bytes = sweep_orphans(ledgers, store)
+    store.sweep_unfinished(ORPHAN_AGE["blobs/"].total_seconds())
+
+
+def ensure_heartbeat_automation(client: SyncPrefectClient) -> None:
+    """Creates the automation that marks a run as crashed when its host is gone; Prefect has no such rule itself."""
     if not client.read_automations_by_name(HEARTBEATS):
         client.create_automation(heartbeat_automation())
 
 
 def heartbeat_automation() -> AutomationCore:
-    """After a heartbeat, 90 seconds without another one or an ending mean that the run has crashed."""
+    """An automation: 90 seconds after a heartbeat without another one or an ending, the run has crashed."""
     return AutomationCore(
         name=HEARTBEATS,
         description="Flow runs send a heartbeat every 30 seconds; one that falls silent lost its host.",
@@ -158,7 +164,7 @@ def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Sessio
     for engine in silent:
         if engine.flow_run_id is None:
             continue
-        end_hung(engine)
+        kill_if_hung(engine)
         try:
             run = client.read_flow_run(UUID(engine.flow_run_id))
         except ObjectNotFound:
@@ -171,8 +177,8 @@ def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Sessio
     return len(silent)
 
 
-def end_hung(engine: EngineRow) -> None:
-    """A process that hangs keeps its memory and GPUs: on this host it is ended, and its ranks follow it."""
+def kill_if_hung(engine: EngineRow) -> None:
+    """Kills an engine's process if it hangs on this host: it keeps its memory and GPUs. Its ranks follow it."""
     if engine.host != socket.gethostname():
         return
     with suppress(psutil.Error):
@@ -181,11 +187,14 @@ def end_hung(engine: EngineRow) -> None:
             process.kill()
 
 
-def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
-    """Open requests whose run has ended: cancelled ones are cancelled, the others get a new run with the same input."""
+def restart_abandoned_requests(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
+    """Gives open requests whose run has ended a new run with the same input; cancels those whose run was cancelled.
+
+    Returns how many.
+    """
     with ledgers() as session:
         open_requests = watching.open_requests(session)
-    taken = 0
+    ended = 0
     for request in open_requests:
         if request.flow_run_id is None:
             continue
@@ -199,9 +208,9 @@ def take_up_forsaken(client: SyncPrefectClient, ledgers: sessionmaker[Session]) 
             with ledgers.begin() as session:
                 cancel_request(session, request.id)
         else:
-            take_up(run)
-        taken += 1
-    return taken
+            restart(run)
+        ended += 1
+    return ended
 
 
 def end_stuck_runs(client: SyncPrefectClient) -> int:
@@ -215,8 +224,8 @@ def end_stuck_runs(client: SyncPrefectClient) -> int:
     return ended
 
 
-def take_up_unknown(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
-    """Requests whose run crashed before the ledger knew of them get a new one, a few times at most."""
+def restart_unrecorded_requests(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
+    """Gives requests whose run crashed before the ledger knew of them a new one, MAX_RUNS at most; returns how many."""
     only = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
         expected_start_time=FlowRunFilterExpectedStartTime(after_=cast(DateTime, datetime.now(UTC) - CRASHED_AGE)),
@@ -224,39 +233,39 @@ def take_up_unknown(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -
     crashed = pool.runs_of(client, GENERATE, only)
     with ledgers() as session:
         known = watching.watched_by(session, [str(run.id) for run in crashed])
-    taken_up = _taken_up(client, crashed)
-    taken = 0
+    already = _restart_keys(client, crashed)
+    restarted = 0
     for run in crashed:
-        if str(run.id) in known or f"{TAKEN_UP}{run.id}" in taken_up:
+        if str(run.id) in known or f"{RESTART_OF}{run.id}" in already:
             continue
-        before, tries = _before(client, run), 1
-        while before is not None and tries < TRIES:
-            before, tries = _before(client, before), tries + 1
-        if tries < TRIES:
-            take_up(run)
-            taken += 1
-    return taken
+        before, runs = _predecessor(client, run), 1
+        while before is not None and runs < MAX_RUNS:
+            before, runs = _predecessor(client, before), runs + 1
+        if runs < MAX_RUNS:
+            restart(run)
+            restarted += 1
+    return restarted
 
 
-def _taken_up(client: SyncPrefectClient, runs: list[FlowRun]) -> set[str | None]:
-    """The idempotency keys of the runs that took up what these had left."""
-    keys = FlowRunFilterIdempotencyKey(any_=[f"{TAKEN_UP}{run.id}" for run in runs])
+def _restart_keys(client: SyncPrefectClient, runs: list[FlowRun]) -> set[str | None]:
+    """Idempotency keys of the runs that were started in place of these."""
+    keys = FlowRunFilterIdempotencyKey(any_=[f"{RESTART_OF}{run.id}" for run in runs])
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=keys), limit=200)
     return {run.idempotency_key for run in found}
 
 
-def _before(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
-    """The run that had left what this one took up."""
+def _predecessor(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
+    """The run in whose place this one was started."""
     key = run.idempotency_key or ""
-    if not key.startswith(TAKEN_UP):
+    if not key.startswith(RESTART_OF):
         return None
     with suppress(ObjectNotFound):
-        return client.read_flow_run(UUID(key.removeprefix(TAKEN_UP)))
+        return client.read_flow_run(UUID(key.removeprefix(RESTART_OF)))
     return None
 
 
-def take_up(run: FlowRun) -> None:
-    """Starts a run with the same input, once whoever asks. One that ended before the ledger knew of it has a next."""
+def restart(run: FlowRun) -> None:
+    """Starts a run with the same input, once for all callers; in place of one that has ended as well, the next."""
     while run.state is not None and run.state.is_final():
         run = cast(
             FlowRun,
@@ -266,19 +275,16 @@ def take_up(run: FlowRun) -> None:
                 timeout=0,
                 as_subflow=False,
                 flow_run_name=run.name,
-                idempotency_key=f"{TAKEN_UP}{run.id}",
+                idempotency_key=f"{RESTART_OF}{run.id}",
             ),
         )
 
 
 def sweep_orphans(ledgers: sessionmaker[Session], store: Store) -> tuple[int, int]:
-    """Deletes old objects that no row knows; (objects, bytes). A killed engine leaves such a blob, or a checkpoint."""
+    """Deletes objects of ORPHAN_AGE that no row knows, as a killed engine leaves them. Returns (objects, bytes)."""
     objects = size = 0
-    for prefix, names, age in (
-        ("blobs/", known_keys, ORPHAN_AGE),
-        ("checkpoints/", checkpoints, CHECKPOINT_AGE),
-    ):
-        before = datetime.now(UTC) - age
+    for prefix, names in REFERENCES.items():
+        before = datetime.now(UTC) - ORPHAN_AGE[prefix]
         old = (listed for listed in store.list(prefix) if listed.modified < before)
         while batch := list(islice(old, 1000)):
             with ledgers() as session:

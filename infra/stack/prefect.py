@@ -16,7 +16,9 @@ from infra.stack.home import CONTROL, SERVER, StackFailed
 from infra.stack.processes import MARK, PART
 
 ANSWER_SECONDS = 90.0  # its server on SQLite may stand still for a minute after two transactions have met
-BEAT_SECONDS = 30  # between two signs of life of a flow run; tidy's automation calls it crashed after 90 of silence
+BEAT_SECONDS = (
+    30  # between two signs of life of a flow run; maintenance's automation calls it crashed after 90 of silence
+)
 
 
 def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:

@@ -114,7 +114,7 @@ class FaultRig:
     # What must be true
 
     def ended(self, request: str) -> None:
-        """The request ends by itself, at most after a round of `tidy`, all of its clips there, its run's state true."""
+        """The request ends by itself, after one round of maintenance, all of its clips there, its run's state true."""
 
         def over() -> bool:
             return bool(self.tried("select 1 from requests where id = %s and status <> 'open'", request))
@@ -122,7 +122,7 @@ class FaultRig:
         deadline = time.monotonic() + 900
         while not over():
             assert time.monotonic() < deadline, f"{request} does not end: {self.stack.statuses(request)}"
-            self.tidy()  # as its schedule does every ten minutes
+            self.maintain()  # as its schedule does every ten minutes
             for _ in range(20):
                 if over():
                     break
@@ -132,8 +132,8 @@ class FaultRig:
         (row,) = self.stack.sql("select flow_run_id from requests where id = %s", request)
         self.stack.ended(row["flow_run_id"])
 
-    def tidy(self) -> None:
-        self.stack.ended(self.stack.submit("tidy/scheduled"))
+    def maintain(self) -> None:
+        self.stack.ended(self.stack.submit("maintenance/scheduled"))
 
     def check(self) -> dict[str, int]:
         """After a campaign, whose requests have ended: how many clips and attempts there are. Asserts the promise."""
@@ -246,7 +246,7 @@ def kill_the_store(rig: FaultRig) -> None:
 
 
 def stop_the_engine(rig: FaultRig) -> None:
-    """SIGSTOP for longer than its lease, while `tidy` and another engine go on; then it wakes up, and may not write."""
+    """SIGSTOP past its lease, while maintenance and another engine go on; then it wakes up, and may not write."""
     stack, (run, processes) = rig.stack, rig.engine()
     of_run = "select id, attempt, owner from shards where status = 'leased' and owner like %s"
     (lease,) = wait_for(lambda: stack.sql(of_run, f"%{run}"), "its lease", seconds=RECOVERY)
@@ -257,7 +257,7 @@ def stop_the_engine(rig: FaultRig) -> None:
     since = rig.now()
     try:
         time.sleep(LEASE + 1)
-        rig.tidy()
+        rig.maintain()
         (now,) = stack.sql("select status, attempt from shards where id = %s", lease["id"])
         assert now["status"] != "leased" or now["attempt"] > lease["attempt"], "the lease outlived its end"
         with stack.start("engine", "--linger", "1") as other:
@@ -287,7 +287,7 @@ def end_the_stack(rig: FaultRig) -> None:
             process.kill()
     psutil.wait_procs(left, timeout=10)
     rig.up()
-    rig.tidy()
+    rig.maintain()
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_an_engine_is_killed(stack: Stack) -> None:
 
 
 def test_the_flow_that_watches_is_killed(stack: Stack) -> None:
-    """The engine goes on; `tidy` sees that the request's run has ended without it, and starts another.
+    """The engine goes on; `maintenance` sees that the request's run has ended without it, and starts another.
 
     Also where one that was started in its place has ended as well, before it came to the ledger.
     """
@@ -91,10 +91,10 @@ def test_the_flow_that_watches_is_killed(stack: Stack) -> None:
     stack.kill(stack.processes_of(run))
     stack.ended(run, state="Crashed")
     assert stack.status_of(request) == "open"
-    crashed = {"idempotency_key": f"taken-up-{run}", "parameters": stack.run(run)["parameters"]}
+    crashed = {"idempotency_key": f"restart-of-{run}", "parameters": stack.run(run)["parameters"]}
     second = stack.created("generate/default", **crashed, state={"type": "CRASHED"})
     assert stack.run(second)["state_type"] == "CRASHED"
-    stack.rushes("up")  # has `tidy` look at once
+    stack.rushes("up")  # has `maintenance` look at once
     wait_for(lambda: stack.status_of(request) == "completed", "another run to take the request up")
     (row,) = stack.sql("select flow_run_id from requests where id = %s", request)
     assert row["flow_run_id"] not in (run, second)
@@ -113,16 +113,16 @@ def test_runs_that_a_worker_took_and_never_began(stack: Stack) -> None:
     first = stack.created("generate/default", parameters={"request": wanted}, state=pending)
     an_hour_ago(stack, engine, first)
     stack.rushes("up")
-    stack.ended(stack.submit("tidy/scheduled"))
+    stack.ended(stack.submit("maintenance/scheduled"))
     stack.ended(first, state="Crashed")
-    second = wait_for(lambda: stack.runs(idempotency_key=f"taken-up-{first}"), "another run in its place")
+    second = wait_for(lambda: stack.runs(idempotency_key=f"restart-of-{first}"), "another run in its place")
     (clip,) = stack.clips(stack.request_of(second[0]["id"]))
     stack.ended(second[0]["id"])
     stack.ended(engine, state="Crashed")
     assert stack.statuses(clip["request_id"]) == ["done"]
-    stack.ended(stack.submit("tidy/scheduled"))
+    stack.ended(stack.submit("maintenance/scheduled"))
     stack.rushes("audit")
-    assert not stack.runs(idempotency_key=f"taken-up-{second[0]['id']}")
+    assert not stack.runs(idempotency_key=f"restart-of-{second[0]['id']}")
 
 
 def an_hour_ago(stack: Stack, *runs: str) -> None:

@@ -133,7 +133,7 @@ class Studio(RuleBasedStateMachine):
                 finish_request(session, request)
 
     @rule()
-    def tidy(self) -> None:
+    def maintenance(self) -> None:
         with self.ledger.begin() as session:
             assert expire_leases(session) == len(self.overdue - self.cancelled)
         for shard in self.overdue:

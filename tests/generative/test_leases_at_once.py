@@ -68,7 +68,7 @@ WRITES: dict[str, Callable[[Session, Lease, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("taken_by", ["another engine", "itself", "tidy", "found dead", "completed", "released"])
+@pytest.mark.parametrize("taken_by", ["another engine", "itself", "maintenance", "found dead", "completed", "released"])
 def test_no_write_of_a_lost_lease_goes_through(ledger: Ledger, taken_by: str) -> None:
     with ledger.begin() as session:
         request = one_shard(session)
@@ -85,7 +85,7 @@ def test_no_write_of_a_lost_lease_goes_through(ledger: Ledger, taken_by: str) ->
             assert (again.shard_id, again.attempt) == (lease.shard_id, 2)
             assert left.clip_id != clip.clip_id  # what ran when the engine was lost is planned anew, alone
             start_clip(session, again, left.clip_id, **ENGINE)
-        elif taken_by == "tidy":
+        elif taken_by == "maintenance":
             assert expire_leases(session) == 1
         elif taken_by == "found dead":
             assert (expire_owner(session, "a"), expire_owner(session, "b")) == (1, 0)

@@ -17,7 +17,7 @@ from db.audit import RULES, contradictions
 from db.claim import claim_shard
 from db.leases import complete_shard, start_clip
 from db.requests import finish_request
-from flows.operate.audit import Audited, audit
+from flows.operate.audit import AuditReport, audit
 from flows.operate.maintenance import sweep_orphans
 from infra.store.folder import FolderStore
 from tests.factories import ENGINE, MODEL, new_clip, opened, planned, render
@@ -77,7 +77,7 @@ def test_a_breach_is_found(ledger: sessionmaker[Session], rule: str) -> None:
         assert rule in {found.rule for found in contradictions(session)}
 
 
-def test_tidy_sweeps_old_checkpoints_of_no_clip(ledger: sessionmaker[Session], tmp_path: Path) -> None:
+def test_maintenance_sweeps_old_checkpoints_of_no_clip(ledger: sessionmaker[Session], tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     for key, hours in (("checkpoints/a/1-2", 2), ("checkpoints/a/1-4", 2), ("checkpoints/b/1-2", 0.5)):
         store.put_at(key, b"latents")
@@ -101,5 +101,5 @@ def test_checkpoints_are_looked_for(ledger: sessionmaker[Session], tmp_path: Pat
         for index, key in enumerate(("checkpoints/kept", "checkpoints/gone")):
             session.execute(text(name + " and index = :at"), {"key": key, "id": run, "at": index})
     with ledger() as session:
-        found = {(breach.problem, breach.key) for breach in audit(session, store, Audited())}
+        found = {(breach.problem, breach.key) for breach in audit(session, store, AuditReport())}
     assert found == {("missing", "checkpoints/gone"), ("orphan", "checkpoints/nobodys")}

@@ -28,7 +28,7 @@ from db.models import register_model
 from db.requests import cancel_request, open_request
 from flows.cli.main import app
 from flows.library.models import BrokenModel, card_of, resolve
-from flows.operate.audit import Audited, audit
+from flows.operate.audit import AuditReport, audit
 from flows.operate.checks import weights
 from flows.settings import Settings, load_settings
 from infra.store.contract import blob_key
@@ -118,7 +118,7 @@ def test_what_was_added_is_neither_swept_nor_a_breach(scene: Scene) -> None:
     rushes("models", "add", scene.model)
     with scene.ledger() as session:
         assert known_keys(session, list(scene.blobs())) == set(scene.blobs())
-        assert list(audit(session, scene.store, Audited())) == []
+        assert list(audit(session, scene.store, AuditReport())) == []
 
 
 def test_added_again_it_is_there_and_nothing_is_sent(scene: Scene) -> None:

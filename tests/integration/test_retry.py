@@ -65,7 +65,7 @@ def test_an_error_of_the_statement_is_raised_at_once(database_url: str) -> None:
 
 
 def test_who_stalls_in_a_transaction_loses_its_locks(database_url: str) -> None:
-    """As an engine does that is stopped between two statements: `tidy` and other engines must get past it."""
+    """As an engine does that is stopped between two statements: maintenance and other engines must get past it."""
     stalled, other = connect(database_url, idle=1.0), connect(database_url)
     with stalled.connect() as one, other.begin() as two:
         one.execute(text("insert into tenants (name) values ('held')"))
