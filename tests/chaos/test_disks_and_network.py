@@ -22,7 +22,7 @@ from tests.chaos.faults import (
     small_disk,
     stack_without_engines,
 )
-from tests.end_to_end.stack import Stack, finished, wait_for
+from tests.end_to_end.stack import PATIENCE, Stack, finished, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("kills"), pytest.mark.timeout(1800)]
 
@@ -87,4 +87,4 @@ def test_the_network_is_cut(tmp_path: Path) -> None:
             assert len(stack.engines(request)) == 2
             finished(near)
             far.send_signal(signal.SIGTERM)
-            far.communicate(timeout=60)
+            far.communicate(timeout=PATIENCE)

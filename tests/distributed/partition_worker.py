@@ -180,7 +180,7 @@ def cached(dit: DiT, groups: Groups, threshold: float) -> tuple[list[float], int
 def main() -> None:
     rank, world, port, listen_fd = (int(a) for a in sys.argv[1:5])
     torch.set_num_threads(1)
-    connect(rank, world, port, "cpu", listen_fd if rank == 0 else None, timeout=240)
+    connect(rank, world, port, "cpu", listen_fd if rank == 0 else None, timeout=600)
     partitions, paths = sys.argv[5].split(), list(map(Path, sys.argv[6:]))
     results: list[dict[str, Any]] = []
     for path, short, deep in zip(paths[::3], paths[1::3], paths[2::3], strict=True):

@@ -16,7 +16,7 @@ from model.engine.engine import Compile, Device, Engine
 from model.network.compiled import COMPILERS
 from tests.tiny import CLIP, tiny_model
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module")

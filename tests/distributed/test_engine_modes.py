@@ -15,7 +15,7 @@ from model.media.windows import Frames
 from tests.distributed.conftest import Engines
 from tests.tiny import CLIP
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def video(seed: int, frames: int) -> Frames:

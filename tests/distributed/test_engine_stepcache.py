@@ -14,7 +14,7 @@ from model.engine.engine import Engine
 from tests.distributed.conftest import Engines
 from tests.tiny import CLIP, tiny_wan
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.xdist_group("ranks")
 
 WHOLE = replace(CLIP, steps=8)
 IN_WINDOWS = replace(WHOLE, clip_id="windows", frames=18, window=9, overlap=5)

@@ -49,7 +49,7 @@ def run_ranks(world: int, partitions: Sequence[str], *models: tuple[Path, ...]) 
     ]
     listener.close()
     try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
+        outputs = [rank.communicate(timeout=600) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

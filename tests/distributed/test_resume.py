@@ -17,7 +17,7 @@ from model.engine.engine import Engine
 from tests.distributed.conftest import Engines
 from tests.tiny import CLIP
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.xdist_group("ranks")
 
 WHOLE = replace(CLIP, steps=12, solver="unipc")
 FILM = replace(WHOLE, clip_id="film", solver="ab2", frames=18, window=9, overlap=5, steps=6)  # several windows

@@ -10,7 +10,7 @@ from model.config import Shape
 from model.score.modes import EXACT, EXTENSIONS, STRENGTHS, measure_modes, table, world_clips
 from tests.tiny import DEFAULTS, tiny_model
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def test_every_mode_is_measured(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,36 @@ def made(stack: Stack, runs: dict[str, str]) -> list[dict[str, Any]]:
     return stack.clips(stack.request_of(runs["command"]))
 
 
+@dataclass(frozen=True)
+class More:
+    found: dict[str, Any]  # for the recipe of the first clip that was made
+    begun: dict[str, Any]  # with a picture
+    cached: dict[str, Any]  # with a step cache, which skipped some steps
+    wild: dict[str, Any]
+    gone: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def more(
-    stack: Stack, made: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A clip that was found, for the first one's recipe, and one that begins with a picture."""
+def more(stack: Stack, made: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> More:
+    """Clips of other kinds, and two that a test may spoil; one request, since each takes its time."""
     folder: Path = tmp_path_factory.mktemp("more")
     picture = np.random.default_rng(3).integers(0, 255, (64, 64, 3), np.uint8)
     (folder / "ball.png").write_bytes(encode_png(picture, {}))
     lines = [
         {"prompt": made[0]["prompt"], "seed": made[0]["seed"]},
         {"prompt": "a green ball", "mode": "image-to-video", "image": "ball.png", "seed": stack.seed()},
+        {"prompt": "a red cube", "seed": stack.seed(), "step_cache": 0.5, "steps": 12},
+        {"prompt": "a blue ball", "seed": stack.seed()},
+        {"prompt": "a blue cube", "seed": stack.seed()},
     ]
     (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = stack.rushes("submit", str(folder / "more.jsonl"), "--watch")
     (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
-    found, begun = stack.clips(request)
+    clips = More(*stack.clips(request))
+    found = clips.found
     assert found["found"] and found["attempts"] == 0 and found["sha256"] == made[0]["sha256"]
-    return found, begun
+    assert clips.cached["skipped_steps"] > 0
+    return clips
 
 
 def reproduced(stack: Stack, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
@@ -64,9 +77,9 @@ def reproduced(stack: Stack, *arguments: str, code: int = 0) -> list[dict[str, A
 
 
 def test_its_own_partition_gives_every_clip_again_to_the_byte(
-    stack: Stack, made: list[dict[str, Any]], more: tuple[dict[str, Any], dict[str, Any]]
+    stack: Stack, made: list[dict[str, Any]], more: More
 ) -> None:
-    clips = [*made, *more]
+    clips = [*made, more.found, more.begun, more.cached]
     rows = reproduced(stack, *(clip["clip_id"] for clip in clips))
     assert [row["clip_id"] for row in rows] == [clip["clip_id"] for clip in clips]
     assert {(row["verdict"], row["partition"], row["psnr"], row["largest"], row["detail"]) for row in rows} == {
@@ -93,18 +106,13 @@ def test_another_partition_is_near(stack: Stack, made: list[dict[str, Any]]) -> 
     assert "partition cfg1xsp1xtp3 of tiny: 4 attention heads do not divide over sp 1 x tp 3 = 3 ranks" in said
 
 
-def test_what_a_step_cache_cost_is_measured(stack: Stack, tmp_path: Path) -> None:
-    line = {"prompt": "a red cube", "seed": stack.seed(), "step_cache": 0.5, "steps": 12}
-    (tmp_path / "cached.jsonl").write_text(json.dumps(line) + "\n")
-    said = stack.rushes("submit", str(tmp_path / "cached.jsonl"), "--watch")
-    (clip,) = stack.clips(*re.findall(r"req_[0-9a-f]{12}", said)[:1])
-    assert clip["skipped_steps"] > 0
-    (again,) = reproduced(stack, clip["clip_id"])
-    (exact,) = reproduced(stack, clip["clip_id"], "--exact", code=1)
-    assert again["verdict"] == "identical" and exact["verdict"] == "differs" and 10 < exact["psnr"] < 80
+def test_what_a_step_cache_cost_is_measured(stack: Stack, more: More) -> None:
+    """With the cache it is identical: the test before this one says so."""
+    (exact,) = reproduced(stack, more.cached["clip_id"], "--exact", code=1)
+    assert exact["verdict"] == "differs" and 10 < exact["psnr"] < 80
     assert "the stored one was rendered with a step cache of 0.5" in exact["detail"]
-    story = json.loads(stack.rushes("show", clip["clip_id"], "--format", "json"))
-    assert [row["step_cache"] for row in story["reproduced"]] == [0.5, None]
+    story = json.loads(stack.rushes("show", more.cached["clip_id"], "--format", "json"))
+    assert [row["step_cache"] for row in story["reproduced"]][-1] is None
 
 
 def frames_of(data: bytes) -> np.ndarray:
@@ -130,16 +138,12 @@ def holding(stack: Stack, contents: dict[str, bytes | None]) -> Iterator[None]:
             stack.blob(key).write_bytes(data)
 
 
-def test_what_is_stored_wrongly_is_found(
-    stack: Stack, made: list[dict[str, Any]], more: tuple[dict[str, Any], dict[str, Any]]
-) -> None:
+def test_what_is_stored_wrongly_is_found(stack: Stack, made: list[dict[str, Any]], more: More) -> None:
     """One command: a clip that fails under the ranks stops none of the others."""
     first, second, other, still = made
     first_bytes, second_bytes = (stack.blob(clip["object_key"]).read_bytes() for clip in (first, second))
-    (source,) = stack.sql("select key from artifacts where sha256 = %s", more[1]["source_sha256"])
-    run = stack.submit(request=stack.request(["a blue ball", "a blue cube"], seed=stack.seed()))
-    stack.ended(run)
-    wild, gone = stack.clips(stack.request_of(run))
+    (source,) = stack.sql("select key from artifacts where sha256 = %s", more.begun["source_sha256"])
+    wild, gone = more.wild, more.gone
     stack.sql("update clips set guidance = 1e38 where id = %s returning id", wild["clip_id"])
     contents = {
         first["object_key"]: second_bytes,
@@ -150,7 +154,7 @@ def test_what_is_stored_wrongly_is_found(
         source["key"]: None,
     }
     with holding(stack, contents):
-        ids = [clip["clip_id"] for clip in (wild, *made, gone, more[1])]
+        ids = [clip["clip_id"] for clip in (wild, *made, gone, more.begun)]
         rows = {row["clip_id"]: row for row in reproduced(stack, *ids, "--tolerance-db", "0", code=1)}
     assert list(rows) == ids
     apart = np.abs(frames_of(first_bytes).astype(float) - frames_of(second_bytes))
@@ -168,7 +172,7 @@ def test_what_is_stored_wrongly_is_found(
         (wild, "not finite"),
         (gone, "are not in the store"),
         (second, "cannot be compared: the file is neither a picture"),
-        (more[1], "its source"),
+        (more.begun, "its source"),
     ):
         assert rows[clip["clip_id"]]["verdict"] == "failed" and reason in rows[clip["clip_id"]]["detail"]
     (seen,) = stack.sql("select * from history where clip_id = %s", first["clip_id"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.stack import LONG, Stack, assert_as_if_undisturbed, finished, wait_for
+from tests.end_to_end.stack import LONG, PATIENCE, Stack, assert_as_if_undisturbed, finished, wait_for
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -141,7 +141,7 @@ def test_an_engine_without_a_worker_keeps_what_it_is_at(stack: Stack) -> None:
         under_way(stack, request, 1)
         engine.terminate()
         kept = [released_at(stack, request, 1)]
-        engine.wait(timeout=60)
+        engine.wait(timeout=PATIENCE)
     assert engine.returncode == 128 + signal.SIGTERM
     assert not stack.ranks(), "it ended its ranks when it left"
     assert " clips in " in stack.rushes("engine", "--linger", "3")
@@ -194,7 +194,7 @@ def test_an_engine_started_by_hand_keeps_what_it_is_at(keeps_at_the_end: Stack) 
             under_way(stack, request, attempt)
             engine.send_signal(told)
             kept.append(released_at(stack, request, attempt))
-            engine.wait(timeout=60)
+            engine.wait(timeout=PATIENCE)
         assert engine.returncode == {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 130}[told]
         assert not stack.ranks()
     assert " clips in " in finished(stack.start("engine", "--linger", "3"))
@@ -212,7 +212,7 @@ def test_a_worker_that_is_stopped_lets_its_engine_keep_what_it_is_at(keeps_at_th
         under_way(stack, request, 1)
         worker.terminate()
         kept = [released_at(stack, request, 1)]
-        worker.wait(timeout=60)
+        worker.wait(timeout=PATIENCE)
     assert worker.returncode == 128 + signal.SIGTERM
     assert not stack.ranks()
     stack.rushes("up")

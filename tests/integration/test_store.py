@@ -220,7 +220,7 @@ if child == 0:
     os._exit(0 if store.get(key) == b"parent" and store.put(b"child") else 1)
 assert os.waitpid(child, 0)[1] == 0 and store.get(key) == b"parent"
 """
-        subprocess.run([sys.executable, "-c", script, tmp_path / "pickle"], cwd=ROOT, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", script, tmp_path / "pickle"], cwd=ROOT, check=True, timeout=300)
         assert store.get(blob_key(hashlib.sha256(b"child").hexdigest())) == b"child"
 
     def test_a_reader_never_meets_half_an_object(self, store: Store, tmp_path: Path) -> None:
@@ -555,7 +555,7 @@ def test_a_server_that_is_not_there_is_unavailable_and_nothing_is_missing() -> N
         for error in pool.map(ask, ["get", "stat", "delete", "put"]):
             assert isinstance(error, StoreUnavailable)
             assert str(port) in str(error)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120, "they are given up"
 
 
 class TestUrl:

@@ -34,8 +34,6 @@ from model.train.loop import Checkpoint, join
 from model.train.recipe import Recipe
 from model.train.transformer import Stock, draw_known, draw_times, train_dit
 
-pytestmark = pytest.mark.timeout(600)  # many processes are started, each of which imports torch
-
 SMALL = """
 import sys
 from pathlib import Path

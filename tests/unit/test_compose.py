@@ -72,7 +72,7 @@ def engines() -> list[list[str]]:
 def configured(engine: list[str], *arguments: str, env_file: Path) -> "subprocess.CompletedProcess[str]":
     command = [*engine, "-f", str(INFRA / "compose.yaml"), "--env-file", str(env_file), *arguments, "config"]
     bare = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=bare)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=bare)
 
 
 def test_it_follows_the_compose_specification(compose: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ def test_our_commands_exist(services: dict[str, Any]) -> None:
     assert commands == {("migrate",), ("deploy",), ("worker", "control"), ("worker", "gpu")}
     for command in commands:
         asked = [Path(sys.executable).with_name("rushes"), *command, "--help"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert command[0] in done.stdout
 

@@ -131,4 +131,4 @@ def test_a_server_that_is_not_there_is_not_waited_for() -> None:
     began = time.monotonic()
     with PrefectApi(f"http://127.0.0.1:{port}/api") as api, pytest.raises(PrefectUnavailable, match="rushes up"):
         api.tagged("any")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
