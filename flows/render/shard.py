@@ -35,7 +35,7 @@ from flows.render.clip import WrongDigest, as_file, proven, spec_of
 from flows.render.worker import Crew, T, code_version, log
 from infra.store.contract import NoSuchKey
 from infra.tracing import Event, carrier, continued, current_trace_id, span_between
-from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, UnfinishedClip
+from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, SavedState
 from model.media.errors import BadMedia
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
@@ -178,11 +178,11 @@ class Shard:
             return spec
         key = clip.checkpoint.key
         self.objects.add(key)
-        if clip.checkpoint.of != self.crew.engine.alike(spec):
+        if clip.checkpoint.of != self.crew.engine.fingerprint(spec):
             log.info("clip %s begins anew: its checkpoint %s is of another kind of engine", clip.clip_id, key)
             return spec
         try:
-            return replace(spec, unfinished=self.patiently(lambda: self.crew.store.get(key)))
+            return replace(spec, resume_state=self.patiently(lambda: self.crew.store.get(key)))
         except Exception as error:
             log.warning("clip %s begins anew: its checkpoint %s cannot be had (%s)", clip.clip_id, key, error)
             return spec
@@ -250,20 +250,20 @@ class Shard:
             )
         )
 
-    def on_checkpoint(self, clip: UnfinishedClip, publisher: ThreadPoolExecutor) -> None:
+    def on_checkpoint(self, clip: SavedState, publisher: ThreadPoolExecutor) -> None:
         """Has it stored beside the steps, unless the store, which may be slower than they, is still at the last one."""
         last = self.saving.get(clip.clip_id)
         if last is None or last.done() or self.leaves:
             self.saving[clip.clip_id] = publisher.submit(self.save, clip)
 
-    def save(self, clip: UnfinishedClip) -> None:
+    def save(self, clip: SavedState) -> None:
         """Bytes first, row second. What goes wrong here costs some steps if the engine dies, and never the clip."""
         key = f"checkpoints/{clip.clip_id}/{self.started[clip.clip_id]}-{clip.step}.safetensors"
         self.objects.add(key)
         try:
             self.crew.store.put_at(key, clip.data)
             with self.crew.ledgers.begin() as session:
-                kept = Checkpoint(key=key, step=clip.step, of=clip.of)
+                kept = Checkpoint(key=key, step=clip.step, of=clip.fingerprint)
                 save_checkpoint(session, self.lease, clip.clip_id, kept)
         except Exception as error:
             log.warning("checkpoint %s was not kept: %s", key, error)

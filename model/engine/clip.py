@@ -1,4 +1,4 @@
-"""What an engine is asked for, what it gives back, and how it fails: values and exceptions."""
+"""Requests to an engine, its results and its failures: values and exceptions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ClipSpec:
     window: int = 0  # most frames to make at once; 0: all of them
     overlap: int = 5  # frames that a window takes over from the one before
     step_cache: float | None = None  # in (0, 1]: steps that change less are not computed (`model.network.stepcache`)
-    unfinished: bytes | None = field(default=None, compare=False, repr=False)  # from where to go on, if it is of use
+    resume_state: bytes | None = field(default=None, compare=False, repr=False)  # where to go on from, if usable
 
     def __post_init__(self) -> None:
         for name, frames in (("start", self.start), ("end", self.end)):
@@ -76,7 +76,7 @@ class ClipSpec:
 
     @property
     def given(self) -> Given:
-        """What is known of its time line."""
+        """The known frames of its time line."""
         return Given(
             frames=self.frames,
             start=0 if self.start is None or self.strength is not None else len(self.start),
@@ -109,18 +109,18 @@ class RenderedClip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnfinishedClip:
-    """How far a clip has come. With `data` as its `unfinished` it goes on from there where it is `alike`."""
+class SavedState:
+    """The resume state of a clip. With `data` as its `resume_state` it goes on from there on any engine of one kind."""
 
     clip_id: str
     step: int  # over all windows
-    of: str  # what `alike` said
+    fingerprint: str  # that an engine must give the clip to go on from here
     data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
-    """What a rank said when it was ready."""
+    """A rank's report when it is ready."""
 
     rank: int
     pid: int

@@ -40,10 +40,10 @@ from model.engine.clip import (
     RankInfo,
     RenderedClip,
     RenderFailed,
+    SavedState,
     StartFailed,
-    UnfinishedClip,
 )
-from model.engine.resume import alike
+from model.engine.resume import fingerprint
 from model.engine.wire import Message, Wire, all_of, pixels_file, without_pixels
 from model.loading.card import find_model
 from model.parallel.memory import NotEnoughMemory, check_memory, free_bytes
@@ -139,14 +139,14 @@ class Engine:
     def running(self) -> bool:
         return bool(self._ranks)
 
-    def alike(self, spec: ClipSpec) -> str:
-        """The digest of all that must be the same where this clip goes on from a checkpoint, to the same bits."""
+    def fingerprint(self, spec: ClipSpec) -> str:
+        """Digest of all that must be equal for this clip to go on from a resume state to the same bits."""
         numerics = [
             *(str(self.partition), self.device, self.dtype),
             *(f"{self.threads_per_rank} threads", f"{self.micro_batch} at a time", f"compile {self.compile}"),
             *(info.device for info in self.ready),
         ]
-        return alike(spec, self.card.digest, numerics)
+        return fingerprint(spec, self.card.digest, numerics)
 
     def start(self) -> None:
         """Starts the ranks and waits until every one has loaded and tested its part. Nothing to do if they run.
@@ -193,7 +193,7 @@ class Engine:
         on_step: Callable[[str, int, int], None] = lambda clip_id, step, steps: None,
         cancelled: Callable[[], set[str]] = set,
         on_failure: Callable[[RenderFailed], None] | None = None,
-        on_checkpoint: Callable[[UnfinishedClip], None] | None = None,
+        on_checkpoint: Callable[[SavedState], None] | None = None,
         checkpoint_every: tuple[int, float] = (0, 0.0),
         leave: Callable[[], bool] = lambda: False,
     ) -> Generator[RenderedClip]:
@@ -236,7 +236,7 @@ class Engine:
         specs: Mapping[int, ClipSpec],
         on_step: Callable[[str, int, int], None],
         cancelled: Callable[[], set[str]],
-        on_checkpoint: Callable[[UnfinishedClip], None] | None,
+        on_checkpoint: Callable[[SavedState], None] | None,
         every: tuple[int, float],
         leave: Callable[[], bool],
     ) -> Generator[tuple[int, RenderedClip | RenderFailed]]:
@@ -276,7 +276,7 @@ class Engine:
                     data, job = all_of(message["file"]), jobs.get(message["job"])
                     if job and not job.dropped and on_checkpoint is not None:
                         clip_id, step = job.spec.clip_id, message["step"]
-                        on_checkpoint(UnfinishedClip(clip_id=clip_id, step=step, of=job.of, data=data))
+                        on_checkpoint(SavedState(clip_id=clip_id, step=step, fingerprint=job.of, data=data))
                 elif (slot := self._left.pop(message["job"], None)) is not None:
                     self._free.append(slot)
                 else:
@@ -297,7 +297,7 @@ class Engine:
                         self._drop(job)
 
     def _submit(self, place: int, spec: ClipSpec, save: bool, every: tuple[int, float]) -> _Job:
-        of = self.alike(spec) if save or spec.unfinished else ""
+        of = self.fingerprint(spec) if save or spec.resume_state else ""
         job = _Job(self._next_job, place, spec, self._free.pop(0), of)
         self._next_job += 1
         message = {"type": "render", "job": job.number, "slot": job.slot, "clip": without_pixels(spec)}

@@ -15,8 +15,8 @@ from model.media.windows import Canvas, Frames, Window, times_from
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.engine.batch import Kind
-    from model.network.diffusion import Here
+    from model.engine.batch import BatchKey
+    from model.network.diffusion import SolverState
     from model.network.stepcache import Computed, StepCache
 
 STAGES = ("text", "denoise", "decode")
@@ -37,11 +37,11 @@ class Job:
     cache: StepCache | None = None  # of the window under way
     skipped: int = 0  # steps, over all windows before it
     computed: Computed | None = None  # of rank 0 before it joins: the step that its cache is to compute again
-    here: Here | None = None  # where the window under way is; of rank 0 before it joins, too
+    here: SolverState | None = None  # where the window under way is; of rank 0 before it joins, too
     # Of rank 0:
     canvas: Canvas | None = None
     text: Tensor | None = None  # [2, L, Dt] prompt and negative prompt
-    kind: Kind | None = None  # whom it may sit beside
+    kind: BatchKey | None = None  # whom it may sit beside
     begun: bool = False  # its turn has come
     dropped: bool = False  # nobody wants it any more
     leaves: bool = False  # it is to make room, and to go on elsewhere from where it is
@@ -68,7 +68,7 @@ class Job:
         return 0 < steps <= self.step - step or 0 < seconds <= time.monotonic() - when
 
     @property
-    def remembered(self) -> tuple[int, Computed | None]:
+    def cache_state(self) -> tuple[int, Computed | None]:
         """What a checkpoint keeps of its cache: steps skipped so far, and the last one that was not, in this window."""
         if self.cache is None or self.here is None:
             return self.skipped, None

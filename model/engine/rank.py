@@ -37,7 +37,7 @@ from model.media.windows import Canvas, Frames, seed_of, windows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.network.diffusion import Here
+    from model.network.diffusion import SolverState
     from model.network.text import TextEncoder
     from model.network.vae import VAE, WanVAE
 
@@ -140,7 +140,7 @@ class Rank:
         ]
         lap("self_test")
         self.peak = Peak(self.device, self.world)
-        self.batch = Batch(experts, seats=settings["micro_batch"], boundary=boundary, groups=groups)
+        self.batch = Batch(experts, size=settings["micro_batch"], boundary=boundary, groups=groups)
         self.jobs: dict[int, Job] = {}  # of rank 0: all that are not done; of the others: those under way
         self.ready: deque[Job] = deque()  # of rank 0: may begin to be denoised
         self.side = Side(fatal) if self.device == "cuda" and self.world == 1 else None
@@ -188,7 +188,7 @@ class Rank:
                 self._drop(self.jobs[number])
             else:
                 turn.append(number)
-        while self.ready and len(turn) < self.batch.seats:
+        while self.ready and len(turn) < self.batch.size:
             if self.ready[0].dropped or self.ready[0].leaves:
                 self._drop(self.ready.popleft())
             elif not turn or self.ready[0].kind == self.jobs[turn[0]].kind:
@@ -224,7 +224,7 @@ class Rank:
         import torch
         import torch.distributed as dist
 
-        word = torch.full((2 + self.batch.seats,), -1, dtype=torch.int64)
+        word = torch.full((2 + self.batch.size,), -1, dtype=torch.int64)
         if turn is not None:
             word[: 2 + len(turn)] = torch.tensor([len(turn), min(self.jobs, default=1 << 62), *turn])
         dist.broadcast(word, 0)
@@ -238,7 +238,7 @@ class Rank:
         import torch
         import torch.distributed as dist
 
-        from model.network.diffusion import Here, told, told_times, walk
+        from model.network.diffusion import SolverState, in_model_times, model_time, solve
         from model.network.stepcache import Computed, StepCache
         from model.parallel.guidance import total
 
@@ -265,9 +265,9 @@ class Rank:
         known = job.plan[window].known(self.frame_step)
         x, *past = x.to(self.device)
         last = None if computed < 0 else Computed(computed, past.pop())
-        again = None if last is None else told(job.times[last.step], spec.solver)
-        job.here = Here(x, step, tuple(past))
-        way = told_times(walk(job.here, job.times, spec.solver), spec.solver)
+        again = None if last is None else model_time(job.times[last.step], spec.solver)
+        job.here = SolverState(x, step, tuple(past))
+        way = in_model_times(solve(job.here, job.times, spec.solver), spec.solver)
         if spec.step_cache is not None:
             steps, guided = len(job.times) - 1, spec.guidance != 1
             summed = partial(total, groups=self.batch.groups, guided=guided)
@@ -340,20 +340,20 @@ class Rank:
 
     def _save(self, job: Job) -> None:
         """Rank 0 sends the parent how far a clip has come, in a memory file. All ranks have the same latents."""
-        from model.engine.resume import Unfinished, to_bytes
-        from model.network.diffusion import Here
+        from model.engine.resume import ResumeState, to_bytes
+        from model.network.diffusion import SolverState
 
         here = job.here
         job.saved = job.step, time.monotonic()
         if here is None or not job.of:
             return
-        here = Here(here.x.cpu(), here.step, tuple(tensor.cpu() for tensor in here.past))
+        here = SolverState(here.x.cpu(), here.step, tuple(tensor.cpu() for tensor in here.past))
         if not all(bool(tensor.isfinite().all()) for tensor in (here.x, *here.past)):
             return  # its end will say so
         assert job.canvas is not None
         pixels = job.canvas.pixels[0] if job.window else None
-        skipped, last = (None, None) if job.spec.step_cache is None else job.remembered
-        state = Unfinished(job.window, here, pixels, skipped, last)
+        skipped, last = (None, None) if job.spec.step_cache is None else job.cache_state
+        state = ResumeState(job.window, here, pixels, skipped, last)
         file = os.memfd_create("rushes-unfinished")
         try:
             write_all(file, to_bytes(state, job.of))
@@ -383,10 +383,10 @@ class Rank:
 
     def _go_on(self, job: Job) -> bool:
         """Rank 0: the clip will go on from where an earlier attempt had come. False: there is nothing of use."""
-        from model.engine.resume import Due, Unusable, from_bytes
+        from model.engine.resume import Expected, Unusable, from_bytes
 
         spec = job.spec
-        if spec.unfinished is None:
+        if spec.resume_state is None:
             return False
         assert job.canvas is not None
 
@@ -394,9 +394,9 @@ class Rank:
             return tuple(self.vae.latent_shape(Shape(spec.width, spec.height, job.plan[window].frames)))
 
         steps, pixels = len(job.times) - 1, job.canvas.pixels[0]
-        due = Due(len(job.plan), steps, spec.solver, latents, pixels.shape, spec.step_cache is not None)
+        due = Expected(len(job.plan), steps, spec.solver, latents, pixels.shape, spec.step_cache is not None)
         try:
-            there = from_bytes(spec.unfinished, job.of, due)
+            there = from_bytes(spec.resume_state, job.of, due)
         except Unusable as problem:
             print(
                 f"clip {spec.clip_id} begins anew, its checkpoint is of no use: {problem}", file=sys.stderr, flush=True
@@ -404,25 +404,25 @@ class Rank:
             return False
         if there.pixels is not None:
             pixels[:] = there.pixels
-        job.window, job.step = there.window, there.window * steps + there.here.step
+        job.window, job.step = there.window, there.window * steps + there.solver.step
         job.skipped, job.computed = there.skipped or 0, there.computed
-        self._ready(job, there.here)
+        self._ready(job, there.solver)
         return True
 
-    def _ready(self, job: Job, here: Here) -> None:
+    def _ready(self, job: Job, here: SolverState) -> None:
         """Rank 0: its turn may come."""
-        from model.engine.batch import Kind
+        from model.engine.batch import BatchKey
 
         alone = None if job.spec.step_cache is None else job.number
         known = job.plan[job.window].known(self.frame_step)
-        job.here, job.kind = here, Kind.of(here.x, job.spec.guidance, known, alone)
+        job.here, job.kind = here, BatchKey.of(here.x, job.spec.guidance, known, alone)
         self.inbox.messages.put({"type": "ready", "job": job.number})
 
     def _begin(self, job: Job) -> None:
         """Rank 0: latents that the window begins with: noise (blended into what is edited), and what is known."""
         import torch
 
-        from model.network.diffusion import Here, blend, noise
+        from model.network.diffusion import SolverState, blend, noise
 
         began, spec, window = time.time(), job.spec, job.plan[job.window]
         known = window.known(self.frame_step)
@@ -435,7 +435,7 @@ class Rank:
             x[:, places] = clean[:, places]
         if spec.strength is not None or any(known):
             job.spent("decode", began)  # the autoencoder was at it
-        self._ready(job, Here(x))
+        self._ready(job, SolverState(x))
 
     def _decode(self, job: Job, number: int, latents: Tensor) -> None:
         """Latents [C, T, H, W] become frames, on rank 0. All ranks have the same latents."""

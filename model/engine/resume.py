@@ -1,13 +1,13 @@
 """A clip between two denoising steps, as bytes: what another engine needs to go on from there to the same bits.
 
-That is the latents, what the solver remembers of its last steps, which window of the clip they are of, and the pixels
-of the windows before. No random generator is among it: noise comes from the seed alone, once at the start of a window.
+That is the latents, the solver's memory of its last steps, which window of the clip they are of, and the pixels of the
+windows before. No random generator is among it: noise comes from the seed alone, once at the start of a window.
 Of a step cache it is the latents of the last step that was computed in full, which is computed once more
 (`model.network.stepcache`), and how many were skipped.
 
-The bytes are a safetensors file. What is read is believed only where all of it fits: the digest of what must be alike
-(`alike`), names, shapes, step, finite numbers, and the digest of the contents. Whatever does not is `Unusable`, and the
-clip begins anew.
+The bytes are a safetensors file. They are believed only where all of it fits: the fingerprint of clip, model, code and
+numerics, names, shapes, step, finite numbers, and the digest of the contents. All else is `Unusable`, and the clip
+begins anew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model.media.windows import Frames
 
 if TYPE_CHECKING:
     from model.engine.clip import ClipSpec
-    from model.network.diffusion import Here
+    from model.network.diffusion import SolverState
     from model.network.stepcache import Computed
 
 FORMAT = 2
@@ -41,19 +41,19 @@ class Unusable(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Unfinished:
-    """How far a clip has come."""
+class ResumeState:
+    """How far a clip has come: the state of its solver, in one of its windows."""
 
     window: int  # the one under way
-    here: Here  # in it, on the CPU
+    solver: SolverState  # in it, on the CPU
     pixels: Frames | None  # of the time line with all windows before it painted, [T, H, W, 3]; None in the first one
     skipped: int | None = None  # steps that its step cache answered, over all windows; None: it has none
     computed: Computed | None = None  # of the window under way the last step that it did not
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
-    """What can be true of a clip that is not finished."""
+class Expected:
+    """The bounds that a resume state of a clip must keep."""
 
     windows: int
     steps: int  # of each window
@@ -63,13 +63,13 @@ class Due:
     cached: bool = False  # it has a step cache
 
 
-def alike(spec: ClipSpec, model_digest: str, numerics: Sequence[str]) -> str:
+def fingerprint(spec: ClipSpec, model_digest: str, numerics: Sequence[str]) -> str:
     """The digest of all that must be the same for a clip to go on to the same bits: clip, model, code and `numerics`.
 
     numerics: partition, device, type and all else that the last bits of a step depend on.
     """
     digest = hashlib.sha256()
-    apart = ("clip_id", "unfinished", *BROUGHT)
+    apart = ("clip_id", "resume_state", *BROUGHT)
     said = {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in apart}
     shapes = [None if (frames := getattr(spec, name)) is None else frames.shape for name in BROUGHT]
     digest.update(json.dumps([_code(), model_digest, [*numerics], said, shapes], sort_keys=True).encode())
@@ -84,44 +84,45 @@ def _code() -> list[str]:
     return [f"format {FORMAT}", *(f"{name} {version(name)}" for name in ("rushes", "torch"))]
 
 
-def to_bytes(unfinished: Unfinished, of: str) -> bytes:
-    """A safetensors file; `of` is what `alike` says."""
+def to_bytes(state: ResumeState, fingerprint: str) -> bytes:
+    """Encodes a state as a safetensors file."""
     import torch
     from safetensors.torch import save
 
-    here = unfinished.here
-    tensors = {"x": here.x}
-    if here.past:
-        tensors["past"] = torch.stack(here.past)
-    if unfinished.pixels is not None:
-        tensors["pixels"] = torch.from_numpy(unfinished.pixels)
-    said = {"of": of, "window": str(unfinished.window), "step": str(here.step)}
-    if unfinished.skipped is not None:
-        said["skipped"] = str(unfinished.skipped)
-    if unfinished.computed is not None:
-        tensors["computed"], said["computed"] = unfinished.computed.x, str(unfinished.computed.step)
+    solver = state.solver
+    tensors = {"x": solver.x}
+    if solver.past:
+        tensors["past"] = torch.stack(solver.past)
+    if state.pixels is not None:
+        tensors["pixels"] = torch.from_numpy(state.pixels)
+    said = {"of": fingerprint, "window": str(state.window), "step": str(solver.step)}
+    if state.skipped is not None:
+        said["skipped"] = str(state.skipped)
+    if state.computed is not None:
+        tensors["computed"], said["computed"] = state.computed.x, str(state.computed.step)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     contents = _contents(said, {name: tensor.numpy() for name, tensor in tensors.items()})
     return save(tensors, {**said, "contents": contents})
 
 
-def from_bytes(data: bytes, of: str, due: Due) -> Unfinished:
-    """What `to_bytes` wrote. Raises Unusable for all else, before more memory is taken than the bytes themselves need.
+def from_bytes(data: bytes, fingerprint: str, expected: Expected) -> ResumeState:
+    """Decodes the bytes that `to_bytes` wrote.
 
-    of: what `alike` says here and now.
+    fingerprint: of the clip on this engine. Raises Unusable for all other bytes, before more memory is taken than the
+    bytes themselves need.
     """
     try:
-        return _read(data, of, due)
+        return _read(data, fingerprint, expected)
     except Unusable:
         raise
-    except Exception as problem:  # nobody can tell what somebody may have written there
+    except Exception as problem:  # the bytes come from outside and may be anything
         raise Unusable(f"it cannot be read ({type(problem).__name__}: {problem})") from None
 
 
-def _read(data: bytes, of: str, due: Due) -> Unfinished:
+def _read(data: bytes, fingerprint: str, expected: Expected) -> ResumeState:
     import torch
 
-    from model.network.diffusion import Here, remembered
+    from model.network.diffusion import SolverState, history_length
     from model.network.stepcache import Computed
 
     length = int.from_bytes(data[:8], "little")
@@ -129,24 +130,26 @@ def _read(data: bytes, of: str, due: Due) -> Unfinished:
         raise Unusable(f"its header says that it has {length} bytes, of {len(data)} in all")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     said: dict[str, str] = header.pop("__metadata__")
-    if said["of"] != of:
+    if said["of"] != fingerprint:
         raise Unusable("it was made of something else, or on another kind of engine")
     window, step = int(said["window"]), int(said["step"])
-    if not (0 <= window < due.windows and (window == 0) <= step < due.steps):
-        raise Unusable(f"it is at step {step} of window {window}, of {due.windows} windows of {due.steps} steps")
-    shape, memories = due.latents(window), remembered(due.solver, step)
+    if not (0 <= window < expected.windows and (window == 0) <= step < expected.steps):
+        raise Unusable(
+            f"it is at step {step} of window {window}, of {expected.windows} windows of {expected.steps} steps"
+        )
+    shape, memories = expected.latents(window), history_length(expected.solver, step)
     wanted = {"x": ("F32", shape)}
     if memories:
         wanted["past"] = ("F32", (memories, *shape))
     if window:
-        wanted["pixels"] = ("U8", due.pixels)
+        wanted["pixels"] = ("U8", expected.pixels)
     names = ["of", "window", "step"]
-    if due.cached:
+    if expected.cached:
         names.append("skipped")
         skipped = int(said["skipped"])
-        if not 0 <= skipped <= window * due.steps + step:
+        if not 0 <= skipped <= window * expected.steps + step:
             raise Unusable(f"it skipped {skipped} steps, at step {step} of window {window}")
-    if due.cached and step:
+    if expected.cached and step:
         names.append("computed")
         wanted["computed"] = ("F32", shape)
         if not 0 <= int(said["computed"]) < step:
@@ -166,11 +169,11 @@ def _read(data: bytes, of: str, due: Due) -> Unfinished:
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise Unusable("it holds numbers that are not finite")
     past = tuple(torch.from_numpy(each) for each in arrays["past"]) if memories else ()
-    return Unfinished(
+    return ResumeState(
         window,
-        Here(torch.from_numpy(arrays["x"]), step, past),
+        SolverState(torch.from_numpy(arrays["x"]), step, past),
         arrays.get("pixels"),
-        int(said["skipped"]) if due.cached else None,
+        int(said["skipped"]) if expected.cached else None,
         Computed(int(said["computed"]), torch.from_numpy(arrays["computed"])) if "computed" in arrays else None,
     )
 

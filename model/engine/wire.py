@@ -42,7 +42,7 @@ class Wire:
 
 def without_pixels(spec: ClipSpec) -> Message:
     """A clip as a rank is told of it; of what comes in a memory file the length: frames, or bytes."""
-    apart = (*BROUGHT, "unfinished")
+    apart = (*BROUGHT, "resume_state")
     lengths = {name: len(brought) for name in apart if (brought := getattr(spec, name)) is not None and len(brought)}
     return {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in apart} | lengths
 
@@ -50,7 +50,7 @@ def without_pixels(spec: ClipSpec) -> Message:
 def pixels_file(spec: ClipSpec) -> int | None:
     """A memory file with all that a clip brings, one after the other; None if it brings nothing."""
     parts = [np.ascontiguousarray(frames).reshape(-1).data for frames in (spec.start, spec.end) if frames is not None]
-    parts += [memoryview(spec.unfinished)] if spec.unfinished else []
+    parts += [memoryview(spec.resume_state)] if spec.resume_state else []
     if not parts:
         return None
     with ExitStack() as unless_whole:
@@ -73,8 +73,8 @@ def clip_in(message: Message) -> ClipSpec:
             if name in clip:
                 shape = clip[name], clip["height"], clip["width"], 3
                 clip[name], pixels = pixels[: math.prod(shape)].reshape(shape), pixels[math.prod(shape) :]
-        if "unfinished" in clip:
-            clip["unfinished"] = pixels.tobytes()
+        if "resume_state" in clip:
+            clip["resume_state"] = pixels.tobytes()
     return ClipSpec(**clip)
 
 

@@ -19,12 +19,12 @@ import torch.compiler.config
 
 from model.network.dit import DiT
 
-VARIANTS = 64  # of a block's code: text or what was heard of it, one time or many, some sizes before one serves all
+VARIANTS = 64  # of a block's code: text or its keys and values, one time or many, some sizes before one serves all
 COMPILERS = ("g++", "clang++")
 
 
 class NoCompiler(Exception):
-    """torch.compile writes C++ for a CPU, and there is nothing here to compile it with."""
+    """No C++ compiler was found, and torch.compile writes C++ for a CPU."""
 
 
 def check_compiler(device: str) -> None:

@@ -23,14 +23,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same, then tanh-approximated GELU."""
+    """`linear`, then tanh-approximated GELU."""
     if _serves(x, weight):
         return PRODUCT(x, weight, bias, "gelu", [], "tanh")
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """What the layer computes of x [B, C, T, H, W]."""
+    """Applies `conv` to x [B, C, T, H, W]."""
     if isinstance(conv.padding, str) or not _serves(x, conv.weight):
         return nn.Conv3d.forward(conv, x)
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
@@ -38,7 +38,7 @@ def convolution(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prepare() -> None:
-    """Has oneDNN set itself up while there is memory: later it says that it got none, at first it crashes."""
+    """Initialises oneDNN early: its first allocation aborts the process when out of memory, later ones raise."""
     linear_gelu(torch.zeros(2, 64), torch.zeros(64, 64), torch.zeros(64))
     convolution(nn.Conv3d(16, 16, 3, padding=1), torch.zeros(1, 16, 3, 8, 8))
 

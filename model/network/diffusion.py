@@ -17,20 +17,20 @@ SOLVERS = ("euler", "ab2", "unipc")
 THOUSAND = 1000  # times that Wan was trained at
 NEARLY = 1 - 1e-6  # the last time before 1 of which a logarithm can be taken
 Velocity = Callable[[Tensor, float], Tensor]  # (x, time) -> d x / d time
-Walk = Generator[tuple[Tensor, float], Tensor, Tensor]  # yields (x, time), is sent the velocity there, returns the end
+Solver = Generator[tuple[Tensor, float], Tensor, Tensor]  # yields (x, time), is sent its velocity, returns latents
 
 
 @dataclass(slots=True)
-class Here:
-    """Where a walk is between two steps: all it takes to go on from there, in another process too."""
+class SolverState:
+    """A solver between two steps: all that it takes to go on from there, in another process too."""
 
     x: Tensor  # where the solver wants to know the velocity
     step: int = 0  # steps that were taken
-    past: tuple[Tensor, ...] = ()  # what the solver remembers of them, as many as `remembered` says, each like x
+    past: tuple[Tensor, ...] = ()  # of these steps, `history_length` tensors, each like x
 
 
-def remembered(solver: str, step: int) -> int:
-    """How many tensors a solver remembers after so many steps."""
+def history_length(solver: str, step: int) -> int:
+    """The number of tensors that a solver keeps of its past after so many steps."""
     return 0 if not step else {"euler": 0, "ab2": 1, "unipc": 1 + min(step, 2)}[solver]
 
 
@@ -56,21 +56,21 @@ def schedule(steps: int, shift: float, solver: str = "euler") -> list[float]:
     return [t / (t + (1 - t) / shift) for t in even]  # written so that both ends are exact
 
 
-def told(time: float, solver: str) -> float:
-    """The time that the network is told: for unipc the whole thousandth below, as Wan's own sampler does."""
+def model_time(time: float, solver: str) -> float:
+    """The time that the network is given: for unipc the whole thousandth below, as in Wan's own sampler."""
     return int(THOUSAND * min(time, NEARLY)) / THOUSAND if solver == "unipc" else time
 
 
-def whole_times(velocity: Velocity, solver: str) -> Velocity:
-    """The velocity as this solver asks for it."""
-    return lambda x, now: velocity(x, told(now, solver))
+def at_model_times(velocity: Velocity, solver: str) -> Velocity:
+    """`velocity` with its times replaced by those that the network is given (`model_time`)."""
+    return lambda x, now: velocity(x, model_time(now, solver))
 
 
-def told_times(steps: Walk, solver: str) -> Walk:
-    """The same walk, in the times that the network is told."""
+def in_model_times(steps: Solver, solver: str) -> Solver:
+    """The same solver, yielding the times that the network is given (`model_time`)."""
     x, now = next(steps)
     while True:
-        velocity = yield x, told(now, solver)
+        velocity = yield x, model_time(now, solver)
         try:
             x, now = steps.send(velocity)
         except StopIteration as arrived:
@@ -78,8 +78,8 @@ def told_times(steps: Walk, solver: str) -> Walk:
 
 
 def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str = "euler") -> Iterator[Tensor]:
-    """Walks x from times[0] to times[-1] and yields it after every step. One call of `velocity` a step."""
-    steps = walk(x, times, solver)
+    """Integrates x from times[0] to times[-1] and yields it after every step. One call of `velocity` a step."""
+    steps = solve(x, times, solver)
     x, now = next(steps)
     while True:
         try:
@@ -90,11 +90,11 @@ def denoise(velocity: Velocity, x: Tensor, times: Sequence[float], solver: str =
         yield x
 
 
-def walk(begin: Tensor | Here, times: Sequence[float], solver: str = "euler") -> Walk:
-    """The way from times[0] to times[-1] as a conversation, so that whoever answers may answer for several at once.
+def solve(begin: Tensor | SolverState, times: Sequence[float], solver: str = "euler") -> Solver:
+    """Integrates from times[0] to times[-1] as a coroutine, so that one forward may serve several clips.
 
-    begin: where to, or where an earlier walk with these times and this solver had come; it is kept up to date, so that
-    between two steps it says where this one is.
+    begin: the latents at times[0], or the state of an earlier run with these times and this solver. A state is kept up
+    to date: between two steps it says how far this run has come. Raises ValueError for an unknown solver.
 
     euler: first order. ab2: the two-step Adams-Bashforth method for uneven steps (second order; Hairer, Nørsett and
     Wanner, "Solving Ordinary Differential Equations I", III.5), whose first step is Euler's. unipc: UniPC-2 in its
@@ -102,42 +102,42 @@ def walk(begin: Tensor | Here, times: Sequence[float], solver: str = "euler") ->
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(SOLVERS)}")
-    here = begin if isinstance(begin, Here) else Here(begin)
-    return (yield from _unipc(here, times) if solver == "unipc" else _adams_bashforth(here, times, solver == "ab2"))
+    state = begin if isinstance(begin, SolverState) else SolverState(begin)
+    return (yield from _unipc(state, times) if solver == "unipc" else _adams_bashforth(state, times, solver == "ab2"))
 
 
-def _adams_bashforth(here: Here, times: Sequence[float], second: bool) -> Walk:
-    x = here.x
-    while here.step < len(times) - 1:
-        k = here.step
+def _adams_bashforth(state: SolverState, times: Sequence[float], second: bool) -> Solver:
+    x = state.x
+    while state.step < len(times) - 1:
+        k = state.step
         slope, step = (yield x, times[k]), times[k + 1] - times[k]
-        if here.past:
-            (last,), last_step = here.past, times[k] - times[k - 1]
+        if state.past:
+            (last,), last_step = state.past, times[k] - times[k - 1]
             x = x + step * (slope + (slope - last) * (step / (2 * last_step)))
         else:
             x = x + step * slope
-        here.x, here.step, here.past = x, k + 1, (slope,) if second else ()
+        state.x, state.step, state.past = x, k + 1, (slope,) if second else ()
     return x
 
 
-def _unipc(here: Here, times: Sequence[float]) -> Walk:
+def _unipc(state: SolverState, times: Sequence[float]) -> Solver:
     """Every step predicts from what was seen at the last two times; what is seen on arrival corrects it afterwards.
 
     The network is not asked again about the corrected point: a step costs one call.
     """
     sigmas = [min(time, NEARLY) for time in times]
-    x = here.x
-    while here.step < len(times) - 1:
-        k = here.step
+    x = state.x
+    while state.step < len(times) - 1:
+        k = state.step
         clean = x - sigmas[k] * (yield x, times[k])
         seen: Sequence[Tensor] = ()  # the clean clip as it was predicted where the last step began, and before
         if k:
-            start, *seen = here.past
+            start, *seen = state.past
             x = _corrected(start, seen, clean, sigmas[max(0, k - 2) : k + 1])
         seen, start = [*seen[-1:], clean], x
         two = 0 < k < len(times) - 2  # the last step leads to where the signal is infinitely stronger than the noise
         x = _predicted(x, seen[-2:] if two else [clean], sigmas[k - two : k + 2])
-        here.x, here.step, here.past = x, k + 1, (start, *seen)
+        state.x, state.step, state.past = x, k + 1, (start, *seen)
     return x
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.config import DiTConfig
 from model.network import cpu
-from model.network.layers import Block, Heard, LayerNorm32, Linear, sinusoid, turns_of
+from model.network.layers import Block, LayerNorm32, Linear, TextKV, rope_freqs, sinusoid
 from model.network.patch import grid, patchify, unpatchify
 
 ENOUGH = 16  # rows from which on products of this size gave the same bits whatever their number
@@ -89,15 +89,15 @@ class DiT(nn.Module):
         self.merge: Callable[[Tensor, int], Tensor] = lambda x, dim: x  # and all of them again
         self.run: Callable[[Sequence[Layer], Tensor], Tensor] = in_order
 
-    def hear(self, text: Tensor) -> list[Heard]:
-        """text [B, L, Dt] -> what every block keeps of it, to be given to `forward` in its place at every step."""
+    def precompute_kv(self, text: Tensor) -> list[TextKV]:
+        """Every block's keys and values of a text [B, L, Dt], which `forward` takes in its place at every step."""
         embedded = self.condition_embedder.embed(text)
-        return [block.attn2.hear(embedded) for block in self.blocks if isinstance(block, Block)]
+        return [block.attn2.precompute_kv(embedded) for block in self.blocks if isinstance(block, Block)]
 
-    def forward(self, latents: Tensor, times: Tensor, text: Tensor | list[Heard]) -> Tensor:
+    def forward(self, latents: Tensor, times: Tensor, text: Tensor | list[TextKV]) -> Tensor:
         """latents [B, C, T, H, W], times [B] or [B, S] in 0 (clean) .. 1 (noise), text [B, L, Dt] -> velocity.
 
-        Instead of the text may be given what `hear` made of it. The velocity has the latents' shape and type. S is 1,
+        Its `precompute_kv` may be given in place of the text. The velocity has the latents' shape and type. S is 1,
         T / patch (a time for each latent frame) or N (a time for each token). Raises ValueError for other counts, and
         for sizes that the patch does not divide.
         """
@@ -113,13 +113,13 @@ class DiT(nn.Module):
         x = cpu.linear(
             patchify(latents.to(weight.dtype), self.config.patch), weight.flatten(1), self.patch_embedding.bias
         )
-        turns = self.split(turns_of(cells, self.config.rope_axes, latents.device), 0)[:, None]
+        freqs = self.split(rope_freqs(cells, self.config.rope_axes, latents.device), 0)[:, None]
         embedding, modulation = self.condition_embedder(times)  # [B, S, D], [B, S, 6, D]
-        heard = [self.condition_embedder.embed(text)] * len(self.blocks) if isinstance(text, Tensor) else text
+        texts = [self.condition_embedder.embed(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         x, modulation = self.split(x, 1), self._split_times(modulation, count)  # [B, n, D]
         layers = [
-            lambda x, block=block, words=words: block(x, words, modulation, turns)
-            for block, words in zip(self.blocks, heard, strict=True)
+            lambda x, block=block, own=own: block(x, own, modulation, freqs)
+            for block, own in zip(self.blocks, texts, strict=True)
         ]
         x = self.run(layers, x)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.network import cpu
 
-Heard = tuple[Tensor, Tensor]  # keys and values of a text, [B, L, H, K] each
+TextKV = tuple[Tensor, Tensor]  # cross-attention keys and values of a text, [B, L, H, K] each
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, N, H, K], k and v [B, M, H, K] -> [B, N, H, K]
 
 
@@ -46,24 +46,24 @@ def rotary(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torc
 
 
 @lru_cache(maxsize=16)
-def turns_of(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> Tensor:
+def rope_freqs(cells: tuple[int, int, int], axes: tuple[int, int, int], device: torch.device) -> Tensor:
     """The angles of `rotary` as complex numbers of length 1, [N, K/2]: the same at every step of a clip."""
     with torch.inference_mode(False):  # kept, they may serve a training next
         angles = rotary(cells, axes, device)
         return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x [B, N, H, K], of which two neighbouring channels are one complex number; turns [N, 1, K/2].
+def rotate(x: Tensor, freqs: Tensor) -> Tensor:
+    """Rotates x [B, N, H, K], of which two neighbouring channels are one complex number, by freqs [N, 1, K/2].
 
     On a CPU one complex product takes a ninth of the time of four real ones over every other channel.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor writes no code for complex numbers, and fuses real ones
-        (even, odd), (cos, sin) = pairs.unbind(-1), torch.view_as_real(turns).unbind(-1)
+        (even, odd), (cos, sin) = pairs.unbind(-1), torch.view_as_real(freqs).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * freqs)
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -115,19 +115,19 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = HeadsRMSNorm(width, eps), HeadsRMSNorm(width, eps)
         self.attend: Attend = attention
 
-    def hear(self, context: Tensor) -> Heard:
-        """context [B, M, D] -> keys and values [B, M, H, K] each."""
+    def precompute_kv(self, context: Tensor) -> TextKV:
+        """Keys and values, [B, M, H, K] each, of context [B, M, D]."""
         k = self.norm_k(self.to_k(context)).unflatten(-1, (self.heads, -1))
         return k, self.to_v(context).unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, context: Tensor | Heard, turns: Tensor | None) -> Tensor:
-        """x [B, N, D], context [B, M, D] or what `hear` made of it; turns [N, 1, K/2] rotate queries and
-        keys, and are None in cross-attention.
+    def forward(self, x: Tensor, context: Tensor | TextKV, freqs: Tensor | None) -> Tensor:
+        """x [B, N, D], context [B, M, D] or its `precompute_kv`; freqs [N, 1, K/2] rotate queries and keys, and are
+        None in cross-attention.
         """
         q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))  # [B, N, H, K]
-        k, v = self.hear(context) if isinstance(context, Tensor) else context
-        if turns is not None:
-            q, k = rotate(q, turns), rotate(k, turns)
+        k, v = self.precompute_kv(context) if isinstance(context, Tensor) else context
+        if freqs is not None:
+            q, k = rotate(q, freqs), rotate(k, freqs)
         return self.to_out[0](self.attend(q, k, v).flatten(-2))  # [B, N, D]
 
 
@@ -168,8 +168,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x: Tensor, text: Tensor | Heard, modulation: Tensor, turns: Tensor) -> Tensor:
-        """x [B, N, D], text [B, L, D] or what attn2 heard of it, modulation [B, S, 6, D].
+    def forward(self, x: Tensor, text: Tensor | TextKV, modulation: Tensor, freqs: Tensor) -> Tensor:
+        """x [B, N, D], text [B, L, D] or its keys and values by attn2, modulation [B, S, 6, D].
 
         The S times divide N: 1, frames, or N.
         """
@@ -177,7 +177,7 @@ class Block(nn.Module):
             2
         )  # [B, S, D]
         y = affine(self.norm1(x), scale1, shift1).to(x.dtype)
-        x = residual(x, self.attn1(y, y, turns), gate1)
+        x = residual(x, self.attn1(y, y, freqs), gate1)
         x = x + self.attn2(self.norm2(x).to(x.dtype), text, None)
         y = affine(self.norm3(x), scale2, shift2).to(x.dtype)
         return residual(x, self.ffn(y), gate2)

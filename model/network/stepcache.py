@@ -1,4 +1,4 @@
-"""First-block caching: at a step that changes little, most of the transformer is not computed but remembered.
+"""First-block caching: at a step that changes little, most of the transformer is not computed but reused.
 
 The first block runs at every step. What it adds to the tokens is compared with what it added at the last step that was
 computed in full. Where the sum of the absolute changes is below `threshold` times the sum of the absolute values, the
@@ -10,7 +10,7 @@ has as `FirstBlockCacheConfig`; a test compares the two. TeaCache (Liu et al. 20
 builds, decides before any block runs: it foretells the change from the time-modulated input with a polynomial that is
 fitted to each model, and adds up what it foretold since the last full step. Measuring needs no fit and costs a block.
 
-What is decided here beyond that:
+Beyond that:
 * The first and the last step of a window are computed in full, and so is the first of each expert: there is nothing to
   compare with, and nothing later could repair the last one.
 * Tokens at time 0 (frames that are known) and pads do not count. They stand still, and would make a step look small.
@@ -48,15 +48,15 @@ class Computed:
     """A step that was computed in full."""
 
     step: int  # of its window
-    x: Tensor  # [C, T, H, W], what it was given
+    x: Tensor  # [C, T, H, W], its input
 
 
 class StepCache:
-    """What one window of one clip remembers from step to step.
+    """First-block cache of one window of one clip.
 
     steps: how many there will be. total: sums a tensor over all ranks that compute the clip, in place or not.
-    step: those that were taken before it, and `last`: of these the last one that was computed in full, which whoever
-    goes on must compute again first.
+    step: those that were taken before it, and `last`: of these the last one that was computed in full, which must be
+    computed again before the clip goes on.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class StepCache:
         """x [B, n, D] through all layers, or through the first one and past the others."""
         y = layers[0](x)
         first = y - x
-        others = self._remembered(first, counted)
+        others = self._reusable(first, counted)
         if others is not None:
             self.skipped += 1
             return y + others
@@ -116,8 +116,8 @@ class StepCache:
         self._added = (first, z - y) if self.left else None
         return z
 
-    def _remembered(self, first: Tensor, counted: Tensor) -> Tensor | None:
-        """What the other blocks added at the last full step, if the first one adds nearly what it added there."""
+    def _reusable(self, first: Tensor, counted: Tensor) -> Tensor | None:
+        """The other blocks' sum at the last full step, if the first one adds nearly what it added there; else None."""
         if not self.left or self._added is None:
             return None
         before, others = self._added

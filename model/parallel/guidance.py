@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.network.dit import DiT
-from model.network.layers import Heard
+from model.network.layers import TextKV
 from model.parallel.mesh import ALONE, Axis, Groups, gather
 
 
@@ -24,16 +24,16 @@ def total(x: Tensor, groups: Groups, guided: bool) -> Tensor:
 
 
 def own_text(text: Tensor, negative: Tensor, cfg: Axis) -> Tensor:
-    """What this rank reads of prompts and negative prompts [B, L, Dt]: both [2B, L, Dt] where it is alone, else one."""
+    """This rank's text, of prompts and negative prompts [B, L, Dt]: both [2B, L, Dt] where it is alone, else one."""
     if cfg.group is None:
         return torch.cat((text, negative))
     return text if cfg.rank == 0 else negative
 
 
-def both_halves(dit: DiT, x: Tensor, times: Tensor, text: Tensor | list[Heard], cfg: Axis) -> tuple[Tensor, Tensor]:
+def both_halves(dit: DiT, x: Tensor, times: Tensor, text: Tensor | list[TextKV], cfg: Axis) -> tuple[Tensor, Tensor]:
     """The conditional and the unconditional velocity of x [B, C, T, H, W] at times [B] or [B, S].
 
-    `text` is this rank's (`own_text`), or what `dit.hear` made of it. On one rank the two are one batch of 2B; over two
+    `text` is this rank's (`own_text`), or `dit.precompute_kv` of it. On one rank the two are one batch of 2B; over two
     ranks of the cfg axis each computes one and they exchange them.
     """
     if cfg.group is None:

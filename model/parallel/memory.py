@@ -151,7 +151,7 @@ def _available(meminfo: Path) -> int:
 
 
 def _left_to(root: Path, own: Path) -> list[int]:
-    """What the memory limits of this process's cgroups, of either version, leave it; [] without limits."""
+    """Bytes left under each memory limit of this process's cgroups, of either version; [] without limits."""
     left: list[int] = []
     for line in own.read_text().splitlines() if own.is_file() else []:
         _, controllers, group = line.split(":", 2)

@@ -30,7 +30,7 @@ class Axis:
 
     @property
     def part(self) -> Part:
-        """What this rank holds of a tensor that is divided over the axis."""
+        """This rank's part of a tensor that is divided over the axis."""
         return Part(self.rank, self.size)
 
 
@@ -99,7 +99,7 @@ def axes_of(sizes: Mapping[str, int], device: str) -> dict[str, Axis]:
 
 
 def gather(x: Tensor, axis: Axis) -> list[Tensor]:
-    """What every rank of the axis holds, in order; on a single rank, x alone."""
+    """All-gathers x over the axis, in rank order; on a single rank, [x]."""
     if axis.group is None:
         return [x]
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.network.layers import Heard, attention
+from model.network.layers import TextKV, attention
 from model.parallel.mesh import Axis, gather
 
 
@@ -54,22 +54,22 @@ class SharedRows:
     """A batch whose rows (clips, and halves of guidance) are computed by different ranks.
 
     All ranks are called with all rows and get all velocities. Every rank computes as many rows, so where they do not
-    divide some are computed twice: whoever waits for the others' weights must run along anyway.
+    divide some are computed twice: a rank that waits for the others' weights must run along anyway.
     """
 
     def __init__(self, batch: Axis) -> None:
         self.batch = batch
         self.count = self.share = 0  # rows of the batch last seen, and of each rank
 
-    def own(self, _: nn.Module, given: tuple[Tensor, Tensor, Tensor | list[Heard]]) -> tuple[Any, ...]:
-        """Latents [R, C, T, H, W], times [R, ...] and text [R, L, Dt] (or what was heard of it) -> this rank's rows."""
+    def own(self, _: nn.Module, given: tuple[Tensor, Tensor, Tensor | list[TextKV]]) -> tuple[Any, ...]:
+        """Latents [R, C, T, H, W], times [R, ...] and text [R, L, Dt] (or its keys and values) -> this rank's rows."""
         latents, times, text = given
         self.count = latents.shape[0]
         self.share = -(-self.count // self.batch.size)
         start = min(self.batch.rank * self.share, self.count - self.share)
         mine = slice(start, start + self.share)
-        words = text[mine] if isinstance(text, Tensor) else [(k[mine], v[mine]) for k, v in text]
-        return latents[mine], times[mine], words
+        own = text[mine] if isinstance(text, Tensor) else [(k[mine], v[mine]) for k, v in text]
+        return latents[mine], times[mine], own
 
     def everyones(self, _: nn.Module, __: tuple[Any, ...], velocity: Tensor) -> Tensor:
         """This rank's rows [share, C, T, H, W] -> those of all [R, C, T, H, W]."""

@@ -3,7 +3,7 @@
 Parameters are gathered in units: a block, an embedder, the head. While a block computes, the next one is on its way, so
 a rank needs memory for its part and two units. DeepSpeed divides and gathers (`deepspeed.zero.Init`); when that happens
 is decided here. `deepspeed.initialize` would go by the order of module calls that it saw in an earlier forward, one
-linear layer at a time, and lose that order whenever a text is heard between two steps.
+linear layer at a time, and lose that order whenever the keys and values of a text are computed between two steps.
 
 Source: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (Rajbhandari et al. 2020), stage 3, and
 "DeepSpeed Inference" (Aminabadi et al. 2022), ZeRO-Inference.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.network.dit import DiT
-from model.network.layers import Attention, Block, Heard
+from model.network.layers import Attention, Block, TextKV
 
 
 def divide_weights(dit: DiT, group: ProcessGroup, fill: Callable[[nn.Module, str], None]) -> None:
@@ -28,7 +28,7 @@ def divide_weights(dit: DiT, group: ProcessGroup, fill: Callable[[nn.Module, str
 
     `fill(module, prefix)` must give a module memory for its own parameters, not those of its children, and read them.
     It is called for one module at a time, so that no rank ever holds more than its part and the largest layer. All
-    ranks of the group get what its first one read.
+    ranks of the group get the values that its first one read.
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -42,7 +42,7 @@ def divide_weights(dit: DiT, group: ProcessGroup, fill: Callable[[nn.Module, str
 
 
 def held(parameter: nn.Parameter) -> Tensor:
-    """What this rank keeps of a parameter between calls: of a divided one its part, flat and padded, else all of it."""
+    """The part of a parameter that this rank keeps between calls: flat and padded where it is divided, else all."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
@@ -76,14 +76,14 @@ class Unit:
 def _hang_in(dit: DiT) -> None:
     """Every unit is whole while its module computes. The network itself and its callers need not know."""
     blocks = [block for block in dit.blocks if isinstance(block, Block)]
-    hearing = [_hearing(block.attn2) for block in blocks]
-    of_text = {id(parameter) for unit in hearing for parameter in unit.parameters}
+    text_kv = [_text_kv_unit(block.attn2) for block in blocks]
+    of_text = {id(parameter) for unit in text_kv for parameter in unit.parameters}
     bodies = [Unit(p for p in block.parameters() if id(p) not in of_text) for block in blocks]
     embedder = dit.condition_embedder
     times = Unit([*embedder.time_embedder.parameters(), *embedder.time_proj.parameters()])
     text, head = Unit(embedder.text_embedder.parameters()), Unit(dit.proj_out.parameters())
     own = Unit([*dit.patch_embedding.parameters(), dit.scale_shift_table])  # used by the network's own forward
-    units = [own, times, text, *bodies, *hearing, head]
+    units = [own, times, text, *bodies, *text_kv, head]
     lacking = {id(p) for p in dit.parameters()} - {id(p) for unit in units for p in unit.parameters}
     assert not lacking, [name for name, p in dit.named_parameters() if id(p) in lacking]
 
@@ -95,7 +95,7 @@ def _hang_in(dit: DiT) -> None:
         def following(given: tuple[Any, ...], k: int = k) -> list[Unit]:
             if k + 1 == len(blocks):
                 return [head]
-            return [bodies[k + 1]] if isinstance(given[1], tuple) else [bodies[k + 1], hearing[k + 1]]
+            return [bodies[k + 1]] if isinstance(given[1], tuple) else [bodies[k + 1], text_kv[k + 1]]
 
         _while_it_computes(block, bodies[k], following)
     _while_it_computes(dit.proj_out, head, lambda _: [])
@@ -116,17 +116,17 @@ def _while_it_computes(module: nn.Module, unit: Unit, following: Callable[[tuple
     module.register_forward_hook(after)
 
 
-def _hearing(attention: Attention) -> Unit:
+def _text_kv_unit(attention: Attention) -> Unit:
     """The unit that makes keys and values of a text, which is done inside a block, or once a clip and outside of it."""
     layers = (attention.to_k, attention.to_v, attention.norm_k)
     unit = Unit(parameter for layer in layers for parameter in layer.parameters())
-    hear = attention.hear
+    precompute_kv = attention.precompute_kv
 
-    def whole(context: Tensor) -> Heard:
+    def whole(context: Tensor) -> TextKV:
         unit.take()
-        heard = hear(context)
+        kv = precompute_kv(context)
         unit.release()
-        return heard
+        return kv
 
-    attention.hear = whole
+    attention.precompute_kv = whole
     return unit

@@ -65,7 +65,7 @@ class Zero:
         self.engine.step()
 
     def moments(self) -> Iterator[dict[str, Tensor]]:
-        """What AdamW keeps of every parameter, whole, one after the other. Every rank must ask for all of them."""
+        """AdamW's moments of every parameter, whole, one after the other. Every rank must ask for all of them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for group, part in zip(self.groups, self._parts(), strict=True):
@@ -87,7 +87,7 @@ class Zero:
         self._cut([parameter for group in self.groups for parameter in group])
 
     def _parts(self) -> list[Tensor]:
-        """What this rank's AdamW updates: one flat part of each group."""
+        """The flat part of each group that this rank's AdamW updates."""
         return [group["params"][0] for group in self.optimizer.param_groups]
 
     def _cut(self, wholes: Sequence[Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.config import VAEConfig
 from model.network.vae import STRIDE_TIME, VAE, to_video
 from model.train.clips import clips_of
-from model.train.latents import end_lengths, ends_path, latents_of, turns_of
+from model.train.latents import end_lengths, ends_path, latents_of, sampling_weights
 from model.train.loop import Checkpoint, follow, part_of, run, set_rate, write
 from model.train.recipe import Recipe
 
@@ -107,7 +107,7 @@ def train_decoder(recipe: Recipe) -> None:
     bucket = recipe.buckets[0]
     chunks, latents = clips_of(recipe, bucket), latents_of(recipe, bucket)
     clips = range(recipe.held_back, len(latents))
-    turns = turns_of(recipe, bucket, clips)
+    weights = sampling_weights(recipe, bucket, clips)
     average = trained_vae(recipe, finished=False)
     vae = copy.deepcopy(average)
     optimizer = torch.optim.AdamW(
@@ -126,7 +126,7 @@ def train_decoder(recipe: Recipe) -> None:
         share = step / recipe.decoder_steps
         set_rate(optimizer, recipe.decoder_rate * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * share)))
         rng = random.Random(f"{recipe.seed}/decoder/{step}")
-        error = error_of(vae, rng.choices(clips, cum_weights=turns, k=DECODED))
+        error = error_of(vae, rng.choices(clips, cum_weights=weights, k=DECODED))
         loss = 0.5 * error.abs().mean() + error.square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -42,7 +42,7 @@ def how_often(scene: Scene) -> int:
     return HARD_OFTEN if len(scene.solids) == 2 or scene.motion == "spin" else 1
 
 
-def turns_of(recipe: Recipe, bucket: Bucket, clips: Iterable[int]) -> list[int]:
+def sampling_weights(recipe: Recipe, bucket: Bucket, clips: Iterable[int]) -> list[int]:
     """Cumulative weights to draw the clips of a shape by: the world's by `how_often`, others evenly."""
     even = recipe.captions is not None
     return list(accumulate(1 if even else how_often(scene_of(recipe.seed, bucket, k)) for k in clips))

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.config import DiTConfig, Shape
-from model.network.diffusion import blend, denoise, guide, noise, schedule, whole_times
+from model.network.diffusion import at_model_times, blend, denoise, guide, noise, schedule
 from model.network.dit import DiT
 from model.network.layers import Attention, attention, short_attention
 from model.network.text import TextEncoder, small_encoder, word_tokenizer
 from model.network.vae import VAE
 from model.train.clips import scene_of
 from model.train.data import Bucket
-from model.train.latents import end_lengths, ends_path, latents_of, turns_of
+from model.train.latents import end_lengths, ends_path, latents_of, sampling_weights
 from model.train.loop import Checkpoint, divide, follow, part_of, run, set_rate
 from model.train.recipe import PROMPT_TOKENS, SPOKEN, Recipe
 from model.world.captions import describe
@@ -89,7 +89,7 @@ class Stock:
         self.ends = load_file(path)["ends"] if path.exists() else self.latents[:0]
         self.lengths = end_lengths(bucket)
         self.clips = range(recipe.held_back, len(self.latents))
-        self.turns = turns_of(recipe, bucket, self.clips)
+        self.weights = sampling_weights(recipe, bucket, self.clips)
 
     def draw(self, known: Tensor, rng: random.Random) -> tuple[list[int], Tensor]:
         """The numbers of B clips, and their latents [B, C, T, H, W], of which the frames `known` [B, T] are given.
@@ -98,7 +98,7 @@ class Stock:
         before (as `Canvas.known` has it), while what is to be made did lead to it. Where such ends lie ready they are
         taken.
         """
-        chosen = rng.choices(self.clips, cum_weights=self.turns, k=len(known))
+        chosen = rng.choices(self.clips, cum_weights=self.weights, k=len(known))
         at_end: list[int] = known.flip(1).cumprod(1).sum(1).tolist()
         count = len(self.lengths)
         rows = [row for row, length in enumerate(at_end) if length in self.lengths and len(self.ends)]
@@ -250,7 +250,7 @@ def sample(
         with_text, without = both.chunk(2)
         return guide(with_text, without, guidance)
 
-    for latents in denoise(whole_times(velocity, solver), x, schedule(steps, shift, solver), solver):
+    for latents in denoise(at_model_times(velocity, solver), x, schedule(steps, shift, solver), solver):
         x = latents
     return vae.decode(x)
 

@@ -116,9 +116,9 @@ def step(rounds: int = 15) -> Iterator[str]:
         x, times = torch.randn(2 * clips, 16, 5, 8, 8, generator=random), torch.full((2 * clips,), 0.7)
         words = text.encode(["a red ball slides to the left"] * clips + [""] * clips)
         with torch.inference_mode():
-            heard = ours.hear(words)
+            text_kv = ours.precompute_kv(words)
             calls: dict[str, Callable[[], torch.Tensor]] = {
-                "ours": lambda x=x, t=times, heard=heard: ours(x, t, heard),
+                "ours": lambda x=x, t=times, kv=text_kv: ours(x, t, kv),
                 "theirs": lambda x=x, t=times, w=words: theirs(x, 1000 * t, w, return_dict=False)[0],
             }
             error = (calls["ours"]() - calls["theirs"]()).abs().max().item()

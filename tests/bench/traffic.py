@@ -39,7 +39,7 @@ class Work:
     tokens: int
     words: int
     guided: bool = True
-    heard: bool = True  # keys and values of the text are kept from step to step
+    precomputed: bool = True  # keys and values of the text are kept from step to step
 
     def rows(self, partition: Partition) -> int:
         """Rows that the ranks of the batch axis share out."""
@@ -60,9 +60,9 @@ def step_traffic(config: DiTConfig, partition: Partition, work: Work, dtype_byte
     block += gathered(body, zero, dtype_bytes)
     around = all_gather(activation * sp, sp)
     around += gathered(outer_parameters(config), zero, dtype_bytes)
-    if not work.heard:
-        heard = hearing_traffic(config, partition, rows, work.words, dtype_bytes)
-        block, around = block + heard.block, around + heard.around
+    if not work.precomputed:
+        once = text_kv_traffic(config, partition, rows, work.words, dtype_bytes)
+        block, around = block + once.block, around + once.around
 
     velocity = work.tokens * config.out_channels * math.prod(config.patch) * FLOAT  # of one row
     around += all_gather(rows * partition.batch * velocity, partition.batch)
@@ -71,11 +71,11 @@ def step_traffic(config: DiTConfig, partition: Partition, work: Work, dtype_byte
     return Traffic(block, around)
 
 
-def hearing_traffic(config: DiTConfig, partition: Partition, rows: int, words: int, dtype_bytes: int) -> Traffic:
-    """What making keys and values of texts [rows, words, Dt] sends: at every step, or once where they are kept."""
-    _, hearing = block_parameters(config, partition.tp)
+def text_kv_traffic(config: DiTConfig, partition: Partition, rows: int, words: int, dtype_bytes: int) -> Traffic:
+    """Bytes sent to make keys and values of texts [rows, words, Dt]: at every step, or once where they are kept."""
+    _, text_kv = block_parameters(config, partition.tp)
     block = all_reduce(rows * words * FLOAT, partition.tp)  # attn2.norm_k
-    block += gathered(hearing, partition.zero, dtype_bytes)
+    block += gathered(text_kv, partition.zero, dtype_bytes)
     return Traffic(block, gathered(text_parameters(config), partition.zero, dtype_bytes))
 
 
@@ -99,7 +99,7 @@ def gathered(parameters: Iterable[int], zero: int, dtype_bytes: int) -> Fraction
 
 
 def block_parameters(config: DiTConfig, tp: int) -> tuple[list[int], list[int]]:
-    """Numbers in each parameter of a block on one of `tp` ranks: what every step uses, and what hears a text."""
+    """Numbers in each parameter of a block on one of `tp` ranks: of every step, and of a text's keys and values."""
     width, share, hidden = config.width, config.width // tp, config.ffn_dim // tp
     column, row, norm = [share * width, share], [share * width, width], [share]
     own_attention = 3 * column + 2 * norm + row

@@ -27,7 +27,7 @@ from model.parallel.mesh import ALONE, Axis, Groups, connect, groups_of
 from model.parallel.partition import load_partitioned, parameter_bytes
 from model.parallel.self_test import self_test
 from model.parallel.zero_inference import held
-from tests.bench.traffic import Work, hearing_traffic, step_traffic
+from tests.bench.traffic import Work, step_traffic, text_kv_traffic
 from tests.tiny import hold
 
 PARTITIONS = {
@@ -91,20 +91,20 @@ def traffic(path: Path, groups: Groups, partition: str, dtype: torch.dtype) -> l
     for kind in ("padded", "one token"):
         latents, times, text, negative = inputs(kind)
         tokens = prod(latents.shape[2:]) // 4
-        for guided, heard in product((True, False), (True, False)):
+        for guided, precomputed in product((True, False), (True, False)):
             read = own_text(text, negative, groups.cfg) if guided else text
-            work = Work(clips=2, tokens=tokens, words=7, guided=guided, heard=heard)
+            work = Work(clips=2, tokens=tokens, words=7, guided=guided, precomputed=precomputed)
             with Sent() as sent:
-                words = mine.hear(read) if heard else read
-            once = hearing_traffic(mine.config, divided, work.rows(divided), 7, dtype.itemsize)
-            line("hearing", sent, once.whole(mine.config.layers) if heard else Fraction())
+                words = mine.precompute_kv(read) if precomputed else read
+            once = text_kv_traffic(mine.config, divided, work.rows(divided), 7, dtype.itemsize)
+            line("text k/v", sent, once.whole(mine.config.layers) if precomputed else Fraction())
             with Sent() as sent:
                 if guided:
                     both_halves(mine, latents, times, words, groups.cfg)
                 else:
                     mine(latents, times, words)
             step = step_traffic(mine.config, divided, work, dtype.itemsize)
-            line(f"a step of {kind}, {guided=}, {heard=}", sent, step.whole(mine.config.layers))
+            line(f"a step of {kind}, {guided=}, {precomputed=}", sent, step.whole(mine.config.layers))
     return lines
 
 
@@ -117,7 +117,7 @@ def check(path: Path, short: Path, deep: Path, partition: str) -> dict[str, Any]
         latents, times, text, negative = inputs(kind)
         wanted = torch.cat(both_halves(whole, latents, times, own_text(text, negative, Axis()), Axis()))
         read = own_text(text, negative, groups.cfg)
-        for what, words in (("error", read), ("error heard", mine.hear(read))):
+        for what, words in (("error", read), ("error precomputed", mine.precompute_kv(read))):
             got = torch.cat(both_halves(mine, latents, times, words, groups.cfg))
             found[f"{what} {kind}"] = float((got - wanted).abs().max())
         found[f"size {kind}"] = float(wanted.abs().max())
@@ -146,9 +146,9 @@ def check(path: Path, short: Path, deep: Path, partition: str) -> dict[str, Any]
 
 
 def compare_cached(whole: DiT, mine: DiT, groups: Groups) -> dict[str, Any]:
-    """A walk with a step cache, on the whole network and on the divided one: the changes it saw, and the latents.
+    """A denoising with a step cache, on the whole network and on the divided one: the changes it saw, and the latents.
 
-    Its threshold lies in the widest gap between the changes of an exact walk, so that rounding decides nothing.
+    Its threshold lies in the widest gap between the changes of an exact one, so that rounding decides nothing.
     """
     seen = sorted(cached(whole, ALONE, 1e-12)[0])
     low, high = max(pairwise(seen[2:-2]), key=lambda gap: gap[1] / gap[0])
@@ -172,8 +172,8 @@ def cached(dit: DiT, groups: Groups, threshold: float) -> tuple[list[float], int
 
     words, cache = own_text(text, negative, groups.cfg), StepCache(threshold, 16, watched)
     predict = cache.over(dit, lambda x, times: guide(*both_halves(dit, x, times, words, groups.cfg), 3.0))
-    walk: Iterable[torch.Tensor] = denoise(hold(predict, [True, False, False]), latents, schedule(16, 3.0), "ab2")
-    (*_, last) = walk
+    steps: Iterable[torch.Tensor] = denoise(hold(predict, [True, False, False]), latents, schedule(16, 3.0), "ab2")
+    (*_, last) = steps
     return changes, cache.skipped, last
 
 

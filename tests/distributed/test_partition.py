@@ -98,7 +98,7 @@ def test_divided_equals_whole(everyone: tuple[list[str], list[Found]]) -> None:
         for partition, values in found.items():
             for kind in INPUTS:
                 assert values[f"error {kind}"] <= 1e-5, (partition, kind)
-                assert values[f"error heard {kind}"] <= 1e-5, (partition, kind)
+                assert values[f"error precomputed {kind}"] <= 1e-5, (partition, kind)
                 assert values[f"size {kind}"] > 0.1, "a network that says nothing proves nothing"
             tp, zero = Partition.parse(partition).tp, Partition.parse(partition).zero
             # what tensor parallelism does not divide: row biases, modulation tables and the cross-attention norm

@@ -79,7 +79,7 @@ def test_a_rank_is_killed_and_a_new_engine_goes_on(
     assert step > 0 and step % steps == 0
     another = engines.get(Partition(tp=2), micro_batch=2)  # its ranks are new ones
     # In front of it is one that begins at its beginning, and so on every rank.
-    made, began = go_on(another, replace(CLIP, clip_id="first"), replace(spec, unfinished=data))
+    made, began = go_on(another, replace(CLIP, clip_id="first"), replace(spec, resume_state=data))
     assert made[spec.clip_id] == wanted[spec.clip_id]
     assert began == {"first": 0, spec.clip_id: step}
 
@@ -101,7 +101,7 @@ def test_who_must_leave_is_saved_at_the_next_step_and_nothing_else_begins(
     )
     assert list(made) == []
     assert "later" not in saved and 3 <= saved["one"][0] < LONG
-    finished, began = go_on(engine, *(replace(each, unfinished=saved[each.clip_id][1]) for each in specs[:2]))
+    finished, began = go_on(engine, *(replace(each, resume_state=saved[each.clip_id][1]) for each in specs[:2]))
     assert began == {clip_id: step for clip_id, (step, _) in saved.items()}
     assert finished == whole
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_no_use_means_to_begin_anew(engine: Engine, wanted: dict
     other = replace(WHOLE, seed=8)
     list(engine.render([other], on_checkpoint=lambda clip: saved.append(clip.data), checkpoint_every=(3, 0.0)))
     for data in (saved[0], saved[0][:100], b"", b"\0" * 1000, os.urandom(1000)):
-        made, began = go_on(engine, replace(WHOLE, unfinished=data))
+        made, began = go_on(engine, replace(WHOLE, resume_state=data))
         assert made["one"] == wanted["one"] and began == {"one": 0}
     assert engine.running
 
@@ -158,7 +158,7 @@ def test_a_clip_with_a_step_cache_goes_on_from_any_step_and_skips_the_same(
         for step, data in list(mine.items())[::every]:
             began: list[int] = []
             (again,) = engine.render(
-                [replace(spec, unfinished=data)], on_step=lambda _, step, __, began=began: began.append(step)
+                [replace(spec, resume_state=data)], on_step=lambda _, step, __, began=began: began.append(step)
             )
             assert (began[0], again.skipped_steps) == (step, whole[spec.clip_id].skipped_steps)
             assert np.array_equal(again.frames, whole[spec.clip_id].frames), f"step {step} of {spec.clip_id}"
@@ -177,15 +177,15 @@ def test_a_clip_with_a_step_cache_leaves_as_any_other(engine: Engine) -> None:
     )
     assert list(made) == []
     ((step, data),) = [(step, data) for clip_id, step, data in saved if clip_id == "one"]
-    finished, began = go_on(engine, replace(cached, unfinished=data))
+    finished, began = go_on(engine, replace(cached, resume_state=data))
     assert finished["one"] == whole and 3 <= began["one"] == step < LONG
 
 
-def test_an_engine_of_another_kind_is_not_alike(model: Path, engine: Engine) -> None:
-    digests = [engine.alike(WHOLE)]
+def test_an_engine_of_another_kind_has_another_fingerprint(model: Path, engine: Engine) -> None:
+    digests = [engine.fingerprint(WHOLE)]
     for partition, batch, threads in ((Partition(), 2, 1), (Partition(tp=2), 1, 1), (Partition(tp=2), 2, 2)):
         other = Engine(model, partition, micro_batch=batch, threads_per_rank=threads)
         other.ready = engine.ready
-        digests.append(other.alike(WHOLE))
+        digests.append(other.fingerprint(WHOLE))
     assert len(set(digests)) == len(digests)
-    assert engine.alike(WHOLE) == digests[0] != engine.alike(replace(WHOLE, seed=1))
+    assert engine.fingerprint(WHOLE) == digests[0] != engine.fingerprint(replace(WHOLE, seed=1))

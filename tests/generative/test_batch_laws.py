@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import DiTConfig
 from model.engine.batch import Batch
-from model.network.diffusion import SOLVERS, noise, schedule, walk
+from model.network.diffusion import SOLVERS, noise, schedule, solve
 from model.network.dit import DiT
 
 SHAPE = (16, 3, 2, 2)  # so few tokens that sums are ordered by how many clips there are
@@ -40,12 +40,12 @@ class Clip:
 
     def join(self, batch: Batch, number: int) -> None:
         text, negative = noise(self.seed + 1000, (5, 16)), noise(2000, (5, 16))
-        way = walk(noise(self.seed, SHAPE), schedule(self.steps, 3.0, self.solver), self.solver)
+        way = solve(noise(self.seed, SHAPE), schedule(self.steps, 3.0, self.solver), self.solver)
         batch.join(number, way, text, negative, self.guidance, self.known)
 
 
-def alone(clip: Clip, seats: int, experts: tuple[DiT, ...], boundary: float | None) -> Tensor:
-    batch = Batch(experts, seats=seats, boundary=boundary)
+def alone(clip: Clip, size: int, experts: tuple[DiT, ...], boundary: float | None) -> Tensor:
+    batch = Batch(experts, size=size, boundary=boundary)
     clip.join(batch, 0)
     while not (arrived := batch.step()):
         pass
@@ -59,18 +59,18 @@ clips = st.builds(Clip, st.integers(0, 9), st.integers(1, 6), st.sampled_from(SO
 @given(
     waiting=st.lists(clips, min_size=1, max_size=6),
     delays=st.lists(st.integers(0, 3), min_size=6, max_size=6),
-    seats=st.integers(1, 4),
+    size=st.integers(1, 4),
     leaves=st.sets(st.integers(0, 5)),
     boundary=st.sampled_from([None, 0.6]),
 )
 def test_a_clip_becomes_the_same_to_the_bit_whoever_sits_beside_it(
-    waiting: list[Clip], delays: list[int], seats: int, leaves: set[int], boundary: float | None
+    waiting: list[Clip], delays: list[int], size: int, leaves: set[int], boundary: float | None
 ) -> None:
     experts = (network(0),) if boundary is None else (network(0), network(1))
-    batch, made, queue = Batch(experts, seats=seats, boundary=boundary), dict[int, Tensor](), list(enumerate(waiting))
+    batch, made, queue = Batch(experts, size=size, boundary=boundary), dict[int, Tensor](), list(enumerate(waiting))
     pause = 0
     while queue or len(batch):
-        while queue and not pause and len(batch) < seats:
+        while queue and not pause and len(batch) < size:
             number, clip = queue.pop(0)
             clip.join(batch, number)
             pause = delays[number]
@@ -80,13 +80,13 @@ def test_a_clip_becomes_the_same_to_the_bit_whoever_sits_beside_it(
             batch.leave(number)
     assert set(made) | leaves >= set(range(len(waiting)))
     for number, latents in made.items():
-        assert torch.equal(latents, alone(waiting[number], seats, experts, boundary)), waiting[number]
+        assert torch.equal(latents, alone(waiting[number], size, experts, boundary)), waiting[number]
 
 
 @settings(deadline=None, max_examples=15)
 @given(known=st.lists(st.lists(st.booleans(), min_size=3, max_size=3).filter(any), min_size=2, max_size=3))
 def test_what_is_known_of_a_clip_stays_untouched(known: list[list[bool]]) -> None:
-    batch = Batch((network(0),), seats=3)
+    batch = Batch((network(0),), size=3)
     for number, held in enumerate(known):
         Clip(number, 4, known=tuple(held)).join(batch, number)
     made: dict[int, Tensor] = {}
@@ -99,7 +99,7 @@ def test_what_is_known_of_a_clip_stays_untouched(known: list[list[bool]]) -> Non
 
 
 def test_a_clip_that_is_not_finite_harms_nobody() -> None:
-    batch = Batch((network(0),), seats=3)
+    batch = Batch((network(0),), size=3)
     for number, clip in enumerate((Clip(1, 5), Clip(2, 5, guidance=1e38), Clip(3, 5))):
         clip.join(batch, number)
     made: dict[int, Tensor] = {}
@@ -110,8 +110,8 @@ def test_a_clip_that_is_not_finite_harms_nobody() -> None:
         assert torch.equal(made[number], alone(clip, 3, (network(0),), None))
 
 
-def test_only_clips_of_one_kind_sit_together() -> None:
-    batch = Batch((network(0),), seats=2)
+def test_only_clips_with_one_key_share_a_batch() -> None:
+    batch = Batch((network(0),), size=2)
     Clip(1, 3).join(batch, 1)
     for other in (Clip(2, 3, guidance=1.0), Clip(2, 3, known=(True, False, False))):
         with pytest.raises(ValueError, match="clip 2 cannot join 1 of 2 clips"):

@@ -9,7 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.network.diffusion import SOLVERS, blend, denoise, guide, noise, schedule, whole_times
+from model.network.diffusion import SOLVERS, at_model_times, blend, denoise, guide, noise, schedule
 
 shifts = st.floats(0.1, 20)
 
@@ -87,7 +87,7 @@ def test_unipc_walks_as_diffusers_does(steps: int, shift: float) -> None:
     start = y = torch.linspace(-2, 2, 20, dtype=torch.float64).view(1, 4, 5)
     for time in theirs.timesteps:
         y = theirs.step(bent("theirs", y, float(time) / 1000), time, y, return_dict=False)[0]
-    velocity = whole_times(lambda x, now: bent("ours", x, now), "unipc")
+    velocity = at_model_times(lambda x, now: bent("ours", x, now), "unipc")
     *_, x = denoise(velocity, start, schedule(steps, shift, "unipc"), "unipc")
     assert asked["ours"] == asked["theirs"]
     torch.testing.assert_close(x, y, atol=2e-4, rtol=0)  # theirs takes its logarithms in single precision

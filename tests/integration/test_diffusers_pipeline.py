@@ -13,7 +13,7 @@ from model.config import Partition, Shape
 from model.engine.engine import Engine
 from model.loading.card import SECOND, SHIPPED, find_model
 from model.loading.load import load_dit, load_text, load_vae
-from model.network.diffusion import denoise, guide, noise, schedule, whole_times
+from model.network.diffusion import at_model_times, denoise, guide, noise, schedule
 from tests.bench.model_engine import their_pipeline
 from tests.tiny import CLIP, tiny_model, tiny_wan
 
@@ -97,7 +97,7 @@ def test_a_release_of_wan_makes_the_frames_that_diffusers_makes(released: tuple[
         return guide(*experts[asked[-1]](torch.cat((x, x)), times, words).chunk(2), GUIDANCE)
 
     times = schedule(STEPS, card.shift, card.solver)
-    *_, latents = denoise(whole_times(velocity, card.solver), start, times, card.solver)
+    *_, latents = denoise(at_model_times(velocity, card.solver), start, times, card.solver)
     ours = (vae.decode(latents)[0].movedim(0, -1) + 1) / 2
     theirs = their_frames(release, folder, start)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from model.config import DiTConfig, Partition
 from model.network.dit import DiT
-from model.network.layers import attention, short_attention, turns_of
+from model.network.layers import attention, rope_freqs, short_attention
 from model.network.patch import INPUT, OUTPUT, grid, patchify, unpatchify
 
 CONFIG = DiTConfig(layers=2, heads=4, head_dim=16, ffn_dim=128, text_dim=24)
@@ -107,7 +107,7 @@ def test_a_wrong_partition_is_refused(text: str) -> None:
 
 def test_a_training_may_follow_an_inference_of_the_same_shape() -> None:
     """The rotary tables of a shape are kept, and what was made for inference alone cannot be trained through."""
-    turns_of.cache_clear()
+    rope_freqs.cache_clear()
     dit = DiT(DiTConfig(layers=1, heads=2, head_dim=12, ffn_dim=32, text_dim=8, freq_dim=16))
     latents, times, text = torch.randn(1, 16, 1, 4, 4), torch.rand(1), torch.randn(1, 3, 8)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from torch import Tensor
 
 from model.config import DiTConfig
-from model.network.diffusion import SOLVERS, denoise, schedule, whole_times
+from model.network.diffusion import SOLVERS, at_model_times, denoise, schedule
 from model.network.dit import DiT
 from model.network.stepcache import StepCache
 from model.parallel.guidance import both_halves, own_text
@@ -42,8 +42,8 @@ def conditional(dit: DiT) -> Predict:
     return lambda x, times: dit(x, times, TEXT)
 
 
-def walk(velocity: Callable[[Tensor, float], Tensor], solver: str = "euler", steps: int = STEPS) -> Tensor:
-    (*_, last) = denoise(whole_times(velocity, solver), NOISE, schedule(steps, 3.0, solver), solver)
+def integrate(velocity: Callable[[Tensor, float], Tensor], solver: str = "euler", steps: int = STEPS) -> Tensor:
+    (*_, last) = denoise(at_model_times(velocity, solver), NOISE, schedule(steps, 3.0, solver), solver)
     return last
 
 
@@ -92,12 +92,12 @@ def test_skips_when_diffusers_does_and_computes_what_it_computes(dit: DiT) -> No
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_cache_that_never_skips_changes_no_bit_and_leaves_no_trace(dit: DiT, solver: str) -> None:
-    exact = walk(at_one_time(conditional(dit)), solver)
+    exact = integrate(at_one_time(conditional(dit)), solver)
     cache = StepCache(1e-12, STEPS)
     with Counted(dit) as runs:
-        assert torch.equal(walk(at_one_time(cache.over(dit, conditional(dit))), solver), exact)
+        assert torch.equal(integrate(at_one_time(cache.over(dit, conditional(dit))), solver), exact)
     assert cache.skipped == 0 and runs == [STEPS] * 3
-    assert torch.equal(walk(at_one_time(conditional(dit)), solver), exact), "the next clip has no cache"
+    assert torch.equal(integrate(at_one_time(conditional(dit)), solver), exact), "the next clip has no cache"
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -105,11 +105,11 @@ def test_a_cache_that_never_skips_changes_no_bit_and_leaves_no_trace(dit: DiT, s
 def test_the_first_and_the_last_step_are_computed_whatever_the_threshold(dit: DiT, solver: str, steps: int) -> None:
     cache = StepCache(math.inf, steps)
     with Counted(dit) as runs:
-        got = walk(at_one_time(cache.over(dit, conditional(dit))), solver, steps)
+        got = integrate(at_one_time(cache.over(dit, conditional(dit))), solver, steps)
     assert cache.skipped == max(0, steps - 2) and runs == [steps, min(2, steps), min(2, steps)]
     assert got.isfinite().all()
     if steps > 2:
-        assert not torch.equal(got, walk(at_one_time(conditional(dit)), solver, steps))
+        assert not torch.equal(got, integrate(at_one_time(conditional(dit)), solver, steps))
 
 
 def test_another_expert_begins_anew(dit: DiT) -> None:
@@ -117,7 +117,7 @@ def test_another_expert_begins_anew(dit: DiT) -> None:
     other, cache = network(1), StepCache(math.inf, STEPS)
     experts = [at_one_time(cache.over(each, conditional(each))) for each in (dit, other)]
     with Counted(dit) as first, Counted(other) as second:
-        walk(lambda x, now: experts[now < 0.8](x, now))
+        integrate(lambda x, now: experts[now < 0.8](x, now))
     assert first[0] + second[0] == STEPS and min(first[0], second[0]) > 2
     assert (first[1], second[1], cache.skipped) == (1, 2, STEPS - 3)
 
@@ -139,7 +139,7 @@ def test_only_tokens_that_are_being_made_count(dit: DiT, times_each: str) -> Non
         return sum(both_halves(dit, x, times, words, Axis()), torch.zeros(())) / 2
 
     hook = dit.blocks[0].register_forward_hook(lambda block, given, made: added.append(made - given[0]))
-    walk(hold(cache.over(dit, predict), [True, False, False]))
+    integrate(hold(cache.over(dit, predict), [True, False, False]))
     hook.remove()
     expected, last = list[float](), added[0]
     for now in added[1:-1]:
@@ -153,5 +153,5 @@ def test_only_tokens_that_are_being_made_count(dit: DiT, times_each: str) -> Non
 @pytest.mark.parametrize("broken", [math.nan, 0.0])
 def test_what_cannot_be_compared_is_computed(dit: DiT, broken: float) -> None:
     cache = StepCache(1.0, 3, lambda sums: sums * broken)
-    walk(at_one_time(cache.over(dit, conditional(dit))), steps=3)
+    integrate(at_one_time(cache.over(dit, conditional(dit))), steps=3)
     assert cache.skipped == 0
