@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,11 +31,12 @@ PAGE = 500  # rows of the ledger at a time
 ENDING = {"video/mp4": ".mp4", "image/png": ".png"}
 MANIFEST = "manifest.jsonl"
 SHEET = "contact_sheet.png"
+DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$)", re.IGNORECASE)  # of Windows, in every folder
 
 
 @dataclass(slots=True)
-class Exported:
-    """What was done."""
+class ExportReport:
+    """Counts of an export, and what is wrong."""
 
     copied: int = 0
     there: int = 0  # already, with the right bytes
@@ -43,14 +46,14 @@ class Exported:
 
 def export(
     session: Session, store: Store, request_id: str, folder: Path, *, on_clip: Callable[[str], None] = lambda _: None
-) -> Exported:
+) -> ExportReport:
     """Copies every done clip of the request and writes `manifest.jsonl`, a line for every clip whatever its status.
 
     The manifest's `file` is null where there is none. Raises StoreUnavailable, and OSError for a folder that cannot be
     written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = Exported()
+    done = ExportReport()
     with _whole_file(folder / MANIFEST) as manifest:
         for row, name in named(_rows(session, request_id)):
             file: str | None = None
@@ -92,26 +95,37 @@ def _rows(session: Session, request_id: str) -> Iterator[HistoryRow]:
 
 
 def named(rows: Iterator[HistoryRow]) -> Iterator[tuple[HistoryRow, str]]:
-    """Each row with the name of its file: the custom_id if there is one (and the sample, from the second on), else the
-    clip's id. Ids that would give two clips one name (on any file system) get the clip's id behind them."""
-    taken: set[str] = {MANIFEST, SHEET}
+    """Each row with the name of its file, which no other row has on any file system, done or not."""
+    taken = {Path(MANIFEST).stem, Path(SHEET).stem}
     for row in rows:
-        ending = ENDING.get(row.media_type or "", ".bin")
-        name = f"{row.clip_id}{ending}"
-        if row.custom_id:
-            stem = safe(row.custom_id) + (f"-{row.sample}" if row.sample else "")
-            name = f"{stem}{ending}" if f"{stem}{ending}".lower() not in taken else f"{stem}-{row.clip_id}{ending}"
-        taken.add(name.lower())
-        yield row, name
+        stem = file_stem(row.clip_id, row.custom_id, row.sample, taken)
+        yield row, f"{stem}{ENDING.get(row.media_type or '', '.bin')}"
 
 
-def safe(custom_id: str) -> str:
-    """A custom_id as a file name: no folders, no leading dot or dash, no characters that a file system may refuse."""
-    name = re.sub(r"[^\w.+=@-]+", "_", custom_id).strip("._-")
-    return name.encode()[:150].decode(errors="ignore") or "clip"
+def file_stem(clip_id: str, custom_id: str | None, sample: int, taken: set[str]) -> str:
+    """A clip's file name without its ending: its custom_id and, from the second sample on, the sample; else its id.
+
+    A name in `taken`, which holds them as the least discerning file system compares them, gets the clip's id behind it,
+    then a number. Adds the name to `taken`.
+    """
+    stem = f"{portable(custom_id)}{f'-{sample}' if sample else ''}" if custom_id else clip_id
+    distinct = stem if stem == clip_id else f"{stem}-{clip_id}"
+    for name in chain((stem, distinct), (f"{distinct}-{number}" for number in count(2))):
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        if folded not in taken:
+            taken.add(folded)
+            return name
+    raise AssertionError("numbers do not end")
 
 
-def _copy(store: Store, row: HistoryRow, path: Path, done: Exported) -> str | None:
+def portable(custom_id: str) -> str:
+    """A custom_id as a file name on Linux, macOS and Windows: no folder, option, hidden file or device."""
+    name = re.sub(r"[^\w.+=@-]+", "_", unicodedata.normalize("NFC", custom_id)).strip("._-")
+    name = name.encode()[:150].decode(errors="ignore").rstrip(".") or "clip"
+    return f"clip-{name}" if DEVICE.match(name) else name
+
+
+def _copy(store: Store, row: HistoryRow, path: Path, done: ExportReport) -> str | None:
     """Copies one clip; a sentence if its bytes cannot be had."""
     assert row.object_key is not None and row.sha256 is not None
     if path.is_file() and _digest(path) == row.sha256:
