@@ -28,7 +28,7 @@ def demo() -> None:
     start_stack(current_settings())
     settings = current_settings()  # again: they now know where the stack is
     example = REPOSITORY / "examples" / "prompts.jsonl"
-    submitted = submit_file(settings, str(example), {"name": "demo"}, skip_invalid=False)
+    submitted = submit_file(settings, str(example), {"name": "demo"})
     request_id, code = submitted[0], DONE
     if submitted[1]:
         code = watch_request(settings, request_id, submitted[1])

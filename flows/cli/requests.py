@@ -5,94 +5,24 @@ from __future__ import annotations
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.cli.app import REQUESTS, Format, app, counted, current_settings
 from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
+from flows.cli.options import FormCommand, PlanCommand, given_fields
 
 if TYPE_CHECKING:
     from flows.request.submit import Good
     from flows.settings import Settings
     from model.loading.card import ModelCard
 
-SETTING = "Settings of prompts that bring none of their own (default: the model's)"
-MADE_FROM = "What prompts are made from that do not say so themselves"
 
-
-@app.command(rich_help_panel=REQUESTS)
+@app.command(cls=FormCommand, rich_help_panel=REQUESTS)
 def submit(
+    ctx: typer.Context,
     file: Annotated[str, typer.Argument(help="Prompts as JSONL, CSV or text; - reads standard input.")],
-    name: Annotated[str | None, typer.Option(help="What you call this batch (default: the file's name).")] = None,
-    model: Annotated[str | None, typer.Option(help="Name or folder of the model.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 96x64.", rich_help_panel=SETTING)] = None,
-    frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames per second.", rich_help_panel=SETTING)] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SETTING)] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="How closely to follow the prompt; 1 is off.", rich_help_panel=SETTING)
-    ] = None,
-    solver: Annotated[
-        Literal["euler", "ab2", "unipc"] | None,
-        typer.Option(help="How the equation is stepped.", rich_help_panel=SETTING),
-    ] = None,
-    shift: Annotated[float | None, typer.Option(help="Time shift.", rich_help_panel=SETTING)] = None,
-    step_cache: Annotated[
-        float | None,
-        typer.Option(help="Skip steps that change by less than this share, 0 to 1.", rich_help_panel=SETTING),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What should not be seen.", rich_help_panel=SETTING)
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Clips of each prompt.", rich_help_panel=SETTING)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Another number makes other clips of the same prompts.", rich_help_panel=SETTING)
-    ] = None,
-    priority: Annotated[int | None, typer.Option(help="0 to 9, higher goes first (default 5).")] = None,
-    tenant: Annotated[str | None, typer.Option(help="On whose account.")] = None,
-    idempotency_key: Annotated[
-        str | None,
-        typer.Option(
-            "--idempotency-key",
-            "--key",
-            help="Two requests of one key are one (default: a digest of file, settings, tenant and model).",
-        ),
-    ] = None,
-    mode: Annotated[
-        Literal["text-to-video", "image", "image-to-video", "extend", "connect", "loop", "edit"] | None,
-        typer.Option(help="What clips are made from (default: their words alone).", rich_help_panel=MADE_FROM),
-    ] = None,
-    image: Annotated[
-        str | None, typer.Option(help="A picture: a file, or store:KEY.", rich_help_panel=MADE_FROM)
-    ] = None,
-    video: Annotated[str | None, typer.Option(help="A video: a file, or store:KEY.", rich_help_panel=MADE_FROM)] = None,
-    clip: Annotated[str | None, typer.Option(help="The id of a finished clip.", rich_help_panel=MADE_FROM)] = None,
-    end_image: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
-    end_video: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
-    end_clip: Annotated[str | None, typer.Option(help="What to connect to.", rich_help_panel=MADE_FROM)] = None,
-    direction: Annotated[
-        Literal["forward", "backward"] | None, typer.Option(help="Where to extend.", rich_help_panel=MADE_FROM)
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Of an edit: 1 keeps nothing (default 0.6).", rich_help_panel=MADE_FROM)
-    ] = None,
-    overlap: Annotated[
-        int | None, typer.Option(help="Known frames that new ones begin with, 4n+1.", rich_help_panel=MADE_FROM)
-    ] = None,
-    prompts_format: Annotated[
-        Literal["auto", "jsonl", "csv", "text"], typer.Option("--prompts-format", help="Format of the file.")
-    ] = "auto",
-    rewrite: Annotated[
-        bool, typer.Option("--rewrite/--no-rewrite", help="Put prompts into words that the model was trained on.")
-    ] = True,
-    skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Record bad lines as rejected and go on with the others.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Render all of it anew, also what is there already.")] = False,
-    deadline: Annotated[
-        str | None, typer.Option(help="In what time all should be done: 45m, 2h30m, or seconds. Says if it cannot be.")
-    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
     """Check a prompt file and submit it.
@@ -104,69 +34,28 @@ def submit(
     it renders nothing that is there already. With --watch the exit code is 0
     if all clips were made, else 1.
     """
-    given: dict[str, Any] = {
-        "name": name,
-        "model": model,
-        "frames": frames,
-        "fps": fps,
-        "steps": steps,
-        "guidance": guidance,
-        "solver": solver,
-        "shift": shift,
-        "step_cache": step_cache,
-        "negative_prompt": negative_prompt,
-        "samples": samples,
-        "seed": seed,
-        "priority": priority,
-        "tenant": tenant,
-        "idempotency_key": idempotency_key,
-        "prompts_format": prompts_format,
-        "mode": mode,
-        "image": image,
-        "video": video,
-        "clip": clip,
-        "end_image": end_image,
-        "end_video": end_video,
-        "end_clip": end_clip,
-        "direction": direction,
-        "strength": strength,
-        "overlap": overlap,
-        "rewrite": rewrite,
-        "fresh": fresh or None,
-        "deadline": None if deadline is None else _seconds(deadline),
-    }
-    if fresh and idempotency_key is None:  # known here, so that the request can be watched
-        given["idempotency_key"] = f"fresh-{uuid.uuid4()}"
-    options = {option: value for option, value in given.items() if value is not None}
-    if size is not None:
-        options |= _sides(size, like="96x64")
+    options = given_fields(ctx)
+    if options["fresh"]:  # known here, so that the request can be watched
+        options.setdefault("idempotency_key", f"fresh-{uuid.uuid4()}")
     settings = current_settings()
-    request_id, run_id = submit_file(settings, file, options, skip_invalid=skip_invalid)
+    request_id, run_id = submit_file(settings, file, options)
     if watch and run_id:
         raise typer.Exit(watch_request(settings, request_id, run_id))
 
 
-def _sides(size: str, like: str) -> dict[str, int]:
-    """The options that --size stands for."""
-    from flows.request.fields import parse_size
+def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple[str, str | None]:
+    """Checks and submits; (request id, flow run id or None if the ledger has all of it already).
 
-    sides = parse_size(size)
-    if sides is None:
-        fail(f"--size {size!r} must be WIDTHxHEIGHT, like {like}", BAD_INPUT)
-    return dict(zip(("width", "height"), sides, strict=True))
-
-
-def submit_file(
-    settings: Settings, file: str, options: dict[str, Any], *, skip_invalid: bool
-) -> tuple[str, str | None]:
-    """Checks and submits; (request id, flow run id or None if the ledger has all of it already)."""
+    `options` are fields of GenerationRequest.
+    """
     from flows.library.models import card_of
     from flows.request.lines import BadFile
     from flows.request.read import strange_shapes
     from flows.request.submit import check_file, readable
     from flows.request.submit import submit as send
 
-    options = {"model": settings.model, **options, "skip_invalid": skip_invalid}
+    options = {"model": settings.model, **options}
+    skip_invalid = options.get("skip_invalid", False)
     card = card_of(settings, options["model"])
     with readable(file) as (source, path):
         options.setdefault("name", Path(source).name)
@@ -225,16 +114,12 @@ def _finished(settings: Settings, request_id: str) -> int | None:
     return row.total if row and row.status == "completed" else None
 
 
-@app.command(name="plan", rich_help_panel=REQUESTS)
+@app.command(name="plan", cls=PlanCommand, rich_help_panel=REQUESTS)
 def plan_(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="Prompts as JSONL, CSV or text.")],
     gpus: Annotated[str, typer.Option(help="How many of which kind, like 8xh200.")],
     model: Annotated[str | None, typer.Option(help="A model, or one of Wan's releases by size, like wan-14b.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, like 832x480.", rich_help_panel=SETTING)] = None,
-    frames: Annotated[int | None, typer.Option(help="4n+1; 1 makes an image.", rich_help_panel=SETTING)] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SETTING)] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 is off.", rich_help_panel=SETTING)] = None,
-    samples: Annotated[int | None, typer.Option(help="Clips of each prompt.", rich_help_panel=SETTING)] = None,
     format: Format = "table",
 ) -> None:
     """Say how a file would best be divided over GPUs, and how long it would take.
@@ -247,11 +132,7 @@ def plan_(
     from flows.generate.forecast import forecast
     from flows.show import show_rows
 
-    given: dict[str, Any] = {"frames": frames, "steps": steps, "guidance": guidance, "samples": samples}
-    options = {option: value for option, value in given.items() if value is not None}
-    if size is not None:
-        options |= _sides(size, like="832x480")
-    settings = current_settings()
+    options, settings = given_fields(ctx), current_settings()
     planned = forecast(settings, file, gpus, model or settings.model, options, lambda said: typer.echo(said, err=True))
     rows = planned.rows()
     show_rows(rows, list(rows[0]), format)
@@ -432,17 +313,3 @@ def tenants_(
             set_tenant(session, name, **bounds)
         rows = [asdict(row) for row in tenants(session) if name in (None, row.name)]
     show_rows(rows, ["name", "weight", "max_clips", "max_gpu_seconds", "waiting", "gpu_seconds"], format)
-
-
-def _seconds(text: str) -> float:
-    """2h30m, 45m, 90s, or a number of seconds."""
-    import re
-
-    text = text.strip()
-    parts = re.fullmatch(r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?", text)
-    if text and parts:
-        return sum(int(part or 0) * size for part, size in zip(parts.groups(), (86400, 3600, 60, 1), strict=True))
-    try:
-        return float(text)
-    except ValueError:
-        fail(f"--deadline {text!r} must be a time like 45m or 2h30m, or a number of seconds", BAD_INPUT)

@@ -130,9 +130,9 @@ class Conditioned(BaseModel):
     image: Name | None = Field(
         default=None,
         title="Image",
-        description="store:KEY, or a file below the worker's prompts folder: PNG, JPEG, WebP",
+        description="PNG, JPEG or WebP: store:KEY, or a file (of a form: below the worker's prompts folder)",
     )
-    video: Name | None = Field(default=None, title="Video", description="Likewise: MP4, WebM, Matroska, AVI")
+    video: Name | None = Field(default=None, title="Video", description="MP4, WebM, Matroska or AVI, likewise")
     clip: Name | None = Field(default=None, title="Clip", description="The id of a finished clip of any request")
     end_image: Name | None = Field(default=None, title="End image", description="What a connecting clip leads to")
     end_video: Name | None = Field(default=None, title="End video", description="What a connecting clip leads to")
@@ -189,9 +189,9 @@ class GenerationRequest(Conditioned):
     prompts_format: PromptsFormat = Field(
         default=PromptsFormat.AUTO,
         title="Format of the file",
-        description="jsonl: an object a line; csv: with a header row; text: a prompt a line; auto: by its ending",
+        description="JSONL has an object a line, CSV a header row, text a prompt a line; auto goes by its ending",
     )
-    model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model")
+    model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model", description="Its name or folder")
     width: Side | None = Field(
         default=None, title="Width", description="Pixels, a multiple of 16; empty: the model's own"
     )
@@ -204,7 +204,7 @@ class GenerationRequest(Conditioned):
     guidance: Guidance | None = Field(
         default=None, title="Guidance", description="How closely to follow the prompt; 1 is off and takes half the time"
     )
-    solver: Solver | None = Field(default=None, title="Solver")
+    solver: Solver | None = Field(default=None, title="Solver", description="How the equation is stepped")
     shift: Shift | None = Field(
         default=None, title="Time shift", description="Higher spends more steps on layout and motion"
     )

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from db.requests import RequestNotFound
 from flows.cli.errors import exit_code_of
 from flows.cli.main import app
-from flows.cli.requests import _seconds as seconds_of  # pyright: ignore[reportPrivateUsage]
+from flows.cli.options import seconds_of
 from flows.render.worker import machine
+from flows.request.form import GenerationRequest
 from flows.settings import WrongSetting, load_settings
 from flows.show import plain, printable, show_one, show_rows
 from infra.store.contract import StoreUnavailable
@@ -439,3 +442,16 @@ def test_another_deadline_is_refused(text: str, home: Path) -> None:
 )
 def test_what_a_person_can_mend_has_an_exit_code_that_subclasses_inherit(error: Exception, code: int | None) -> None:
     assert exit_code_of(error) == code
+
+
+def test_every_field_of_the_form_is_an_option_of_submit() -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    submit = group.commands["submit"]
+    with submit.make_context("submit", ["p.txt", "--step-cache", "0.2", "--key", "k", "--no-rewrite"]) as context:
+        options = {param.name for param in submit.get_params(context)} - {"file", "watch", "help"}
+    elsewhere = {"prompts", "prompts_uri", "files"}  # these are the file
+    assert options == GenerationRequest.model_fields.keys() - elsewhere - {"width", "height"} | {"size"}
+    given = {name: value for name, value in context.params.items() if value not in (None, False)}
+    assert given == {"file": "p.txt", "step_cache": 0.2, "idempotency_key": "k", "prompts_format": "auto"}
+    assert context.params["rewrite"] is False
