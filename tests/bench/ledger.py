@@ -1,4 +1,4 @@
-"""Measures the ledger under a million clips, and prints Markdown: opening, claiming, progress, the README's questions.
+"""Measures the ledger under a million clips, and prints Markdown: opening, claiming, progress, the ten questions.
 
 Everything is real (the embedded Postgres, the prompt reader, the ledger's functions) but the engines: they claim
 shards, sleep a tenth of a second and give them back. Clips of the past are made by the database itself. All of it lies
@@ -24,13 +24,13 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.claim import claim_shard
-from db.history import QUERIES
 from db.leases import release_shard
 from db.requests import progress
 from db.session import connect, sessions, upgrade
 from flows.request.form import GenerationRequest
 from flows.settings import load_settings
 from infra.stack.postgres import start_postgres, stop_postgres
+from tests.documents import QUESTIONS
 
 SHARD = 50  # clips: so many that a million of them are 20,000 shards to claim from
 SLEEP = 0.1  # seconds that an engine of the bench spends on a shard
@@ -83,7 +83,7 @@ def _measured(home: Path, url: str, clips: int, past: int, workers: int, seconds
     yield from _claims(url, digest, workers, seconds, f"and {past:,} finished ones beside them")
     for what, ask in (
         (f"progress of a request of {clips:,} clips", lambda session: progress(session, opened.request_id)),
-        *((f"“{question.rstrip('?')}?”", _asks(sql)) for question, sql in QUERIES.items()),
+        *((f"“{question.rstrip('?')}?”", _asks(sql)) for question, sql in QUESTIONS.items()),
     ):
         target = "50 ms" if what.startswith("progress") else "200 ms"
         yield f"| {what}, p95 of 20 | {_p95(ledgers, ask):.0f} ms | {target} |"

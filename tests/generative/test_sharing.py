@@ -16,7 +16,6 @@ from db.claim import claim_shard, outranked
 from db.clips import add_clips
 from db.engines import register_engine
 from db.fence import Lease, LeaseLost
-from db.history import QUERIES
 from db.leases import (
     Checkpoint,
     complete_shard,
@@ -30,6 +29,7 @@ from db.leases import (
 from db.planning import adopt_takes, unplanned
 from db.requests import QuotaExceeded, cancel_request, open_request, seal_request
 from db.tenants import set_tenant, tenants
+from tests.documents import QUESTIONS
 from tests.factories import (
     ENGINE,
     MODEL,
@@ -273,7 +273,7 @@ def test_what_is_to_be_fresh_is_rendered_again_and_once(ledger: Ledger) -> None:
         assert {made[f"{each}-00000{n}-0"] for each in (again, third) for n in (0, 1)} == {artifact_of("new").sha256}
         assert session.scalar(text("select count(*) from history where not found")) == 2
         assert list(contradictions(session)) == []
-        twice = QUERIES["Was anything rendered twice? (no rows: nothing was)"]
+        twice = QUESTIONS["Was anything rendered twice? (no rows: nothing was)"]
         assert session.execute(text(twice)).all() == [], "nothing was that nobody asked for"
 
 

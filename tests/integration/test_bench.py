@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from db.history import QUERIES
 from model.config import DiTConfig, Partition
 from model.network.compiled import COMPILERS
 from tests.bench import ledger as bench_ledger
 from tests.bench import model_engine as bench
 from tests.bench import model_gpu as bench_gpu
 from tests.bench import prefect as bench_prefect
+from tests.documents import QUESTIONS
 
 
 def cells(lines: Iterable[str]) -> list[list[str]]:
@@ -103,9 +103,9 @@ def test_what_torch_counts_of_a_block_is_what_the_formula_says(inference: bool) 
 def test_the_ledger_is_measured_as_it_is() -> None:
     """A small run: every row of the table is there, with a figure of its own unit."""
     rows = cells(bench_ledger.ledger_bench(clips=600, past=500, workers=8, seconds=2))
-    assert len(rows) == 7 + len(QUERIES)
+    assert len(rows) == 7 + len(QUESTIONS)
     for row, unit in zip(
-        rows, ("s", "MB", "shards/s", "ms", "shards/s", "ms", *["ms"] * (1 + len(QUERIES))), strict=True
+        rows, ("s", "MB", "shards/s", "ms", "shards/s", "ms", *["ms"] * (1 + len(QUESTIONS))), strict=True
     ):
         assert re.fullmatch(rf"[0-9]+ {unit}", row[1]), row
     assert int(rows[2][1].split()[0]) > 0 and int(rows[4][1].split()[0]) > 0

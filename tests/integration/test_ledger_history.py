@@ -1,4 +1,4 @@
-"""Asking the ledger: the view, its filters, the queries README prints, and what a typed query may not do."""
+"""Asking the ledger: the view, its filters, the queries of docs/questions.md, and what a typed query may not do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.claim import claim_shard
 from db.clips import add_clips
-from db.history import COLUMNS, QUERIES, SqlFailed, find_clips, run_sql, show_clip
+from db.history import COLUMNS, SqlFailed, find_clips, run_sql, show_clip
 from db.leases import STAGES, complete_shard, fail_clip, record_clip, start_clip
 from db.planning import adopt_takes
 from db.requests import request_id
 from db.session import connect, sessions
 from db.tables import AttemptStatus, ClipStatus, EdgeKind
+from tests.documents import QUESTIONS
 from tests.factories import ENGINE, MODEL, artifact_of, new_clip, opened, planned
 
 Ledger = sessionmaker[Session]
@@ -137,9 +138,9 @@ ANSWERS: dict[str, tuple[object, ...] | None] = {
 }
 
 
-@pytest.mark.parametrize("question", QUERIES)
-def test_every_query_of_the_readme_answers_its_question(dailies: Engine, question: str) -> None:
-    answer = run_sql(dailies, QUERIES[question])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_query_of_the_documents_answers_its_question(dailies: Engine, question: str) -> None:
+    answer = run_sql(dailies, QUESTIONS[question])
     assert answer.columns
     expected = ANSWERS[question]
     if expected is None:
@@ -148,17 +149,16 @@ def test_every_query_of_the_readme_answers_its_question(dailies: Engine, questio
     assert any(all(value in row for value in expected) for row in answer.rows), answer.rows
 
 
-def test_there_are_ten_queries_and_each_has_its_answer() -> None:
-    assert len(QUERIES) == 10
-    assert set(QUERIES) == set(ANSWERS)
+def test_each_question_has_its_answer() -> None:
+    assert set(QUESTIONS) == set(ANSWERS)
 
 
 def test_a_rendering_done_twice_would_show(database: Engine, ledger: Ledger) -> None:
     rendered(ledger)
     with ledger.begin() as session:
         session.execute(text("update clips set found = false where found"))
-    question = next(question for question in QUERIES if "twice" in question)
-    ((_, renderings, clips),) = run_sql(database, QUERIES[question]).rows
+    question = next(question for question in QUESTIONS if "twice" in question)
+    ((_, renderings, clips),) = run_sql(database, QUESTIONS[question]).rows
     assert (renderings, clips) == (2, [f"{REQUEST}-000001-0", f"{REQUEST}-000002-0"])
 
 

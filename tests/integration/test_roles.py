@@ -14,13 +14,14 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
-from db.history import QUERIES, SqlFailed, run_sql
+from db.history import SqlFailed, run_sql
 from db.requests import cancel_request, finish_request, progress
 from db.roles import make_reader
 from db.session import connect, sessions, upgrade
 from db.tables import Base
 from flows.cli.main import app
 from infra.stack.postgres import start_postgres, stop_postgres
+from tests.documents import QUESTIONS
 from tests.factories import batch, claim, render
 
 
@@ -55,7 +56,7 @@ def test_a_reader_sees_history_and_nothing_else(database_url: str, request_id: s
     with member(database_url, "rushes_reader") as url, psycopg.connect(url, autocommit=True) as reader:
         rows = reader.execute("select status from history where request_id = %s order by 1", [request_id]).fetchall()
         assert rows == [("done",), ("queued",)]
-        for question in QUERIES.values():
+        for question in QUESTIONS.values():
             reader.execute(question.encode())
         for table in Base.metadata.tables:
             with pytest.raises(errors.InsufficientPrivilege):

@@ -1,46 +1,79 @@
-"""What the documents say is so: names, commands and queries in them exist."""
+"""Names, commands, files and queries in the documents exist, and the front page stays short."""
 
 import re
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from typer.main import get_command
 
-from db.history import COLUMNS, QUERIES
+from db.history import COLUMNS
 from flows.cli.main import app
 from flows.settings import PREFIX, SECRETS, Settings
+from tests.documents import DOCUMENTS, QUESTIONS, ROOT, sql_questions
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("question", QUERIES)
-def test_readme_holds_the_queries_that_are_tested(question: str) -> None:
-    assert f"**{question}**\n```sql\n{QUERIES[question]}\n```" in README
+README = DOCUMENTS["README.md"]
+# The history of the project may name what is no longer there.
+OF_TODAY = {name: text for name, text in DOCUMENTS.items() if name != "CHANGELOG.md"}
+each_document = pytest.mark.parametrize("name", OF_TODAY)
 
 
-def test_settings_in_readme_exist() -> None:
-    named = set(re.findall(rf"{PREFIX}[A-Z_]+", README))
-    assert len(named) > 5
-    files = {f"{PREFIX}{name.upper()}_FILE" for name in SECRETS}
-    assert named <= {PREFIX + name.upper() for name in Settings.model_fields} | files
+def test_readme_is_read_in_three_minutes() -> None:
+    assert len(README.splitlines()) <= 160
 
 
-def test_commands_in_readme_exist() -> None:
+def test_readme_asks_two_of_the_ten_questions() -> None:
+    asked = sql_questions("README.md")
+    assert len(asked) == 2 and asked.items() <= QUESTIONS.items()
+    blocks = len(re.findall(r"^```sql$", DOCUMENTS["docs/questions.md"], re.M))
+    assert len(QUESTIONS) == blocks == 10
+
+
+def test_the_important_settings_are_explained() -> None:
+    named = set(re.findall(rf"`({PREFIX}[A-Z_]+)`", DOCUMENTS["docs/production.md"]))
+    assert {"RUSHES_HOME", "RUSHES_STORE_URL", "RUSHES_PARTITION", "RUSHES_MODEL"} <= named
+
+
+@each_document
+def test_settings_exist(name: str) -> None:
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    known |= {f"{PREFIX}{secret.upper()}_FILE" for secret in SECRETS}
+    assert set(re.findall(rf"`({PREFIX}[A-Z_]*[A-Z])(?:=[^`]*)?`", OF_TODAY[name])) - known == set()
+
+
+@each_document
+def test_commands_exist(name: str) -> None:
     known = set(getattr(get_command(app), "commands"))  # noqa: B009  (a group has them, its type does not say so)
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-    said = set(re.findall(r"^rushes ([a-z]+)", blocks, re.M)) | set(re.findall(r"`rushes ([a-z]+)", README))
-    assert {"up", "submit", "sql", "audit"} <= said <= known
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", OF_TODAY[name], re.S))
+    said = set(re.findall(r"^rushes ([a-z]+)", blocks, re.M)) | set(re.findall(r"`rushes ([a-z]+)", OF_TODAY[name]))
+    assert said - known == set()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`make ([a-z]+)", README)) <= targets
+    made = set(re.findall(r"`make ([a-z]+)", OF_TODAY[name])) | set(re.findall(r"^make ([a-z]+)", blocks, re.M))
+    assert made - targets == set()
 
 
-def test_files_named_in_the_documents_exist() -> None:
-    paths = set(re.findall(r"`((?:flows|model|db|infra|tests|docs|examples)/[\w./]+)`", README + ARCHITECTURE))
-    paths |= set(re.findall(r"\]\(((?!http)[\w./-]+)\)", README))
-    assert len(paths) > 10
-    assert [path for path in sorted(paths) if not (ROOT / path.partition(":")[0]).exists()] == []
+def test_readme_shows_the_way() -> None:
+    for command in ("make demo", "make test", "rushes up", "rushes submit", "rushes audit"):
+        assert re.search(rf"^{command}\b", README, re.M), command
+
+
+def files_named(text: str) -> Iterator[str]:
+    """Every path of the repository that stands in code quotes, braces expanded: `a/{b,c}.py` is two."""
+    for path in re.findall(r"`((?:flows|model|db|infra|tests|docs|examples)/[\w./{},*-]*)", text):
+        head, _, rest = path.partition("{")
+        inner, _, tail = rest.partition("}")
+        yield from (head + part + tail for part in inner.split(","))
+
+
+@each_document
+def test_files_exist(name: str) -> None:
+    gone = [path for path in sorted(set(files_named(OF_TODAY[name]))) if not list(ROOT.glob(path.rstrip("/")))]
+    folder = (ROOT / name).parent
+    links = re.findall(r"\]\(((?!http)[\w./-]+)(?:#[\w-]*)?\)", OF_TODAY[name])
+    assert gone + [link for link in links if not (folder / link).exists()] == []
+
+
+def test_the_search_for_files_finds_them() -> None:
+    assert list(files_named("`db/{a,b}.py` and `model/no.py`, not flows/c.py")) == ["db/a.py", "db/b.py", "model/no.py"]
 
 
 def test_columns_that_others_rely_on() -> None:
