@@ -1,47 +1,38 @@
 """A file of prompts in, an accounted-for clip for every one of them out.
 
-Read this file first. `generate` is the flow that a request runs in: it reads and checks the prompts, writes them into
-the ledger, cuts them into shards, sees to it that engines run, watches until every clip has come to an end, and
-publishes the manifest and the contact sheet. It renders nothing itself and holds no state: killed at any moment it may
-simply run again, since the ledger says what is done.
+Read this file first, then `flows.generate.make`. `generate` is the flow that a request runs in: it reads and checks the
+prompts, writes them into the ledger, cuts them into shards, sees to it that engines run, watches until every clip has
+come to an end, and publishes the manifest and the contact sheet. This file and `flows.generate.prefect_page` are all of
+it that knows Prefect.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run as this_run
-from sqlalchemy.orm import Session, sessionmaker
+from prefect.states import Cancelled, Completed, Failed
+from sqlalchemy.orm import Session
 
 from db import watching
-from db.requests import QuotaExceeded, cancel_request
-from db.tables import ClipStatus
+from db.requests import cancel_request
 from flows.clients.ledger import ledger as ledger_of
-from flows.clients.retry import if_there, patiently, transact
-from flows.generate.page import refuse, tell_deadline
-from flows.generate.publish import publish
-from flows.generate.request import adopt, find_source, forecast, record, too_large
-from flows.generate.watch import watch
-from flows.library.models import BrokenModel
-from flows.request.files import BadUri
+from flows.clients.retry import transact
+from flows.generate.make import make_clips
+from flows.generate.outcome import Ending, Outcome
+from flows.generate.prefect_page import PrefectPage
+from flows.render.pool import PrefectPool
 from flows.request.form import GenerationRequest
-from flows.request.lines import BadFile
-from flows.request.read import check_defaults, strange_shapes
-from flows.request.rewriting import RewriterFailed, rewriter_of
-from flows.settings import Settings, load_settings
-from infra.store.contract import NoSuchKey, Store
+from flows.settings import load_settings
 from infra.tracing import continued, flush, setup_tracing
-from model.loading.card import ModelNotFound
 
 
 def name_run() -> str:
-    """What the Prefect UI calls the run: the request's own name when it has one."""
+    """The run's name in the Prefect UI: the request's own when it has one."""
     request: dict[str, Any] | GenerationRequest = this_run.parameters.get("request", {})
     name = request.name if isinstance(request, GenerationRequest) else request.get("name")
     return str(name or "request")
@@ -70,55 +61,33 @@ def generate(request: GenerationRequest) -> State[Any]:
     setup_tracing("rushes-generate")
     try:
         with ledger_of(settings) as ledgers, continued(submitted_from(), "generate", request_name=request.name or ""):
-            return make_clips(settings, ledgers, settings.open_store(), request)
+            outcome = make_clips(
+                settings,
+                ledgers,
+                settings.open_store(),
+                request,
+                run_id=str(this_run.id),
+                page=PrefectPage(),
+                engines=PrefectPool(settings, ledgers),
+            )
+            return state_of(outcome)
     finally:
         flush()
 
 
-def make_clips(
-    settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest
-) -> State[Any]:
-    log = get_run_logger()
-    if (
-        request.fresh and request.idempotency_key is None
-    ):  # a request of its own, and the same one when this run is tried again
-        request = request.model_copy(update={"idempotency_key": f"fresh-{this_run.id}"})
-    try:
-        source = patiently(lambda: find_source(settings, ledgers, store, request))
-    except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
-        return refuse([str(error)])
-    checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
-    wrong += too_large(settings, source)
-    if wrong or (checked.bad and not request.skip_invalid):
-        more = checked.faults - len(checked.messages)
-        messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
-        return refuse(messages, count=len(wrong) + checked.faults)
-
-    try:
-        with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
-            opened = patiently(lambda: record(settings, ledgers, store, source, request, rewriter, say=log.info))
-    except RewriterFailed as error:
-        return refuse([str(error)], name="RewriterFailed")
-    except QuotaExceeded as error:
-        return refuse([str(error)], name="QuotaExceeded")
-    request_id = opened.id
-    log.info("request %s: %s clips asked for by %s", request_id, source.checked.clips, source.name)
-    if warning := strange_shapes(source.card, source.checked.shapes):
-        log.warning("%s", warning)
-    if opened.created:
-        log.info(
-            "ask about it with: rushes sql \"select status, count(*) from history where request_id = '%s' group by 1\"",
-            request_id,
-        )
-
-    if opened.created and request.deadline is not None:
-        expected = patiently(lambda: forecast(settings, ledgers, source, request))
-        if_there(partial(tell_deadline, request_id, request.deadline, expected))
-
-    before = adopt(ledgers, request_id)
-    progress = watch(settings, ledgers, request_id, source)
-    found = before.counts[ClipStatus.DONE] + progress.found - before.found
-    return publish(settings, ledgers, store, request_id, progress, found)
+def state_of(outcome: Outcome) -> State[Any]:
+    """The state in which Prefect's run of the request ends."""
+    match outcome.ending:
+        case Ending.COMPLETED:
+            return Completed(message=outcome.message)
+        case Ending.COMPLETED_WITH_GAPS:
+            return Completed(message=outcome.message, name="CompletedWithGaps")
+        case Ending.CANCELLED:
+            return Cancelled(message=outcome.message)
+        case Ending.FAILED:
+            return Failed(message=outcome.message)
+        case Ending.REFUSED:
+            return Failed(message=outcome.message, name=outcome.reason or "BadInput")
 
 
 def submitted_from() -> dict[str, str]:

@@ -1,32 +1,23 @@
-"""What the Prefect page of a request shows: progress, shards, refusals, the summary."""
+"""What the page of a request's run shows: progress, shards, refusals, the summary.
+
+The texts are made here; `Page` is where they go: the run's page in the Prefect UI (`flows.generate.prefect_page`).
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
-from prefect import get_run_logger
-from prefect.artifacts import (
-    create_image_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
-from prefect.client.schemas.objects import State
-from prefect.states import Failed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.planning import ShardRow, shard_table
 from db.requests import Progress
 from flows.generate.estimates import Estimate, as_duration
+from flows.generate.outcome import Outcome
 from infra.store.contract import LINK_SECONDS, Store
 
 ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at least
@@ -34,24 +25,50 @@ REPORT_MOST = 60.0  # seconds between two reports to the UI, at most
 TABLE_ROWS = 200  # shards that the UI's table shows
 IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
 
+Row: TypeAlias = Mapping[str, str | int | float]
 
-def refuse(messages: Sequence[str], *, count: int = 1, name: str = "BadInput") -> State[Any]:
-    """All errors at once, in the UI and in the state's message; nothing was recorded or planned."""
+
+class Page(Protocol):
+    """The page and the log of one run. What is shown under a key again replaces what was there."""
+
+    def info(self, message: str) -> None:
+        """A line of the log."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """A line of the log that a person should read."""
+        ...
+
+    def markdown(self, key: str, text: str, description: str | None = None) -> None: ...
+
+    def progress(self, key: str, percent: float, description: str) -> None: ...
+
+    def table(self, key: str, rows: Sequence[Row], description: str) -> None: ...
+
+    def image(self, key: str, address: str, description: str) -> None: ...
+
+
+def key_of(request_id: str, what: str) -> str:
+    """The key under which a page shows something of a request: letters, digits and dashes."""
+    return f"{request_id.replace('_', '-')}-{what}"
+
+
+def refuse(page: Page, messages: Sequence[str], *, count: int = 1, reason: str = "BadInput") -> Outcome:
+    """All errors at once, on the page and in the outcome's message; nothing was recorded or planned."""
     text = "\n".join(messages)
-    what = {"RewriterFailed": "The rewriter failed", "QuotaExceeded": "Too much at once"}.get(name, "Bad input")
-    create_markdown_artifact(f"# {what}: nothing was submitted\n```\n{text}\n```", key="bad-input")
-    errors = f"{count} error{'s' * (count != 1)}: nothing was submitted"
-    return Failed(message=f"{errors}\n{text}"[:4000], name=name)
+    what = {"RewriterFailed": "The rewriter failed", "QuotaExceeded": "Too much at once"}.get(reason, "Bad input")
+    page.markdown("bad-input", f"# {what}: nothing was submitted\n```\n{text}\n```")
+    return Outcome.refused(text, count=count, reason=reason)
 
 
-def tell_deadline(request_id: str, deadline: float, expected: Estimate) -> None:
+def tell_deadline(page: Page, request_id: str, deadline: float, expected: Estimate) -> None:
     """On the run's page and in its log, before anything is rendered."""
     if (warning := expected.misses(deadline)) is None:
-        get_run_logger().info("expected to be done in %s, in time", as_duration(expected.seconds))
+        page.info(f"expected to be done in {as_duration(expected.seconds)}, in time")
         return
-    get_run_logger().warning("%s", warning)
-    key = f"{request_id.replace('_', '-')}-deadline"
-    create_markdown_artifact(f"# The deadline will not be met\n{warning}.", key=key, description="Told at submission")
+    page.warn(warning)
+    text = f"# The deadline will not be met\n{warning}."
+    page.markdown(key_of(request_id, "deadline"), text, "Told at submission")
 
 
 def pause(age: float) -> float:
@@ -66,37 +83,28 @@ class Report:
     takes days reports less often than one of minutes.
     """
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self.key = request_id.replace("_", "-")
-        self.bar: Any = None
-        self.table: Any = None
+    def __init__(self, page: Page, request_id: str) -> None:
+        self.page, self.request_id = page, request_id
         self.said: tuple[Any, ...] = ()
         self.began = time.monotonic()
         self.not_before = self.began
 
     def send(self, ledgers: sessionmaker[Session], progress: Progress, *, last: bool = False) -> None:
-        share = 100.0 * (progress.added - progress.waiting) / (progress.added or 1)
+        percent = 100.0 * (progress.added - progress.waiting) / (progress.added or 1)
         said, now = tuple(sorted(progress.counts.items())), time.monotonic()
         if said == self.said or (now < self.not_before and not last):
             return
         with ledgers() as session:
             rows = [as_line(row) for row in shard_table(session, self.request_id, limit=TABLE_ROWS)]
+        ended = f"Clips of {self.request_id} that have come to an end"
+        self.page.progress(key_of(self.request_id, "progress"), percent, ended)
         table = rows or [{"shard": "none: every clip was found"}]
-        if self.bar is None:
-            bar = f"Clips of {self.request_id} that have come to an end"
-            self.bar = create_progress_artifact(share, key=f"{self.key}-progress", description=bar)
-        if self.table is None:
-            self.table = create_table_artifact(table, key=f"{self.key}-shards", description="Shards, the newest last")
-        else:
-            update_progress_artifact(self.bar, share)
-            with get_client(sync_client=True) as client:  # each new artifact would be one more card on the page
-                client.update_artifact(self.table, ArtifactUpdate(data=json.dumps(table)))
+        self.page.table(key_of(self.request_id, "shards"), table, "Shards, the newest last")
         self.said = said
         self.not_before = now + pause(now - self.began)
 
 
-def as_line(row: ShardRow) -> dict[str, str | int | float]:
+def as_line(row: ShardRow) -> Row:
     """A shard as a person wants to read it."""
     return {
         "shard": row.id,
@@ -114,20 +122,21 @@ def as_line(row: ShardRow) -> dict[str, str | int | float]:
 
 
 def summarise(
-    store: Store, request_id: str, progress: Progress, status: str, found: int, manifest: str, sheet: str | None
+    page: Page, store: Store, outcome: Outcome, progress: Progress, *, manifest: str, sheet: str | None
 ) -> None:
-    """The artifacts that remain on the run's page."""
-    key = request_id.replace("_", "-")
+    """What remains on the run's page. manifest, sheet: keys in the store."""
+    request_id, ending = outcome.request_id or "", str(outcome.ending).replace("_", " ")
     counts = "\n".join(f"| {name} | {count} |" for name, count in sorted(progress.counts.items()) if count)
     per_clip = f"{progress.mean_seconds:.2f} s" if progress.mean_seconds else "nothing was rendered"
-    create_markdown_artifact(
-        f"""# {request_id}: {status.replace("_", " ")}
+    page.markdown(
+        key_of(request_id, "summary"),
+        f"""# {request_id}: {ending}
 
 | status | clips |
 |---|---|
 {counts}
 
-{found} of {progress.total} clips were found, not rendered again. Engine time a rendered clip: {per_clip}.
+{outcome.cache_hits} of {progress.total} clips were found, not rendered again. Engine time a rendered clip: {per_clip}.
 
 Ask more in SQL:
 ```sql
@@ -136,20 +145,19 @@ select status, count(*), avg(seconds) from history where request_id = '{request_
 ```
 Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CLIP_ID`.
 """,
-        key=f"{key}-summary",
-        description="How it went, and how to ask more",
+        "How it went, and how to ask more",
     )
-    create_markdown_artifact(
+    page.markdown(
+        key_of(request_id, "outputs"),
         f"""[Manifest of all clips]({store.link(manifest)}), in the store as `{manifest}`.
 
 A signed link ends after {LINK_SECONDS // 60} minutes. Then `rushes export {request_id} FOLDER` brings all of it, and
 `rushes show CLIP_ID` prints a new link.
 """,
-        key=f"{key}-outputs",
-        description="Outputs",
+        "Outputs",
     )
     if sheet:
-        create_image_artifact(picture(store, sheet), key=f"{key}-contact-sheet", description="Contact sheet")
+        page.image(key_of(request_id, "contact-sheet"), picture(store, sheet), "Contact sheet")
 
 
 def picture(store: Store, key: str) -> str:

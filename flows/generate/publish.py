@@ -1,4 +1,4 @@
-"""The end of a request: its manifest, its contact sheet, its final state."""
+"""The end of a request: its manifest, its contact sheet, its outcome."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from opentelemetry import trace
-from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed, Failed
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import history
 from db.requests import Progress, finish_request
-from db.tables import RequestStatus
 from flows.clients.retry import patiently, transact
-from flows.generate.page import summarise
-from flows.settings import Settings
+from flows.generate.outcome import Outcome
+from flows.generate.page import Page, summarise
 from infra.store.contract import Store
 
 SHEET_CLIPS = 24  # clips on a contact sheet
 
 
 def publish(
-    settings: Settings,
     ledgers: sessionmaker[Session],
     store: Store,
-    request_id: str,
+    page: Page,
     progress: Progress,
-    found: int,
-) -> State[Any]:
-    """Writes manifest and contact sheet, closes the request, and says how it ended."""
+    cache_hits: int,
+) -> Outcome:
+    """Writes manifest and contact sheet, closes the request, and says how it ended.
+
+    cache_hits: clips that this run did not have to render.
+    """
+    request_id = progress.request_id
 
     def files() -> tuple[str, str | None]:
         with ledgers() as session:
@@ -46,14 +46,9 @@ def publish(
         ledgers,
         lambda session: finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet),
     )
-    patiently(lambda: summarise(store, request_id, progress, status, found, manifest, sheet))
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(progress.counts.items()) if count)
-    message = f"{request_id}: {counts} ({found} found, not rendered again)"
-    if status == RequestStatus.COMPLETED:
-        return Completed(message=message)
-    if status == RequestStatus.COMPLETED_WITH_GAPS:
-        return Completed(message=message, name="CompletedWithGaps")
-    return Cancelled(message=message) if status == RequestStatus.CANCELLED else Failed(message=message)
+    outcome = Outcome.of_request(request_id, status, progress, cache_hits)
+    patiently(lambda: summarise(page, store, outcome, progress, manifest=manifest, sheet=sheet))
+    return outcome
 
 
 def publish_manifest(session: Session, store: Store, request_id: str) -> str:

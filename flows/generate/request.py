@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 
-from prefect.runtime import flow_run as this_run
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import requests
@@ -119,11 +118,12 @@ def record(
     request: GenerationRequest,
     rewriter: Rewriter | None,
     *,
+    run_id: str | None,
     say: Callable[[str], None],
 ) -> OpenedRequest:
     """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
 
-    Raises RewriterFailed before anything of it is in the ledger.
+    run_id: the flow run that works on it. Raises RewriterFailed before anything of it is in the ledger.
     """
     card, checked = source.card, source.checked
     key = request_key(
@@ -158,7 +158,7 @@ def record(
                 deadline=deadline,
                 clips=checked.clips,
                 gpu_seconds=seconds,
-                flow_run_id=str(this_run.id) if this_run.id else None,
+                flow_run_id=run_id,
                 carrier=carrier(),
                 trace_id=current_trace_id(),
             ),
@@ -250,11 +250,11 @@ def parents_of(made: Conditions) -> tuple[tuple[str, EdgeKind], ...]:
     return tuple((parent, KIND[made.mode]) for parent in named)
 
 
-def adopt(ledgers: sessionmaker[Session], request_id: str) -> Progress:
+def reuse_cached(ledgers: sessionmaker[Session], request_id: str) -> Progress:
     """Where the request stands before this run renders anything: what it made earlier is done, and what others made."""
 
-    def found(session: Session) -> Progress:
+    def reuse(session: Session) -> Progress:
         adopt_takes(session, request_id)
         return requests.progress(session, request_id)
 
-    return transact(ledgers, found)
+    return transact(ledgers, reuse)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Protocol
 
-from prefect import get_run_logger
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import requests, watching
@@ -16,11 +16,10 @@ from db.requests import Progress, compact
 from db.tables import ClipStatus
 from flows.clients.retry import if_there, transact
 from flows.generate.estimates import cost_model
-from flows.generate.page import ROUND, Report
+from flows.generate.page import ROUND, Page, Report
 from flows.generate.request import Source
 from flows.library.models import gpus_of
 from flows.plan import shards
-from flows.render import pool
 from flows.settings import AUTO, Settings
 from infra.tracing import carrier
 from model.config import Partition
@@ -31,11 +30,35 @@ UNSEEN = 120.0  # seconds for which what a transaction has written may stay unse
 EVERY_TAKE = 300.0  # seconds between two looks at all takes and not at new ones alone, which should find nothing
 
 
-def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> Progress:
+class EnginePool(Protocol):
+    """Who starts engines, and knows which of them have ended."""
+
+    def ensure(self, request_id: str, *, model: str, model_digest: str, gpus: int | None) -> str | None:
+        """Starts as many engines of `model` as the request's work wants and there is room for.
+
+        gpus: that the plan needs; None: all there are. Returns the partition whose turn it is, where no engine of it is
+        at work or could be started since others have the GPUs; else None. Several requests may call it at once.
+        """
+        ...
+
+    def dead_owners(self, owners: Iterable[str]) -> list[str]:
+        """Those of these engines, by the names under which they lease shards, that will never write again."""
+        ...
+
+
+def watch(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    request_id: str,
+    source: Source,
+    *,
+    page: Page,
+    engines: EnginePool,
+) -> Progress:
     """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
-    planner, report = Planner(settings, ledgers, request_id, source), Report(request_id)
+    planner, report = Planner(settings, ledgers, request_id, source, page, engines), Report(page, request_id)
     next_round = 0.0
-    looked: float | None = None  # when it looked for takes
+    looked: float | None = None  # when it looked for cached renders
     every_take = time.monotonic() + EVERY_TAKE
 
     def look(session: Session) -> Progress:
@@ -57,15 +80,16 @@ def watch(settings: Settings, ledgers: sessionmaker[Session], request_id: str, s
             next_round = time.monotonic() + ROUND
             # Without Prefect engines go on, and what it is told and asked here waits for the next round.
             send = partial(report.send, ledgers, progress)
-            all(if_there(step) for step in (send, partial(end_leases_of_the_dead, ledgers), planner.staff))
+            end_leases = partial(end_leases_of_the_dead, ledgers, engines)
+            all(if_there(step) for step in (send, end_leases, planner.staff))
         time.sleep(POLL)
 
 
-def end_leases_of_the_dead(ledgers: sessionmaker[Session]) -> None:
+def end_leases_of_the_dead(ledgers: sessionmaker[Session], engines: EnginePool) -> None:
     """An engine whose run has ended will never write again: others need not wait for its lease to run out."""
     with ledgers() as session:
         owners = watching.lease_owners(session)
-    dead = pool.dead_owners(owners)
+    dead = engines.dead_owners(owners)
     with ledgers.begin() as session:
         for owner in dead:
             expire_owner(session, owner)
@@ -78,8 +102,17 @@ class Planner:
     plan gives them, and are released from it when others keep the GPUs: nothing waits for a better engine for ever.
     """
 
-    def __init__(self, settings: Settings, ledgers: sessionmaker[Session], request_id: str, source: Source) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ledgers: sessionmaker[Session],
+        request_id: str,
+        source: Source,
+        page: Page,
+        engines: EnginePool,
+    ) -> None:
         self.settings, self.ledgers, self.request_id, self.source = settings, ledgers, request_id, source
+        self.page, self.engines = page, engines
         self.began = time.monotonic()
         self.gpus: int | None = None  # that the plan needs; None: all there are
         self.short_since: float | None = None  # when no GPUs were left for the shards whose turn it is
@@ -129,28 +162,20 @@ class Planner:
         left = self.source.deadline and self.source.deadline - (time.monotonic() - self.began)
         found = shards.arrange(waiting, cost, *gpus_of(settings), left)
         self.gpus = max(self.gpus or 0, found.gpus)
-        log = get_run_logger()
         for squad in found.squads:
-            log.info("%s clips on %s x %s", len(squad.waiting), squad.replicas, squad.partition)
+            self.page.info(f"{len(squad.waiting)} clips on {squad.replicas} x {squad.partition}")
         if left is not None and found.seconds > left:
-            log.warning(
-                "the deadline cannot be met: on %s all is done after %.0f s at best, %.0f s are left",
-                settings.gpus,
-                found.seconds,
-                max(0.0, left),
+            self.page.warn(
+                f"the deadline cannot be met: on {settings.gpus} all is done after {found.seconds:.0f} s at best, "
+                f"{max(0.0, left):.0f} s are left"
             )
         return [(squad, True) for squad in found.squads]
 
     def staff(self) -> None:
         """Starts engines; shards that have waited too long for theirs may be rendered by any."""
         source = self.source
-        short = pool.ensure(
-            self.settings,
-            self.ledgers,
-            self.request_id,
-            model=source.model,
-            model_digest=source.card.digest,
-            gpus=self.gpus,
+        short = self.engines.ensure(
+            self.request_id, model=source.model, model_digest=source.card.digest, gpus=self.gpus
         )
         if short is None:
             self.short_since = None
@@ -159,4 +184,4 @@ class Planner:
         if time.monotonic() - self.short_since > SHORT:
             with self.ledgers.begin() as session:
                 freed = unbind_shards(session, self.request_id, [short])
-            get_run_logger().info("no GPUs are free for %s: %s shards may be rendered by any engine", short, freed)
+            self.page.info(f"no GPUs are free for {short}: {freed} shards may be rendered by any engine")

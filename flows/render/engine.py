@@ -20,9 +20,9 @@ from flows.clients.ledger import ledger as ledger_of
 from flows.clients.retry import patiently, transact
 from flows.library.models import card_of, gpus_of, partition_for, resolve
 from flows.render.devices import hold_devices
-from flows.render.pool import owner_name
+from flows.render.renderer import Renderer
 from flows.render.shard import Shard
-from flows.render.worker import Crew, code_version, log, machine
+from flows.render.worker import Worker, code_version, log, machine, owner_name
 from flows.settings import AUTO, Settings
 from model.config import Partition
 from model.engine.engine import Engine
@@ -36,17 +36,17 @@ LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `t
 
 
 @dataclass(slots=True)
-class Done:
-    """What an engine did in its life."""
+class EngineTotals:
+    """The work of an engine over its life."""
 
     clips: int = 0
     shards: int = 0
     busy: float = 0.0  # seconds with a shard in hand
-    alive: float = 0.0
+    alive: float = 0.0  # seconds
 
 
-class ShardRuns(Protocol):
-    """How an engine's shards are run, and shown to those who watch."""
+class ShardRunner(Protocol):
+    """Runs an engine's shards, and shows them to those who watch."""
 
     made: int  # shards that were shown
 
@@ -65,16 +65,16 @@ def run_engine(
     *,
     planned: str | None = None,
     flow_run_id: str | None = None,
-    work: ShardRuns | None = None,
+    runner: ShardRunner | None = None,
     say: Callable[[str], None] = log.info,
-    build: Callable[[Settings, ModelCard, Partition, tuple[int, ...] | None], Engine] | None = None,
-) -> Done:
-    """Renders until there is no work for `settings.linger` seconds, or `work` is used up. Ends its ranks in any case.
+    build: Callable[[Settings, ModelCard, Partition, tuple[int, ...] | None], Renderer] | None = None,
+) -> EngineTotals:
+    """Renders until there is no work for `settings.linger` seconds, or `runner` is used up. Ends its ranks in any case.
 
-    planned: the partition for which a plan wants it, in place of the settings'. work: how shards are run; None: as they
-    are. build: what makes the engine, by default `engine_of`.
+    planned: the partition for which a plan wants it, in place of the settings'. runner: None: shards are run and shown
+    to nobody. build: makes the renderer, by default `engine_of`.
     """
-    owner, done, born = owner_name(flow_run_id), Done(), time.monotonic()
+    owner, totals, born = owner_name(flow_run_id), EngineTotals(), time.monotonic()
     digest = patiently(lambda: card_of(settings, settings.model)).digest
     # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
     idle = min(IDLE_MOST, settings.lease_seconds)
@@ -89,53 +89,55 @@ def run_engine(
             with devices_of(settings, partition) as gpus:
                 transact(ledgers, partial(register_model, card=card))
                 register(ledgers, settings, card.digest, str(partition), owner, flow_run_id)
-                engine = (build or engine_of)(settings, card, partition, gpus)
+                renderer = (build or engine_of)(settings, card, partition, gpus)
                 by_hand = flow_run_id is None
-                crew = Crew(settings, ledgers, settings.open_store(), engine, card, partition, owner, say, by_hand)
+                worker = Worker(
+                    settings, ledgers, settings.open_store(), renderer, card, partition, owner, say, by_hand
+                )
                 try:
-                    engine.start()
+                    renderer.start()
                     say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
-                    serve(crew, done, work)
+                    render_shards(worker, totals, runner)
                 finally:
-                    engine.close()
+                    renderer.close()
 
         try:
-            with Heart(ledgers, owner):
+            with Heartbeat(ledgers, owner):
                 begin()
         finally:
             transact(ledgers, lambda session: close_engine(session, owner), seconds=LEAVING)
-    done.alive = time.monotonic() - born
-    return done
+    totals.alive = time.monotonic() - born
+    return totals
 
 
-def serve(crew: Crew, done: Done, work: ShardRuns | None) -> None:
-    """Claims and renders shard after shard, until there is no work for `linger` seconds or `work` is used up."""
+def render_shards(worker: Worker, totals: EngineTotals, runner: ShardRunner | None) -> None:
+    """Claims and renders shard after shard, until there is no work for `linger` seconds or `runner` is used up."""
     idle_since = time.monotonic()
-    while time.monotonic() - idle_since < crew.settings.linger:
-        if work is not None and work.used_up:
-            crew.say(f"engine {crew.owner}: has shown {work.made} shards; another one takes its place")
+    while time.monotonic() - idle_since < worker.settings.linger:
+        if runner is not None and runner.used_up:
+            worker.say(f"engine {worker.owner}: has shown {runner.made} shards; another one takes its place")
             return
-        claimed = crew.claim()
-        if claimed is None and crew.in_the_way():
-            crew.say(f"engine {crew.owner}: makes room for engines of other partitions")
+        claimed = worker.claim()
+        if claimed is None and worker.in_the_way():
+            worker.say(f"engine {worker.owner}: makes room for engines of other partitions")
             return
         if claimed is None:
             time.sleep(IDLE)
             continue
         began = time.monotonic()
-        if claimed[0].shard_id == crew.gave_way:  # what waits is not for this engine, or not yet
-            crew.looks_from = began + SAME_AGAIN
-        crew.gave_way = None
-        shard = Shard(crew, *claimed)
+        if claimed[0].shard_id == worker.gave_way:  # what waits is not for this engine, or not yet
+            worker.looks_from = began + SAME_AGAIN
+        worker.gave_way = None
+        shard = Shard(worker, *claimed)
         try:
-            done.clips += work(shard) if work else shard.run()
+            totals.clips += runner(shard) if runner else shard.run()
         except BaseException:  # the engine is stopping or broken: others may have the shard at once
             shard.give_back()
             raise
-        done.shards += 1
+        totals.shards += 1
         idle_since = time.monotonic()
-        done.busy += idle_since - began
-    crew.say(f"engine {crew.owner}: no work for {crew.settings.linger:.0f} s")
+        totals.busy += idle_since - began
+    worker.say(f"engine {worker.owner}: no work for {worker.settings.linger:.0f} s")
 
 
 def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: tuple[int, ...] | None = None) -> Engine:
@@ -167,7 +169,7 @@ def register(
     owner: str,
     flow_run_id: str | None,
 ) -> None:
-    """The ledger knows this engine, again where it did. `partition`: "" while nobody knows."""
+    """Tells the ledger of this engine, again where it knows it. `partition`: "" while it is not known yet."""
     transact(
         ledgers,
         lambda session: register_engine(
@@ -188,13 +190,13 @@ def register_model(session: Session, card: ModelCard) -> None:
     models.register_model(session, card.digest, card.name, str(card.path), card.to_json())
 
 
-class Heart:
+class Heartbeat:
     """Tells the ledger every few seconds that this engine lives, whatever the main thread is doing."""
 
     def __init__(self, ledgers: sessionmaker[Session], owner: str, every: float = 5.0) -> None:
         self.ledgers, self.owner, self.every = ledgers, owner, every
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.beat, name="heart", daemon=True)
+        self.thread = threading.Thread(target=self.beat, name="heartbeat", daemon=True)
 
     def beat(self) -> None:
         while not self.stopped.wait(self.every):
@@ -204,7 +206,7 @@ class Heart:
             except Exception:  # the database may be away for a moment; the lease's own renewal decides what that means
                 log.warning("heartbeat of %s failed", self.owner, exc_info=True)
 
-    def __enter__(self) -> Heart:
+    def __enter__(self) -> Heartbeat:
         self.thread.start()
         return self
 

@@ -41,7 +41,7 @@ def render(model: str | None = None, linger: float | None = None, partition: str
     run_logger = get_run_logger()
     try:
         done = run_engine(
-            settings, planned=partition, flow_run_id=str(this_run.id), work=TaskRuns(), say=run_logger.info
+            settings, planned=partition, flow_run_id=str(this_run.id), runner=TaskRuns(), say=run_logger.info
         )
     finally:
         flush()
@@ -83,6 +83,6 @@ class TaskRuns:
     def __call__(self, shard: Shard) -> int:
         if time.monotonic() < self.not_before:
             return shard.run()
-        self.not_before = time.monotonic() + shard.crew.engines_alive()
+        self.not_before = time.monotonic() + shard.worker.engines_alive()
         self.made += 1
         return self.show(shard)

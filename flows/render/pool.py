@@ -7,7 +7,6 @@ be given back as soon as Prefect knows that its engine has ended, instead of whe
 from __future__ import annotations
 
 import logging
-import socket
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,11 +46,6 @@ LEAVING = 3600.0  # seconds for which an engine that has closed its row may stil
 log = logging.getLogger(__name__)
 
 
-def owner_name(flow_run_id: str | None) -> str:
-    """The name under which an engine leases shards: host, and its flow run or a random id."""
-    return f"{socket.gethostname()}/{flow_run_id or uuid.uuid4()}"
-
-
 def run_of(owner: str) -> uuid.UUID | None:
     """The flow run in an owner's name."""
     try:
@@ -75,6 +69,20 @@ def dead_owners(owners: Iterable[str]) -> list[str]:
             if state is not None and state.is_final():
                 dead.append(owner)
     return dead
+
+
+@dataclass(frozen=True, slots=True)
+class PrefectPool:
+    """The engines that Prefect runs: `flows.generate.watch.EnginePool`."""
+
+    settings: Settings
+    ledgers: sessionmaker[Session]
+
+    def ensure(self, request_id: str, *, model: str, model_digest: str, gpus: int | None) -> str | None:
+        return ensure(self.settings, self.ledgers, request_id, model=model, model_digest=model_digest, gpus=gpus)
+
+    def dead_owners(self, owners: Iterable[str]) -> list[str]:
+        return dead_owners(owners)
 
 
 def ensure(

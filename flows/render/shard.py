@@ -32,7 +32,7 @@ from db.leases import (
 )
 from flows.clients.retry import away, once, patiently
 from flows.render.clip import WrongDigest, as_file, proven, spec_of
-from flows.render.worker import Crew, T, code_version, log
+from flows.render.worker import T, Worker, code_version, log
 from infra.store.contract import NoSuchKey
 from infra.tracing import Event, carrier, continued, current_trace_id, span_between
 from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, SavedState
@@ -48,7 +48,7 @@ ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
 class Shard:
     """One leased shard, from claim to completion."""
 
-    crew: Crew
+    worker: Worker
     lease: Lease
     clips: Sequence[LeasedClip]
     cancelled: set[str] = field(default_factory=set[str])
@@ -87,13 +87,13 @@ class Shard:
         return working.result()
 
     def abandon(self, working: Future[int]) -> None:
-        """Ends the work, whatever ranks and store are at."""
+        """Ends the work at once: the lease counts as lost and the ranks are killed."""
         self.lost = LeaseLost(f"shard {self.lease.shard_id}: the engine had no time to keep what it was at")
-        self.crew.engine.kill()
+        self.worker.renderer.kill()
         wait((working,), ENDING)
 
     def work(self) -> int:
-        """What `run` says, on whatever thread."""
+        """Renders and records, as `run` says, on the thread that calls it."""
         stop = threading.Event()
         keeper = threading.Thread(target=self.keep_lease, args=(stop,), name="lease", daemon=True)
         keeper.start()
@@ -106,13 +106,13 @@ class Shard:
                 self.render_all(publisher)
             if self.leaves and self.left(self.clips):
                 why = "is kept, since the engine stops" if self.stopped else "gives way to a higher priority"
-                self.crew.say(f"shard {self.lease.shard_id}: {why}")
-                self.crew.gave_way = self.lease.shard_id
+                self.worker.say(f"shard {self.lease.shard_id}: {why}")
+                self.worker.gave_way = self.lease.shard_id
                 self.give_back()
             else:
                 self.transact(lambda session: complete_shard(session, self.lease))
         except LeaseLost as error:
-            self.crew.say(f"shard {self.lease.shard_id}: {error}")
+            self.worker.say(f"shard {self.lease.shard_id}: {error}")
         finally:
             stop.set()
             keeper.join(timeout=10)
@@ -121,7 +121,7 @@ class Shard:
 
     @property
     def leaves(self) -> bool:
-        """What is under way is to be kept, and nothing else begun."""
+        """True when clips under way are to be kept, and no other begun."""
         return self.outranked or self.stopped
 
     def left(self, clips: Sequence[LeasedClip]) -> list[LeasedClip]:
@@ -130,16 +130,16 @@ class Shard:
 
     def keep_lease(self, stop: threading.Event) -> None:
         """Renews the lease, learns what was cancelled and who goes first; the render loop looks at what it found."""
-        until = time.monotonic() + self.crew.settings.lease_seconds
+        until = time.monotonic() + self.worker.settings.lease_seconds
         for beat in count(1):
             if stop.wait(BEAT):
                 return
             try:
-                with self.crew.ledgers.begin() as session:
-                    self.cancelled |= renew(session, self.lease, self.crew.settings.lease_seconds)
-                until = time.monotonic() + self.crew.settings.lease_seconds
+                with self.worker.ledgers.begin() as session:
+                    self.cancelled |= renew(session, self.lease, self.worker.settings.lease_seconds)
+                until = time.monotonic() + self.worker.settings.lease_seconds
                 if beat % LOOK == 0 and not self.outranked:
-                    self.outranked = self.crew.outranked(self.lease)
+                    self.outranked = self.worker.outranked(self.lease)
             except LeaseLost as error:
                 self.lost = error
                 return
@@ -154,7 +154,7 @@ class Shard:
     def give_back(self) -> None:
         """Another claim may have the shard at once."""
         try:
-            with self.crew.ledgers.begin() as session:
+            with self.worker.ledgers.begin() as session:
                 release_shard(session, self.lease)
         except LeaseLost:
             pass  # somebody has it already
@@ -162,34 +162,34 @@ class Shard:
             log.warning("shard %s could not be given back; its lease will run out", self.lease.shard_id, exc_info=True)
 
     def specs(self, clips: Sequence[LeasedClip]) -> list[ClipSpec]:
-        """What the ranks are to make. A clip whose sources cannot be had is failed here, and left out."""
+        """The clips as the renderer takes them. A clip whose sources cannot be had is failed here, and left out."""
         specs: list[ClipSpec] = []
         for clip in clips:
             try:
-                specs.append(self.gone_on(clip, spec_of(clip, self.fetch)))
+                specs.append(self.with_resume_state(clip, spec_of(clip, self.fetch)))
             except (BadMedia, NoSuchKey, WrongDigest) as error:
                 self.on_step(clip.clip_id, 0, clip.settings.steps)
                 self.settle_failed(clip.clip_id, f"its source {error}", error)
         return specs
 
-    def gone_on(self, clip: LeasedClip, spec: ClipSpec) -> ClipSpec:
+    def with_resume_state(self, clip: LeasedClip, spec: ClipSpec) -> ClipSpec:
         """The clip with what an earlier attempt left, if it can be had and comes to the same bits on this engine."""
         if clip.checkpoint is None:
             return spec
         key = clip.checkpoint.key
         self.objects.add(key)
-        if clip.checkpoint.of != self.crew.engine.fingerprint(spec):
+        if clip.checkpoint.of != self.worker.renderer.fingerprint(spec):
             log.info("clip %s begins anew: its checkpoint %s is of another kind of engine", clip.clip_id, key)
             return spec
         try:
-            return replace(spec, resume_state=self.patiently(lambda: self.crew.store.get(key)))
+            return replace(spec, resume_state=self.patiently(lambda: self.worker.store.get(key)))
         except Exception as error:
             log.warning("clip %s begins anew: its checkpoint %s cannot be had (%s)", clip.clip_id, key, error)
             return spec
 
     def fetch(self, source: NewArtifact) -> bytes:
         """The bytes of a source, proven by their digest. Waits for the store for as long as the lease is ours."""
-        return proven(self.patiently(lambda: self.crew.store.get(source.key)), source)
+        return proven(self.patiently(lambda: self.worker.store.get(source.key)), source)
 
     def render_all(self, publisher: ThreadPoolExecutor) -> None:
         """Every clip once. When the ranks end under some clips, these have failed; the others go on with new ranks.
@@ -203,12 +203,12 @@ class Shard:
                 self.render_some(some, publisher)
 
     def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> None:
-        settings = self.crew.settings
+        settings = self.worker.settings
         while left := self.left(clips):
             pending: list[Future[None]] = []
             failure: Exception | None = None
             try:
-                for rendered in self.crew.engine.render(
+                for rendered in self.worker.renderer.render(
                     self.specs(left),
                     on_step=self.on_step,
                     cancelled=self.unwanted,
@@ -230,7 +230,7 @@ class Shard:
             self.fail(failure)
             if self.stopped:
                 return
-            self.crew.restart_ranks(str(failure))
+            self.worker.restart_ranks(str(failure))
 
     def on_step(self, clip_id: str, step: int, steps: int) -> None:
         """The engine calls this with the step at which a clip begins, then after every denoising step."""
@@ -242,8 +242,8 @@ class Shard:
                 session,
                 self.lease,
                 clip_id,
-                engine=self.crew.owner,
-                partition=str(self.crew.partition),
+                engine=self.worker.owner,
+                partition=str(self.worker.partition),
                 code_version=code_version(),
                 host=socket.gethostname(),
                 resumed_step=step or None,
@@ -251,7 +251,7 @@ class Shard:
         )
 
     def on_checkpoint(self, clip: SavedState, publisher: ThreadPoolExecutor) -> None:
-        """Has it stored beside the steps, unless the store, which may be slower than they, is still at the last one."""
+        """Uploads in the background; skips it if the clip's previous upload still runs."""
         last = self.saving.get(clip.clip_id)
         if last is None or last.done() or self.leaves:
             self.saving[clip.clip_id] = publisher.submit(self.save, clip)
@@ -261,8 +261,8 @@ class Shard:
         key = f"checkpoints/{clip.clip_id}/{self.started[clip.clip_id]}-{clip.step}.safetensors"
         self.objects.add(key)
         try:
-            self.crew.store.put_at(key, clip.data)
-            with self.crew.ledgers.begin() as session:
+            self.worker.store.put_at(key, clip.data)
+            with self.worker.ledgers.begin() as session:
                 kept = Checkpoint(key=key, step=clip.step, of=clip.fingerprint)
                 save_checkpoint(session, self.lease, clip.clip_id, kept)
         except Exception as error:
@@ -275,10 +275,10 @@ class Shard:
         if not self.objects:
             return
         try:
-            with self.crew.ledgers() as session:
+            with self.worker.ledgers() as session:
                 gone = self.objects - checkpoints(session, sorted(self.objects))
             for key in gone:
-                self.crew.store.delete(key)
+                self.worker.store.delete(key)
             self.objects -= gone
         except Exception as error:
             log.warning("checkpoints of shard %s were not deleted: %s", self.lease.shard_id, error)
@@ -292,14 +292,14 @@ class Shard:
         clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
         began = time.time()
         try:
-            data, media_type = self.patiently(lambda: as_file(clip, rendered.frames, self.crew.card.name))
+            data, media_type = self.patiently(lambda: as_file(clip, rendered.frames, self.worker.card.name))
         except LeaseLost:
             raise
         except Exception as error:  # this clip's trouble, not the engine's: the next may well encode
             self.settle_failed(clip.clip_id, f"encoding failed: {error}", error)
             return
         encoded = time.time()
-        stored = self.patiently(lambda: self.crew.store.put(data, media_type))
+        stored = self.patiently(lambda: self.worker.store.put(data, media_type))
         ended = time.time()
         kept = self.transact(
             lambda session: record_clip(
@@ -318,7 +318,7 @@ class Shard:
         self.settled.add(clip.clip_id)
         self.sweep()
         self.finished += kept
-        self.crew.restarts = 0
+        self.worker.restarts = 0
         self.trace(rendered, (("encode", began, encoded), ("put", encoded, ended), ("record", ended, time.time())))
 
     def trace(self, rendered: RenderedClip, after: Sequence[tuple[str, float, float]]) -> None:
@@ -330,7 +330,10 @@ class Shard:
             span_between(stage, began, ended, parent=clip, events=within)
 
     def patiently(self, ask: Callable[[], T]) -> T:
-        """What a server answers: a rendered clip is worth waiting while the lease is ours. Raises LeaseLost."""
+        """The answer of a server, waited for as long as the lease is ours: a rendered clip is worth it.
+
+        Raises LeaseLost.
+        """
         try:
             return patiently(ask, seconds=math.inf, abandoned=lambda: self.lost is not None)
         except Exception as error:
@@ -340,7 +343,7 @@ class Shard:
 
     def transact(self, work: Callable[[Session], T]) -> T:
         """One transaction of the ledger, for whose return it waits as long as the lease is ours. Raises LeaseLost."""
-        return self.patiently(partial(once, self.crew.ledgers, work))
+        return self.patiently(partial(once, self.worker.ledgers, work))
 
     def fail(self, failure: Exception) -> None:
         """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
@@ -372,5 +375,5 @@ ERROR_CLASSES: tuple[tuple[type[Exception], str], ...] = (
 
 
 def class_of(error: Exception) -> str:
-    """What kind of failure it was, in the word that `attempts.error_class` holds; `encode_failed` for any other."""
+    """The kind of a failure, in the word that `attempts.error_class` holds; `encode_failed` for any other."""
     return next((name for kind, name in ERROR_CLASSES if isinstance(error, kind)), "encode_failed")

@@ -1,10 +1,12 @@
-"""The process behind an engine: its ranks, their restarts, and what the ledger hears of it."""
+"""The process behind an engine: its renderer's restarts, and what it asks of the ledger."""
 
 from __future__ import annotations
 
 import logging
 import platform
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,11 +19,11 @@ from db.claim import LeasedClip, claim_shard, others_wait
 from db.engines import ALIVE, engine_heartbeat, live_engines
 from db.fence import Lease
 from flows.clients.retry import if_there, transact
+from flows.render.renderer import Renderer
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from model.config import Partition
 from model.engine.clip import RankDied
-from model.engine.engine import Engine
 from model.loading.card import ModelCard
 
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
@@ -29,13 +31,18 @@ log = logging.getLogger("rushes.engine")
 T = TypeVar("T")
 
 
+def owner_name(flow_run_id: str | None) -> str:
+    """The name under which an engine leases shards: host, and its flow run or a random id."""
+    return f"{socket.gethostname()}/{flow_run_id or uuid.uuid4()}"
+
+
 def code_version() -> str:
-    """What rendered a clip: package version."""
+    """The package's version, recorded with every clip that it rendered."""
     return f"rushes {version('rushes')}"
 
 
 def machine(settings: Settings) -> str:
-    """On what it was rendered: all beside recipe and partition that the last bits of a clip depend on."""
+    """The machine as recorded with a clip: all beside recipe and partition that its last bits depend on."""
     # A sum is added up in another order by several threads, and over a batch of another size.
     several = (
         (settings.threads, "threads a rank", settings.device == "cpu"),
@@ -48,13 +55,13 @@ def machine(settings: Settings) -> str:
 
 
 @dataclass(slots=True)
-class Crew:
-    """An engine with all it needs to work on shards."""
+class Worker:
+    """A renderer with all it needs to work on shards: an engine, as the ledger knows it."""
 
     settings: Settings
     ledgers: sessionmaker[Session]
     store: Store
-    engine: Engine
+    renderer: Renderer
     card: ModelCard
     partition: Partition
     owner: str
@@ -115,4 +122,4 @@ class Crew:
         if self.restarts > MAX_RESTARTS:
             raise RankDied(f"the ranks ended {self.restarts} times without one finished clip; the last time: {reason}")
         self.say(f"engine {self.owner}: {reason}; starting the ranks again")
-        self.engine.start()
+        self.renderer.start()

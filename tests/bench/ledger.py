@@ -125,7 +125,7 @@ def _open(home: str, url: str, clips: int) -> Opened:
     engine = connect(url)
     request = GenerationRequest(prompts_uri="prompts.jsonl", rewrite=False)
     source = find_source(settings, sessions(engine), settings.open_store(), request)
-    opened = record(settings, sessions(engine), settings.open_store(), source, request, None, say=print)
+    opened = record(settings, sessions(engine), settings.open_store(), source, request, None, run_id=None, say=print)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Opened(time.monotonic() - began, peak, opened.id)
 

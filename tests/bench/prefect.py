@@ -17,13 +17,13 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import psutil
@@ -50,7 +50,7 @@ from infra.stack.prefect import BEAT_SECONDS
 from infra.stack.processes import RUN
 from infra.stack.up import up
 from model.config import Partition
-from model.engine.engine import Engine
+from model.engine.clip import ClipSpec, RenderedClip
 from model.loading.card import ModelCard
 from model.media.encode import encode_mp4
 
@@ -71,7 +71,7 @@ KINDS = {  # of what Prefect's tables hold
 
 
 class Sleeper:
-    """In place of the ranks."""
+    """A renderer without ranks, whose shards never ask it for a clip."""
 
     def start(self) -> None:
         pass
@@ -79,19 +79,28 @@ class Sleeper:
     def close(self) -> None:
         pass
 
+    def kill(self) -> None:
+        pass
+
+    def fingerprint(self, spec: ClipSpec) -> str:
+        raise NotImplementedError(f"{spec.clip_id} is not rendered")
+
+    def render(self, specs: Sequence[ClipSpec], **how: Any) -> Generator[RenderedClip]:
+        raise NotImplementedError(f"{len(specs)} clips are not rendered")
+
 
 class Sleeping(Shard):
     """A shard whose clips are recorded all at once, after a while."""
 
     def render_all(self, publisher: ThreadPoolExecutor) -> None:
         time.sleep(SLEEP)
-        store = self.crew.store
+        store = self.worker.store
         stored = store.put(encode_mp4(np.zeros((5, 32, 48, 3), np.uint8), 8, {"title": "nothing"}), "video/mp4")
         values = {
             "shard": self.lease.shard_id,
             "attempt": self.lease.attempt,
             "owner": self.lease.owner,
-            "partition": str(self.crew.partition),
+            "partition": str(self.worker.partition),
             "each": SLEEP / len(self.clips),
             **{name: getattr(stored, name) for name in ("sha256", "key", "bytes", "media_type")},
         }
@@ -125,16 +134,16 @@ def _record(session: Session, values: Mapping[str, Any]) -> None:
 def render(model: str | None = None, linger: float | None = None, partition: str | None = None) -> State[Any]:
     """What the flow of flows/render/flow.py does, with Sleeper in place of the ranks."""
 
-    def build(settings: Settings, card: ModelCard, by: Partition, gpus: tuple[int, ...] | None) -> Engine:
-        return cast(Engine, Sleeper())
+    def build(settings: Settings, card: ModelCard, by: Partition, gpus: tuple[int, ...] | None) -> Sleeper:
+        return Sleeper()
 
     class Shown(TaskRuns):
         def __call__(self, shard: Shard) -> int:
-            return TaskRuns.__call__(self, Sleeping(shard.crew, shard.lease, shard.clips))
+            return TaskRuns.__call__(self, Sleeping(shard.worker, shard.lease, shard.clips))
 
     say = get_run_logger().info
     settings = load_settings(**({} if model is None else {"model": model}))
-    done = run_engine(settings, planned=partition, flow_run_id=str(this_run.id), work=Shown(), say=say, build=build)
+    done = run_engine(settings, planned=partition, flow_run_id=str(this_run.id), runner=Shown(), say=say, build=build)
     return Completed(message=f"{done.clips} clips in {done.shards} shards")
 
 

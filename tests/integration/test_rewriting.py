@@ -113,7 +113,7 @@ def submitted(
     source = find_source(settings, ledgers, store, request)
     with rewriter_of(settings, source.card) as rewriter:
         wanted = rewriter if request.rewrite else None
-        return record(settings, ledgers, store, source, request, wanted, say=said.append).id, said
+        return record(settings, ledgers, store, source, request, wanted, run_id=None, say=said.append).id, said
 
 
 def words_of(ledgers: sessionmaker[Session], request_id: str) -> list[tuple[str, str | None]]:

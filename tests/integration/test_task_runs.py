@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.engines import register_engine
-from flows.render.engine import Done, run_engine
+from flows.render.engine import EngineTotals, run_engine
 from flows.render.flow import TaskRuns
 from flows.render.shard import Shard
 from flows.settings import load_settings
@@ -19,14 +19,14 @@ from tests.bench import prefect as bench_prefect
 from tests.bench.prefect import Sleeper, Sleeping
 from tests.factories import batch
 
-Engine = Callable[..., tuple[Done, list[int]]]
+Engine = Callable[..., tuple[EngineTotals, list[int]]]
 
 
 @pytest.fixture
 def engine(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Runs an engine that sleeps in place of rendering; what it did, and the shards that it showed."""
 
-    def run(most: int, seconds: float) -> tuple[Done, list[int]]:
+    def run(most: int, seconds: float) -> tuple[EngineTotals, list[int]]:
         monkeypatch.setattr(bench_prefect, "SLEEP", seconds)
         shown: list[int] = []
 
@@ -36,11 +36,11 @@ def engine(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -
 
         class Work(TaskRuns):
             def __call__(self, shard: Shard) -> int:
-                return TaskRuns.__call__(self, Sleeping(shard.crew, shard.lease, shard.clips))
+                return TaskRuns.__call__(self, Sleeping(shard.worker, shard.lease, shard.clips))
 
         settings = load_settings(home=tmp_path / "home", database_url=database_url, linger=1)
         work = Work(most=most, show=show)
-        done = run_engine(settings, flow_run_id="mine", work=work, build=lambda *_: Sleeper())  # type: ignore[arg-type, return-value]
+        done = run_engine(settings, flow_run_id="mine", runner=work, build=lambda *_: Sleeper())
         return done, shown
 
     return run

@@ -1,0 +1,84 @@
+"""Making the clips of a request, from its prompts to its manifest. It knows nothing of Prefect.
+
+It renders nothing itself and holds no state: killed at any moment it may simply run again, since the ledger says what
+is done.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from db.requests import QuotaExceeded
+from db.tables import ClipStatus
+from flows.clients.retry import if_there, patiently
+from flows.generate.outcome import Outcome
+from flows.generate.page import Page, refuse, tell_deadline
+from flows.generate.publish import publish
+from flows.generate.request import find_source, forecast, record, reuse_cached, too_large
+from flows.generate.watch import EnginePool, watch
+from flows.library.models import BrokenModel
+from flows.request.files import BadUri
+from flows.request.form import GenerationRequest
+from flows.request.lines import BadFile
+from flows.request.read import check_defaults, strange_shapes
+from flows.request.rewriting import RewriterFailed, rewriter_of
+from flows.settings import Settings
+from infra.store.contract import NoSuchKey, Store
+from model.loading.card import ModelNotFound
+
+
+def make_clips(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    request: GenerationRequest,
+    *,
+    run_id: str | None,
+    page: Page,
+    engines: EnginePool,
+) -> Outcome:
+    """Reads and checks the prompts, opens the request, plans shards, sees to engines, watches, publishes.
+
+    run_id: the flow run that this is: made again with the same one, a `fresh` request is the same request.
+    """
+    if request.fresh and request.idempotency_key is None:
+        request = request.model_copy(update={"idempotency_key": f"fresh-{run_id}"})
+    try:
+        source = patiently(lambda: find_source(settings, ledgers, store, request))
+    except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
+        return refuse(page, [str(error)])
+    checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
+    wrong += too_large(settings, source)
+    if wrong or (checked.bad and not request.skip_invalid):
+        more = checked.faults - len(checked.messages)
+        messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
+        return refuse(page, messages, count=len(wrong) + checked.faults)
+
+    try:
+        with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
+            opened = patiently(
+                lambda: record(settings, ledgers, store, source, request, rewriter, run_id=run_id, say=page.info)
+            )
+    except RewriterFailed as error:
+        return refuse(page, [str(error)], reason="RewriterFailed")
+    except QuotaExceeded as error:
+        return refuse(page, [str(error)], reason="QuotaExceeded")
+    request_id = opened.id
+    page.info(f"request {request_id}: {source.checked.clips} clips asked for by {source.name}")
+    if warning := strange_shapes(source.card, source.checked.shapes):
+        page.warn(warning)
+    if opened.created:
+        query = f"select status, count(*) from history where request_id = '{request_id}' group by 1"
+        page.info(f'ask about it with: rushes sql "{query}"')
+
+    if opened.created and request.deadline is not None:
+        expected = patiently(lambda: forecast(settings, ledgers, source, request))
+        if_there(partial(tell_deadline, page, request_id, request.deadline, expected))
+
+    before = reuse_cached(ledgers, request_id)
+    progress = watch(settings, ledgers, request_id, source, page=page, engines=engines)
+    cache_hits = before.counts[ClipStatus.DONE] + progress.found - before.found
+    return publish(ledgers, store, page, progress, cache_hits)
