@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session, sessionmaker
 
 from tests.integration.s3 import S3Server, s3_server
+from tests.platform import Platform, running_platform
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,12 @@ def server() -> Generator[S3Server]:
     """One S3 server a test process; tests that use it belong to the xdist group `radosgw`."""
     with s3_server() as running:
         yield running
+
+
+@pytest.fixture
+def platform(
+    database_url: str, ledger: sessionmaker[Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Generator[Platform]:
+    """Requests, ledger, store and engines in this process, with renderers that take a millisecond a clip."""
+    with running_platform(database_url, ledger, tmp_path / "home", monkeypatch) as platform:
+        yield platform

@@ -1,0 +1,111 @@
+"""Ranks that die, hang or run out of memory: what it costs the clip that they were at, and its neighbours nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from db.requests import cancel_request, retry_request
+from db.tables import ClipStatus
+from flows.generate.outcome import Ending
+from model.engine.clip import RankDied
+from tests.fake_renderer import Fault, Trouble
+from tests.platform import Platform, wait_for
+
+LINES = ["a red ball", "a green ball", "a blue ball", "a blue cube"]
+
+
+def failures(platform: Platform, request: str | None) -> list[tuple[str, str | None]]:
+    """How each attempt that was not done has ended, and the kind of its error."""
+    ended = [(each["ended"], each["error_class"]) for each in platform.attempts(request)]
+    return [each for each in ended if each[0] != "done"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "said"),
+    [
+        (Fault.KILLS, "rank_died", "died (killed by SIGKILL)"),
+        (Fault.HANGS, "rank_hung", "no step for 0.3 s"),
+        (Fault.FAILS, "render_failed", "the pixels are not finite"),
+    ],
+)
+def test_a_poison_clip_is_quarantined_and_its_neighbours_are_done(
+    platform: Platform, fault: Fault, kind: str, said: str
+) -> None:
+    """One clip always ends the ranks, one of them once. Each time costs one attempt, of that clip alone."""
+    platform.script.trouble = {LINES[0]: Trouble(fault, at=3), LINES[1]: Trouble(fault, times=1)}
+    with platform.engines():
+        outcome, page = platform.make(LINES)
+        assert outcome.ending is Ending.COMPLETED_WITH_GAPS
+        assert outcome.message == f"{outcome.request_id}: 3 done, 1 quarantined (0 found, not rendered again)"
+        clips = platform.clips(outcome.request_id)
+        assert [clip["status"] for clip in clips] == ["quarantined", "done", "done", "done"]
+        assert [clip["attempts"] for clip in clips] == [3, 2, 1, 1]
+        assert said in clips[0]["error"]
+        assert failures(platform, outcome.request_id) == [("failed", kind)] * 4
+        assert "completed with gaps" in page.shown["summary"]
+        if fault is not Fault.FAILS:
+            assert platform.script.starts == 5, "one engine started its ranks again, each time"
+        assert len({attempt["owner"] for attempt in platform.attempts(outcome.request_id)}) == 1
+
+        with platform.sessions.begin() as session:
+            assert retry_request(session, str(outcome.request_id), [ClipStatus.QUARANTINED]) == 1
+        platform.script.trouble.clear()
+        again, _ = platform.make(LINES)
+    assert again.request_id == outcome.request_id and again.ending is Ending.COMPLETED
+    assert [clip["attempts"] for clip in platform.clips(again.request_id)] == [4, 2, 1, 1]
+    assert platform.breaches() == []
+
+
+def test_out_of_memory_costs_no_attempt_while_fewer_clips_at_a_time_fit(platform: Platform) -> None:
+    platform.script.trouble = {LINES[0]: Trouble(Fault.OUT_OF_MEMORY)}
+    with platform.engines(micro_batch=4):
+        outcome, _ = platform.make(LINES)
+    assert outcome.ending is Ending.COMPLETED
+    assert [clip["attempts"] for clip in platform.clips(outcome.request_id)] == [1] * 4
+    assert platform.script.starts == 3, "four at a time, two, one"
+
+
+def test_ranks_that_die_without_one_clip_between_end_their_engine(platform: Platform) -> None:
+    """It gives up after five restarts in a row; what it had not begun is still there for another one."""
+    lines = [f"a ball {k}" for k in range(7)]
+    platform.script.trouble = {line: Trouble(Fault.KILLS, times=1) for line in lines}
+    run = platform.submit(lines)
+    platform.request_of(run)
+    with pytest.raises(RankDied, match="the ranks ended 6 times without one finished clip"):
+        platform.engine()
+    with platform.engines():
+        outcome = run.outcome()
+    assert outcome.ending is Ending.COMPLETED
+    assert failures(platform, outcome.request_id) == [("failed", "rank_died")] * 7, "one attempt each"
+    assert platform.breaches() == []
+
+
+def test_cancelled_clips_stop_at_their_next_step(platform: Platform) -> None:
+    """What is done stays; the engine takes what comes next; submitted again, only the rest is made."""
+    lines = [f"a blue ball {k}" for k in range(6)]
+    platform.script.step_seconds = dict.fromkeys(lines[1:], 0.02)
+    steps = 200
+    run = platform.submit(lines, steps=steps)
+    with platform.engines():
+        request = platform.request_of(run)
+        wait_for(lambda: platform.script.steps[lines[1]] >= 3, "the second clip to be under way")
+        with platform.sessions.begin() as session:
+            cancelled = cancel_request(session, request)
+        outcome = run.outcome()
+        assert outcome.ending is Ending.CANCELLED
+        statuses = platform.statuses(request)
+        assert set(statuses) == {"done", "cancelled"} and statuses.count("cancelled") == cancelled
+        other, _ = platform.make(["a green cube"])
+        assert other.ending is Ending.COMPLETED, "the same engine takes what comes next"
+        begun = [line for line in lines if 0 < platform.script.steps[line] < steps]
+        assert len(begun) == 1, "one clip was under way, none began after"
+        assert platform.statuses(request) == statuses, "nothing came of it later"
+        assert {each["ended"] for each in platform.attempts(request)} <= {"done", "cancelled"}
+
+        made = {each["clip_id"]: each for each in platform.attempts(request) if each["ended"] == "done"}
+        platform.script.step_seconds.clear()
+        again, _ = platform.make(lines, steps=steps)
+        assert (again.request_id, again.ending) == (request, Ending.COMPLETED)
+        done = {each["clip_id"]: each for each in platform.attempts(request) if each["ended"] == "done"}
+        assert len(done) == 6 and made.items() <= done.items(), "what was done before was not made again"
+    assert platform.breaches() == []
