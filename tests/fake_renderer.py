@@ -27,9 +27,9 @@ from model.engine.clip import (
     RankHung,
     RenderedClip,
     RenderFailed,
-    UnfinishedClip,
+    SavedState,
 )
-from model.engine.resume import alike
+from model.engine.resume import fingerprint
 from model.media.windows import Frames
 
 
@@ -107,8 +107,8 @@ class FakeRenderer:
     def kill(self) -> None:
         self.killed.set()
 
-    def alike(self, spec: ClipSpec) -> str:
-        return alike(spec, self.model_digest, [str(self.partition), f"{self.micro_batch} at a time"])
+    def fingerprint(self, spec: ClipSpec) -> str:
+        return fingerprint(spec, self.model_digest, [str(self.partition), f"{self.micro_batch} at a time"])
 
     def render(
         self,
@@ -117,7 +117,7 @@ class FakeRenderer:
         on_step: Callable[[str, int, int], None] = lambda clip_id, step, steps: None,
         cancelled: Callable[[], set[str]] = set,
         on_failure: Callable[[RenderFailed], None] | None = None,
-        on_checkpoint: Callable[[UnfinishedClip], None] | None = None,
+        on_checkpoint: Callable[[SavedState], None] | None = None,
         checkpoint_every: tuple[int, float] = (0, 0.0),
         leave: Callable[[], bool] = lambda: False,
     ) -> Generator[RenderedClip]:
@@ -179,9 +179,9 @@ class FakeRenderer:
             self.script.attempts[spec.prompt] += 1
             attempt = self.script.attempts[spec.prompt]
         step = 0
-        if spec.unfinished is not None:
-            kept = json.loads(spec.unfinished)
-            if kept["of"] == self.alike(spec):
+        if spec.resume_state is not None:
+            kept = json.loads(spec.resume_state)
+            if kept["of"] == self.fingerprint(spec):
                 step = int(kept["step"])
         return _Clip(spec, step, time.monotonic(), time.time(), attempt)
 
@@ -213,10 +213,10 @@ class FakeRenderer:
         by_step = steps > 0 and clip.step % steps == 0
         return by_step or (seconds > 0 and time.monotonic() - clip.kept_at >= seconds)
 
-    def _state(self, clip: _Clip) -> UnfinishedClip:
-        of = self.alike(clip.spec)
+    def _state(self, clip: _Clip) -> SavedState:
+        of = self.fingerprint(clip.spec)
         data = json.dumps({"of": of, "step": clip.step}).encode()
-        return UnfinishedClip(clip_id=clip.spec.clip_id, step=clip.step, of=of, data=data)
+        return SavedState(clip_id=clip.spec.clip_id, step=clip.step, fingerprint=of, data=data)
 
     def _rendered(self, clip: _Clip) -> RenderedClip:
         ended = time.time()
@@ -232,7 +232,7 @@ class FakeRenderer:
 
 def frames_of(spec: ClipSpec, model_digest: str) -> Frames:
     """The frames of a clip: a picture that its settings determine, which moves by a pixel a frame."""
-    said = alike(spec, model_digest, ())
+    said = fingerprint(spec, model_digest, ())
     random = np.random.default_rng(int(hashlib.sha256(said.encode()).hexdigest()[:16], 16))
     colours = random.integers(0, 256, (spec.height // 16, spec.width // 16, 3), np.uint8)
     picture = np.repeat(np.repeat(colours, 16, 0), 16, 1)
