@@ -25,7 +25,7 @@ from flows.generate import watch
 from flows.generate.make import make_clips
 from flows.generate.outcome import Outcome
 from flows.generate.page import Row
-from flows.operate.audit import Audited, audit
+from flows.operate.audit import AuditReport, audit
 from flows.render import engine, shard
 from flows.render.engine import EngineTotals, run_engine
 from flows.render.shard import Shard
@@ -203,9 +203,11 @@ class Platform:
         return self.sql(f"{query} where c.request_id = :id order by a.clip_id, a.number", id=request_id)
 
     def breaches(self) -> list[tuple[str, str]]:
-        """The problems that an audit of ledger and store finds."""
+        """The problems that an audit of ledger and store finds, objects that no row knows among them, however young."""
+        report = AuditReport()
         with self.sessions() as session:
-            return [(breach.problem, breach.key) for breach in audit(session, self.store, Audited())]
+            found = [(breach.problem, breach.key) for breach in audit(session, self.store, report)]
+        return found + [("unclaimed", f"{report.unclaimed} objects")] * (report.unclaimed > 0)
 
     def checkpoints(self) -> list[str]:
         return [item.key for item in self.store.list("checkpoints/")]
