@@ -62,10 +62,10 @@ def engine_of(stack: Stack, request: str) -> str:
     return engine
 
 
-def test_cancelled_by_command_and_submitted_again(stack: Stack, tmp_path: Path) -> None:
+def test_cancelled_and_retried_by_command(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "again.jsonl"
     seed = stack.seed()
-    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(6)]
+    lines = [{"prompt": f"a red cube moves {k}", "seed": seed + k, "steps": SLOW} for k in range(5)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = stack.rushes("submit", str(file))
     (request,) = re.findall(r"req_[0-9a-f]{12}", said)
@@ -76,13 +76,16 @@ def test_cancelled_by_command_and_submitted_again(stack: Stack, tmp_path: Path) 
     assert re.fullmatch(rf"{request}: \d+ clips? cancelled\n", said)
     statuses = stack.statuses(request)
     assert set(statuses) == {"done", "cancelled"}
-    assert said.split()[1] == str(statuses.count("cancelled"))
+    cancelled = statuses.count("cancelled")
+    assert said.split()[1] == str(cancelled)
     made = {a["clip_id"]: a for a in stack.attempts(request) if a["status"] == "done"}
     stack.ended(run, state="Cancelled")
     assert "nothing was left to cancel" in stack.rushes("cancel", request)
 
-    said = stack.rushes("submit", str(file), "--watch")
-    assert f"{request} completed: 6 done" in said
+    said = stack.rushes("retry", request, "--watch")
+    assert re.search(rf"{request}: {cancelled} clips? queued again", said)
+    assert f"{request} completed: 5 done" in said
     again = {a["clip_id"]: a for a in stack.attempts(request) if a["status"] == "done"}
-    assert len(again) == 6
+    assert len(again) == 5
     assert made.items() <= again.items(), "what was done before was not made again"
+    assert "nothing to retry" in stack.rushes("retry", request)

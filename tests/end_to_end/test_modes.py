@@ -64,17 +64,10 @@ def test_a_clip_from_a_picture(stack: Stack, first: dict[str, Any], picture: byt
     assert stack.rushes("audit").endswith("no breaches\n"), "the picture belongs to the ledger"
 
 
-def test_the_same_picture_is_the_same_request_and_another_is_not(
-    stack: Stack, submitted: Path, first: dict[str, Any], tmp_path: Path, picture: bytes
-) -> None:
+def test_the_same_picture_is_the_same_request(stack: Stack, submitted: Path, first: dict[str, Any]) -> None:
+    """That another picture under its name is another one is in unit/test_modes."""
     said = stack.rushes("submit", str(submitted), "--watch")
     assert said == f"{first['request_id']} is complete: all 1 clips were found, nothing is to be rendered\n"
-    (tmp_path / "first.jsonl").write_bytes(submitted.read_bytes())
-    other = np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)
-    (tmp_path / "ball.png").write_bytes(encode_png(other, {}))
-    again = only_clip(stack, stack.rushes("submit", str(tmp_path / "first.jsonl"), "--watch"))
-    assert again["request_id"] != first["request_id"] and again["recipe"] != first["recipe"]
-    assert again["sha256"] != first["sha256"]
 
 
 def test_a_clip_is_extended_and_knows_its_parent(stack: Stack, first: dict[str, Any], longer: dict[str, Any]) -> None:

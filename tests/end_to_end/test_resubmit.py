@@ -1,4 +1,4 @@
-"""What was rendered once is never rendered again, whoever asks for it."""
+"""What was rendered once is never rendered again, whoever asks for it; test_platform_cache proves the rest of it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,9 @@ pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest
 @pytest.fixture(scope="module")
 def again(stack: Stack, runs: dict[str, str]) -> dict[str, str]:
     """Flow runs that ask for what is there already, or is being made; all submitted at once."""
-    known = [json.loads(line) for line in stack.prompts(stack.request_of(runs["command"])).splitlines()]
-    seed = stack.seed()
-    one, two = ({"prompt": prompt, "seed": seed, "steps": SLOW} for prompt in ("a ball slowly", "a cube moves"))
     double_click = stack.request(["a red ball slowly"], steps=SLOW, seed=stack.seed())
     wanted: dict[str, dict[str, Any]] = {
         "the same": stack.run(runs["form"])["parameters"]["request"],
-        "one line changed": stack.request([*known[:2], {**known[2], "prompt": "a green cube"}]),
-        "first": stack.request([one, two, one], idempotency_key=f"{seed}-first"),
-        "second": stack.request([one, two, one], key=f"{seed}-second"),
         "click": double_click,
         "click again": double_click,
     }
@@ -49,32 +43,6 @@ def test_the_same_file_renders_nothing(
     assert stack.request_of(runs["form"]) == form, "the request is still known by the run that made it"
     for request in (form, command):
         assert [attempt["number"] for attempt in stack.attempts(request)] == [1] * 4
-
-
-def test_a_changed_line_is_rendered(stack: Stack, runs: dict[str, str], again: dict[str, str]) -> None:
-    message = stack.ended(again["one line changed"])["state"]["message"]
-    request, before = request_in(message), stack.request_of(runs["command"])
-    assert message == f"{request}: 4 done (3 found, not rendered again)"
-    assert request != before
-    clips, known = stack.clips(request), stack.clips(before)
-    assert [clip["attempts"] for clip in clips] == [0, 0, 0, 1]
-    assert [clip["found"] for clip in clips] == [True, True, True, False]
-    assert [clip["sha256"] for clip in clips[:3]] == [clip["sha256"] for clip in known[:3]]
-    assert clips[3]["sha256"] != known[3]["sha256"]
-
-
-def test_one_recipe_is_rendered_once(stack: Stack, again: dict[str, str]) -> None:
-    """Two requests at the same time with the same two clips, one of them twice in each."""
-    requests = [request_in(stack.ended(again[name])["state"]["message"]) for name in ("first", "second")]
-    assert len(set(requests)) == 2
-    clips = [clip for request in requests for clip in stack.clips(request)]
-    assert [clip["status"] for clip in clips] == ["done"] * 6
-    recipes = {clip["recipe"] for clip in clips}
-    assert len(recipes) == 2
-    assert sum(clip["attempts"] for clip in clips) == 2
-    assert sum(not clip["found"] for clip in clips) == 2
-    for recipe in recipes:
-        assert len({clip["sha256"] for clip in clips if clip["recipe"] == recipe}) == 1
 
 
 def test_a_double_click_is_one_request(stack: Stack, again: dict[str, str]) -> None:
@@ -122,11 +90,9 @@ def test_what_was_refused_may_be_submitted_again(stack: Stack, tmp_path: Path) -
     file.write_text(json.dumps({"prompt": "a blue cube", "frames": 1, "samples": 2, "seed": stack.seed()}) + "\n")
     stack.rushes("tenants", "small", "--max-clips", "1")
     given = ("submit", str(file), "--tenant", "small", "--watch")
-    refused = [stack.rushes(*given, code=1) for _ in range(2)]
-    for said in refused:
-        assert re.search(r"rushes: req_[0-9a-f]{12} was refused: tenant small may have 1 clips waiting", said), said
-        assert stack.ended(run_in(said), state="QuotaExceeded")
-    assert run_in(refused[0]) != run_in(refused[1])
+    refused = stack.rushes(*given, code=1)
+    assert re.search(r"rushes: req_[0-9a-f]{12} was refused: tenant small may have 1 clips waiting", refused), refused
+    assert stack.ended(run_in(refused), state="QuotaExceeded")
     stack.rushes("tenants", "small", "--max-clips", "2")
     said = stack.rushes(*given)
-    assert "completed: 2 done" in said and run_in(said) not in map(run_in, refused)
+    assert "completed: 2 done" in said and run_in(said) != run_in(refused)
