@@ -1,4 +1,8 @@
-"""One stack for all tests of this folder: Postgres, Prefect, workers, engines of two ranks, a tiny random model."""
+"""One stack for all tests of this folder: Postgres, Prefect, workers, engines of two ranks, a tiny random model.
+
+Tests of what dies, trains or is looked at in a browser are a group of their own, `stack two`: in another test process
+they have another stack, and both processes are busy.
+"""
 
 from __future__ import annotations
 

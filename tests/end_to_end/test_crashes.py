@@ -11,7 +11,7 @@ import pytest
 
 from tests.end_to_end.stack import LONG, SLOW, Stack, assert_as_if_undisturbed, wait_for
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
 
 CLIPS = 3
 UNDER_WAY = "select id, checkpoint_step as step from clips where request_id = %s and checkpoint_step >= 10"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.end_to_end.stack import SLOW, Stack, wait_for
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def test_down_leaves_nothing_and_up_goes_on(stack: Stack) -> None:

@@ -18,7 +18,7 @@ QUIET = [
 ]
 
 pytestmark = [
-    pytest.mark.xdist_group("stack"),
+    pytest.mark.xdist_group("stack two"),
     pytest.mark.timeout(900),
     pytest.mark.skipif(CHROMIUM is None, reason="missing server: chromium is not installed"),
 ]

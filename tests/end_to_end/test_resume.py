@@ -14,7 +14,7 @@ import pytest
 from tests.end_to_end.stack import LONG, PATIENCE, Stack, assert_as_if_undisturbed, finished, wait_for
 from tests.tiny import tiny_model
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
 
 MEDIUM, FILM = LONG | {"steps": 60}, LONG | {"frames": 65, "steps": 120}  # some seconds, and half a minute
 UNDER_WAY = "select 1 from clips where request_id = %s and checkpoint_step >= %s"

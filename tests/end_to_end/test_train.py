@@ -12,7 +12,7 @@ from tests.end_to_end.stack import Stack, command, wait_for
 from tests.tiny import tiny_captioner, tiny_model
 from tests.videos import write_folder
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
 
 RECIPE = {
     "buckets": [{"shape": [32, 32, 9], "clips": 12, "share": 1, "batch": 4}],
