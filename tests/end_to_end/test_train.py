@@ -90,6 +90,7 @@ def test_training_on_a_folder_goes_on_after_a_kill(stack: Stack, videos: Path, t
     assert model["digest"] in shown["model"]["data"]
 
 
+@pytest.mark.chaos
 def test_recaptioning_keeps_what_was_there(stack: Stack, videos: Path, tmp_path: Path) -> None:
     asked = ("recaption", str(videos), "--watch", "--model", str(tiny_model(tmp_path / "tiny")))
     assert "no captioner/model.safetensors" in stack.rushes(*asked, code=2)
