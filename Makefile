@@ -33,19 +33,16 @@ up: $(VENV)/.set-up     ## start the local stack (or mend it)
 down:                   ## stop the local stack; nothing is left running
 	@if test -x $(BIN)/rushes; then $(BIN)/rushes down; fi
 
-check: $(VENV)/.set-up-dev  ## lint, types, contracts, unit and generative tests, in two minutes
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/pyright
+check: lint types       ## lint, contracts, types, unit and generative tests, in two minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup tests/unit tests/generative
 
 # Two test processes on two cores: more threads inside each would only fight.
-test: $(VENV)/.set-up-dev   ## set up and run every test (JOBS=2, ARGS='-k store')
+test: $(VENV)/.set-up-dev   ## every test but those of `make chaos`, in ten minutes (JOBS=2, ARGS='-k store')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.set-up-dev   ## ruff, and who may import whom
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 types: $(VENV)/.set-up-dev  ## pyright over flows, model, db and infra
