@@ -1,6 +1,6 @@
 """What the audit says of a ledger that was tampered with: each rule finds its own breach, and in a sound one none.
 
-Ledger against store is in tests/end_to_end/test_audit.py.
+What it finds of ledger and store, test_cli_ledger asks the command; what maintenance deletes there is here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from db.artifacts import NewArtifact, add_artifacts
 from db.audit import RULES, contradictions
 from db.claim import claim_shard
 from db.leases import complete_shard, start_clip
 from db.requests import finish_request
 from flows.operate.audit import AuditReport, audit
-from flows.operate.maintenance import sweep_orphans
+from flows.operate.maintenance import MaintenanceReport, prune, sweep_orphans
 from infra.store.folder import FolderStore
 from tests.factories import ENGINE, MODEL, new_clip, opened, planned, render
 
@@ -75,6 +76,30 @@ def test_a_breach_is_found(ledger: sessionmaker[Session], rule: str) -> None:
         assert list(contradictions(session)) == []
         session.execute(text(TAMPER[rule]))
         assert rule in {found.rule for found in contradictions(session)}
+
+
+def test_maintenance_deletes_old_objects_that_no_row_knows_and_old_halves_of_uploads(
+    ledger: sessionmaker[Session], tmp_path: Path
+) -> None:
+    """As an engine leaves them that is killed between put and record, or while it puts."""
+    store, day = FolderStore(tmp_path), 86400.0
+    kept, old, young = (store.put(data, "video/mp4") for data in (b"kept", b"old", b"young"))
+    old_half, young_half = (tmp_path / ".incoming" / name for name in ("old", "young"))
+    for path, age in (
+        *((tmp_path / kept.key, 2 * day), (tmp_path / old.key, 1.1 * day), (tmp_path / young.key, 0.9 * day)),
+        *((old_half, 2 * day), (young_half, 0.9 * day)),
+    ):
+        if not path.exists():
+            path.write_bytes(b"half")
+        os.utime(path, (time.time() - age, time.time() - age))
+    with ledger.begin() as session:
+        row = NewArtifact(sha256=kept.sha256, key=kept.key, bytes=4, media_type="video/mp4")
+        add_artifacts(session, [row])
+    report = MaintenanceReport()
+    prune(ledger, store, report)
+    assert (report.objects, report.bytes) == (1, 3) and "1 orphan objects deleted" in str(report)
+    assert {item.key for item in store.list("blobs/")} == {kept.key, young.key}
+    assert not old_half.exists() and young_half.exists()
 
 
 def test_maintenance_sweeps_old_checkpoints_of_no_clip(ledger: sessionmaker[Session], tmp_path: Path) -> None:
