@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.end_to_end.stack import PATIENCE, Stack, decode
+from tests.end_to_end.stack import Stack, decode
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -96,16 +96,3 @@ def test_the_page_of_the_run_shows_it(stack: Stack, runs: dict[str, str], way: s
     assert Path(unquote(urlsplit(link).path)) == stack.blob(f"requests/{request}/manifest.jsonl")
     picture = base64.b64decode(data["contact-sheet"].removeprefix("data:image/png;base64,"))
     assert picture == stack.blob(f"requests/{request}/contact_sheet.png").read_bytes()
-
-
-def test_a_deadline_that_cannot_be_met_is_told(stack: Stack, tmp_path: Path) -> None:
-    """By the command before anybody waits, and on the run's page; the clips are made all the same."""
-    file = tmp_path / "late.jsonl"
-    file.write_text(json.dumps({"prompt": "a red ball moves right", "seed": stack.seed(), "samples": 3}) + "\n")
-    process = stack.start("submit", str(file), "--deadline", "0.01", "--watch")
-    said, warned = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, warned
-    assert "the deadline of 0s cannot be met: all is done in about " in warned
-    (run,) = re.findall(r"/runs/flow-run/([0-9a-f-]{36})", said)
-    assert "The deadline will not be met" in stack.artifacts(run)["deadline"]["data"]
-    assert stack.statuses(stack.request_of(run)) == ["done"] * 3
