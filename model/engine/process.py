@@ -8,18 +8,25 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-from model.engine.wire import Message, Wire
+from model.engine.job import JobOver, JobReady
+from model.engine.messages import FromRank, ToRank
+from model.engine.wire import Wire
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+Fatal: TypeAlias = Callable[[BaseException, Sequence[str]], None]  # reports an error and the clips; does not return
 
 
 class Inbox:
-    """The parent's messages, read by a thread of its own, which hears them inside a long step too."""
+    """The engine's messages, read by a thread of their own, which receives inside a long step too.
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    A rank puts messages to itself in between. When the engine's end is closed the process ends.
+    """
+
+    def __init__(self, wire: Wire[FromRank, ToRank], fatal: Fatal) -> None:
+        self.wire, self.fatal = wire, fatal
+        self.messages: queue.SimpleQueue[ToRank | JobReady | JobOver] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
@@ -28,24 +35,26 @@ class Inbox:
                 self.messages.put(self.wire.receive())
         except (EOFError, OSError):
             os._exit(1)
+        except Exception as problem:  # a message that cannot be read
+            self.fatal(problem, ())
 
 
-class Side:
-    """A thread that does one thing after the other, on a GPU's stream of its own. What it raises ends the process."""
+class SideThread:
+    """Runs one task after the other, on a GPU stream of its own. A task that raises ends the process."""
 
-    def __init__(self, fatal: Callable[[BaseException, Sequence[str]], None]) -> None:
+    def __init__(self, fatal: Fatal) -> None:
         self.work: queue.SimpleQueue[tuple[Callable[[], None], str]] = queue.SimpleQueue()
         self.fatal = fatal
         threading.Thread(target=self._run, name="side", daemon=True).start()
 
     def do(self, work: Callable[[], None], clip_id: str) -> None:
-        """Something for this clip."""
+        """Queues a task for this clip."""
         self.work.put((work, clip_id))
 
     def _run(self) -> None:
         import torch
 
-        torch.set_grad_enabled(False)  # which every thread must say for itself
+        torch.set_grad_enabled(False)  # which is a setting of each thread
         with torch.cuda.stream(torch.cuda.Stream()):
             while True:
                 work, clip_id = self.work.get()
@@ -56,10 +65,10 @@ class Side:
 
 
 def end_with(parent: int) -> None:
-    """From now on the kernel kills this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
+    """Has the kernel kill this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
 
-    That needs no turn of this process: one that computes is ended, and one that somebody stopped, which no closed
-    socket can tell anything.
+    That ends a process that computes, and one that is stopped, which would not see a closed socket. Raises OSError
+    where the kernel refuses.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) is refused: a rank could outlive its engine")
@@ -76,21 +85,22 @@ def out_of_memory(problem: BaseException) -> bool:
     return said or isinstance(problem, MemoryError | torch.OutOfMemoryError)
 
 
-class Peak:
-    """The most memory that any rank has had, in bytes: allocated on its GPU, else resident."""
+class PeakMemory:
+    """Peak memory over all ranks since their start, in bytes: allocated on the GPU, else resident."""
 
     def __init__(self, device: str, world: int) -> None:
         self.device, self.world = device, world
 
     def own(self) -> int:
-        """Of this rank alone."""
+        """The peak of this rank alone."""
         import torch
 
         from model.parallel.memory import resident_peak
 
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_peak()
 
-    def __call__(self) -> int:
+    def of_all(self) -> int:
+        """The highest peak of all ranks; every rank must ask."""
         import torch
         import torch.distributed as dist
 
@@ -100,16 +110,8 @@ class Peak:
         return int(most)
 
 
-def write_all(file: int, data: bytes | memoryview) -> None:
-    """Lays bytes into a memory file, from its beginning."""
-    view, offset = memoryview(data), 0
-    while view:
-        count = os.pwrite(file, view, offset)
-        view, offset = view[count:], offset + count
-
-
 def cpu_kind() -> str:
-    """What decides in which order a CPU's sums are added up."""
+    """The properties of a CPU on which the order of its sums depends."""
     import platform
 
     import torch

@@ -1,4 +1,8 @@
-"""Messages between an engine and its ranks: a pipe each, pixels through memory files."""
+"""The wire between an engine and a rank: JSON over a socket pair, with frames and bytes in a memory file beside it.
+
+A message is a dataclass. Its fields are written and read by name, those of the dataclasses in it too, so that a new
+field needs no line here. uint8 arrays and bytes go into the memory file, one after the other; the JSON has their sizes.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +10,155 @@ import json
 import math
 import os
 import threading
-from contextlib import ExitStack
-from dataclasses import fields
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from mmap import PROT_READ, mmap
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from model.engine.clip import BROUGHT, ClipSpec
+from model.engine.clip import ClipSpec, RankInfo
 
-Message: TypeAlias = dict[str, Any]
+KIND, ARRAY, BYTES = "$kind", "$array", "$bytes"
+INSIDE = (ClipSpec, RankInfo)  # dataclasses that stand in fields of messages
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
 
 
-class Wire:
-    """JSON messages over a socket pair, some with an open file. Several threads may send."""
+class WireError(ValueError):
+    """A message that cannot be read: engine and rank must run the same code."""
 
-    def __init__(self, connection: Connection) -> None:
+
+class Wire(Generic[Sent, Received]):
+    """One end of a socket pair. Several threads may send, one receives."""
+
+    def __init__(self, connection: Connection, receives: Any) -> None:
+        """receives: the union of the messages that come in."""
         self.connection, self.turn = connection, threading.Lock()
+        self.receives: tuple[type, ...] = get_args(receives)
 
-    def send(self, message: Message, file: int | None = None) -> None:
-        """`file` is a descriptor that the other side gets one of its own for. Raises OSError when it is gone."""
+    def send(self, message: Sent) -> None:
+        """Raises OSError when the other end is gone."""
+        with packed(message) as parcel:
+            self.send_packed(parcel)
+
+    def send_packed(self, parcel: Parcel) -> None:
+        """Sends a message that `packed` made. Raises OSError when the other end is gone."""
         with self.turn:
-            self.connection.send_bytes(json.dumps({**message, "file": file is not None}).encode())
-            if file is not None:
-                send_handle(self.connection, file, None)
+            self.connection.send_bytes(parcel.text)
+            if parcel.file is not None:
+                send_handle(self.connection, parcel.file, None)
 
-    def receive(self) -> Message:
-        """Waits for a message; "file" is a descriptor or None. Raises EOFError or OSError when the other is gone."""
-        message = json.loads(self.connection.recv_bytes())
-        message["file"] = recv_handle(self.connection) if message["file"] else None
-        return message
-
-
-def without_pixels(spec: ClipSpec) -> Message:
-    """A clip as a rank is told of it; of what comes in a memory file the length: frames, or bytes."""
-    apart = (*BROUGHT, "resume_state")
-    lengths = {name: len(brought) for name in apart if (brought := getattr(spec, name)) is not None and len(brought)}
-    return {each.name: getattr(spec, each.name) for each in fields(spec) if each.name not in apart} | lengths
+    def receive(self) -> Received:
+        """Waits for a message. Raises EOFError or OSError when the other end is gone, WireError for an unknown one."""
+        envelope = json.loads(self.connection.recv_bytes())
+        file = recv_handle(self.connection) if envelope["file"] else None
+        message = decode(envelope["message"], _mapped(file), (*self.receives, *INSIDE))
+        if not isinstance(message, self.receives):
+            raise WireError(f"{type(message).__name__} is not among {_names(self.receives)}")
+        return message  # pyright: ignore[reportReturnType]
 
 
-def pixels_file(spec: ClipSpec) -> int | None:
-    """A memory file with all that a clip brings, one after the other; None if it brings nothing."""
-    parts = [np.ascontiguousarray(frames).reshape(-1).data for frames in (spec.start, spec.end) if frames is not None]
-    parts += [memoryview(spec.resume_state)] if spec.resume_state else []
-    if not parts:
-        return None
-    with ExitStack() as unless_whole:
-        file = os.memfd_create("rushes-sources")
-        unless_whole.callback(os.close, file)
-        for view in parts:
-            while view:
-                view = view[os.write(file, view) :]
-        unless_whole.pop_all()
-    return file
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A message as it goes over a wire, or over several."""
+
+    text: bytes
+    file: int | None  # descriptor of the memory file with its frames and bytes; None where it has none
 
 
-def clip_in(message: Message) -> ClipSpec:
-    """The clip of a job as a rank got it, its frames mapped from the memory file, which is closed."""
-    clip = dict(message["clip"])
-    if message["file"] is not None:
-        with open(message["file"], "rb") as file:
-            pixels = np.frombuffer(mmap(file.fileno(), 0, prot=PROT_READ), np.uint8)
-        for name in BROUGHT:
-            if name in clip:
-                shape = clip[name], clip["height"], clip["width"], 3
-                clip[name], pixels = pixels[: math.prod(shape)].reshape(shape), pixels[math.prod(shape) :]
-        if "resume_state" in clip:
-            clip["resume_state"] = pixels.tobytes()
-    return ClipSpec(**clip)
+@contextmanager
+def packed(message: object) -> Generator[Parcel]:
+    """Encodes a message. Its memory file lives as long as the context; each receiver gets a descriptor of its own."""
+    plain, blobs = encode(message)
+    with ExitStack() as open_files:
+        file = None
+        if any(len(blob) for blob in blobs):
+            file = os.memfd_create("rushes-message")
+            open_files.callback(os.close, file)
+            for blob in blobs:
+                while blob:
+                    blob = blob[os.write(file, blob) :]
+        yield Parcel(json.dumps({"file": file is not None, "message": plain}).encode(), file)
 
 
-def all_of(file: int) -> bytes:
-    """What a memory file holds; it is closed."""
+def encode(message: object) -> tuple[Any, list[memoryview]]:
+    """What JSON can hold of a dataclass, and its arrays and bytes in the order of their fields."""
+    blobs: list[memoryview] = []
+    return _plain(message, blobs), blobs
+
+
+def decode(plain: Any, blobs: npt.NDArray[np.uint8], kinds: Iterable[type]) -> Any:
+    """The dataclass that `encode` was given; lists become tuples, arrays are views of `blobs` [bytes].
+
+    Raises WireError for a dataclass that is not among `kinds`, or has other fields.
+    """
+    return _value(plain, _Reader(blobs), {kind.__name__: kind for kind in kinds})
+
+
+# Not functions inside these two: one that calls itself would keep a message's memory file open until the garbage
+# collector comes by.
+
+
+def _plain(value: Any, blobs: list[memoryview]) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8:
+            raise TypeError(f"an array of {value.dtype} cannot be sent, only of uint8")
+        blobs.append(np.ascontiguousarray(value).reshape(-1).data)
+        return {ARRAY: value.shape}
+    if isinstance(value, bytes):
+        blobs.append(memoryview(value))
+        return {BYTES: len(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(each, blobs) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    if is_dataclass(value):
+        named = {each.name: _plain(getattr(value, each.name), blobs) for each in fields(value)}
+        return {KIND: type(value).__name__, **named}
+    return value
+
+
+class _Reader:
+    """A memory file, read from its beginning."""
+
+    def __init__(self, blobs: npt.NDArray[np.uint8]) -> None:
+        self.blobs, self.place = blobs, 0
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        self.place += size
+        if self.place > len(self.blobs):
+            raise WireError(f"its memory file has {len(self.blobs)} bytes, {self.place} were announced")
+        return self.blobs[self.place - size : self.place]
+
+
+def _value(raw: Any, reader: _Reader, known: Mapping[str, type]) -> Any:
+    match raw:
+        case list():
+            return tuple(_value(each, reader, known) for each in raw)  # pyright: ignore[reportUnknownVariableType]
+        case {"$array": shape}:
+            return reader.take(math.prod(shape)).reshape(shape)
+        case {"$bytes": size}:
+            return reader.take(size).tobytes()
+        case {"$kind": name, **rest}:
+            if name not in known:
+                raise WireError(f"{name!r} is not among {_names(known.values())}")
+            if rest.keys() != (wanted := {each.name for each in fields(known[name])}):
+                raise WireError(f"{name} has the fields {sorted(rest)}, and should have {sorted(wanted)}")
+            return known[name](**{key: _value(each, reader, known) for key, each in rest.items()})
+        case _:
+            return raw
+
+
+def _names(kinds: Iterable[type]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
+
+
+def _mapped(file: int | None) -> npt.NDArray[np.uint8]:
+    """The contents of a memory file, read only; the descriptor is closed."""
+    if file is None:
+        return np.zeros(0, np.uint8)
     with open(file, "rb") as stream:
-        stream.seek(0)
-        return stream.read()
+        return np.frombuffer(mmap(stream.fileno(), 0, prot=PROT_READ), np.uint8)

@@ -247,7 +247,7 @@ def test_the_thread_that_starts_an_engine_may_end(engines: Engines) -> None:
 
 
 def test_clips_join_and_leave_a_batch_and_are_the_same_as_alone(engines: Engines) -> None:
-    """Of other lengths, prompts, solvers: five clips in three seats, one of them without finite pixels."""
+    """Of other lengths, prompts, solvers: five clips in three slots, one of them without finite pixels."""
     specs = [
         replace(CLIP, clip_id=f"clip{k}", seed=k, prompt=prompt, steps=steps, solver=solver, guidance=2.0 + k)
         for k, (prompt, steps, solver) in enumerate(
