@@ -1,4 +1,4 @@
-"""What describes a model without being one: shapes, partitions and the hyper-parameters saved beside the weights.
+"""Descriptions of a model: shapes, partitions and the hyper-parameters saved beside the weights.
 
 Nothing here imports torch: planning and submitting a million prompts must not pay for it.
 """

@@ -68,7 +68,7 @@ def parse_gpus(text: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """What a clip's cost depends on of a model."""
+    """The sizes of a model that a clip's cost depends on."""
 
     dit: DiTConfig
     text_tokens: int = 512
@@ -146,7 +146,7 @@ class Work:
 
     @property
     def at_once(self) -> Size:
-        """What the transformer sees at a time."""
+        """The part of a clip that the transformer sees at a time."""
         made = self.made or self.size.frames
         return replace(self.size, frames=min(made, self.window or made))
 
@@ -187,7 +187,7 @@ class Staged(NamedTuple):
 
 
 class Predictor(Protocol):
-    """What says how long a clip takes on so many GPUs."""
+    """A rule that says how long a clip takes on so many GPUs."""
 
     def seconds(self, work: Work, network: Network, gpus: int = 1) -> float: ...
 
@@ -217,7 +217,7 @@ class Rates:
 
     @classmethod
     def of(cls, gpu: Gpu) -> Rates:
-        """What to assume before anything was measured.
+        """The rates to assume before anything was measured.
 
         Half of the stated speed; and for a megapixel on an H100 the 0.38 seconds that by Wan 2.2's table no GPU
         shortens, and half a second that they do (a guess: there a single GPU, offloading, takes four).
@@ -278,7 +278,7 @@ def _fit(
 ) -> tuple[float, ...]:
     """Factors of the columns, none below zero, with the least squared relative error.
 
-    A clip that took far too long is far off whatever is predicted, and so pulls little: relative to what it took, all
+    A clip that took far too long is far off any prediction, and so pulls little: relative to what it took, all
     predictions are near nothing. `assumed` factors hold, scaled to the measurements, for what these do not tell.
     """
     import numpy as np  # here, since a prompt file is checked and submitted without it

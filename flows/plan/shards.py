@@ -39,7 +39,7 @@ LEAST_SECONDS = 1e-3  # that any clip is predicted to take
 
 
 class Sized(Protocol):
-    """What a clip's cost depends on."""
+    """The sizes that a clip's cost depends on."""
 
     @property
     def width(self) -> int: ...
@@ -82,7 +82,7 @@ class Finished(Sized, Protocol):
 
 
 class Shape(NamedTuple):
-    """What all clips of a shard have in common."""
+    """The size that all clips of a shard have in common."""
 
     width: int
     height: int
@@ -135,18 +135,18 @@ class CostModel:
         return known or max(LEAST_SECONDS, self.formula(shape.work, partition))
 
     def formula(self, work: Work, partition: Partition) -> float:
-        """What the rates say of one clip."""
+        """Predicted seconds of one clip, by the rates alone."""
         return self.of_partition.get(partition, self.rates).seconds(work, self.network, partition.world)
 
     def memory(self, shape: Shape, partition: Partition, at_once: int = 1) -> int | None:
-        """Predicted bytes on the fullest rank, which denoises so many clips at once; None where nobody knows."""
+        """Predicted bytes on the fullest rank, which denoises so many clips at once; None where that is not known."""
         return (
             None if self.network.guessed else self.network.memory(shape.work.at_once, partition, shape.guided, at_once)
         )
 
     @classmethod
     def from_history(cls, finished: Iterable[Finished], network: Network, assumed: Rates) -> CostModel:
-        """What was measured, and what is assumed where nothing was. Medians, so that one slow clip misleads nobody."""
+        """Measured rates, and assumed ones where nothing was measured. Medians: one slow clip does not mislead."""
         taken: dict[tuple[Shape, Partition], list[Finished]] = {}
         for clip in finished:
             if clip.seconds > 0 and math.isfinite(clip.seconds):

@@ -62,7 +62,7 @@ def measuring(
 
 
 def figures_of(out: Path, digest: str) -> dict[str, Any] | None:
-    """What was measured of the weights of this digest; None where nothing was."""
+    """The figures measured of the weights of this digest; None where nothing was."""
     figures = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     return figures if figures.get("digest") == digest else None
 

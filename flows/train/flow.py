@@ -1,7 +1,7 @@
 """Training as a flow: data ▶ autoencoder ▶ latents ▶ transformer ▶ captioner ▶ look ▶ publish ▶ evaluate ▶ record.
 
 Every stage is a Prefect task that runs `python -m model.train STAGE` in a process of its own, so this one never loads
-torch. A model of the world is then measured (`model.score`); of other videos nobody knows the truth. The work folder
+torch. A model of the world is then measured (`model.score`); of other videos the truth is not known. The work folder
 follows from what was asked for: a run that was killed at any moment goes on from its last checkpoints when the same
 training is asked for again. The last act is a row in `models`, with digest, recipe, data set and scores.
 """
@@ -59,7 +59,7 @@ OF_DATA = ("read", "vae", "latents", "decoder", "dit", "look")
 
 
 class Training(BaseModel):
-    """What a person asks for; the form of the deployment `train/default` is this class."""
+    """A request for a training; the form of the deployment `train/default` is this class."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,7 +70,7 @@ class Training(BaseModel):
     licence: str | None = Field(default=None, description="Of the videos, if they are new here")
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     recipe: dict[str, Any] = Field(
-        default_factory=dict[str, Any], description="Settings of model.train.Recipe that differ, like dit_steps"
+        default_factory=dict[str, Any], description="Settings of model.train.TrainConfig that differ, like dit_steps"
     )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads of a process")
     ranks: int = Field(default=1, ge=1, le=64, description="Processes that divide every batch of the transformer's")
@@ -140,7 +140,7 @@ def find_data(settings: Settings, ledgers: sessionmaker[Session], request: Train
 
 
 def buckets_of(recipe: Mapping[str, Any]) -> Sequence[Bucket]:
-    """Those that the recipe gives, in the way that `model.train.recipe.recipe_of` reads it."""
+    """Those that the recipe gives, in the way that `model.train.config.train_config` reads it."""
     if "buckets" not in recipe:
         return BUCKETS
     return [Bucket.from_json(bucket) for bucket in recipe["buckets"]]
@@ -152,7 +152,7 @@ def of_world(dataset: DatasetRow) -> bool:
 
 
 def training_key(settings: Settings, request: Training, dataset: DatasetRow) -> str:
-    """What determines the weights; threads, ranks and how these divide the optimizer do not, but for the last bits."""
+    """A digest of what determines the weights: not threads, ranks and ZeRO, which change the last bits alone."""
     recipe = {name: value for name, value in request.recipe.items() if name != "zero"}
     said = [dataset.digest, request.seed, recipe, settings.device]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
@@ -187,7 +187,7 @@ def prepare(
 
 
 def as_task(name: str, work: Callable[[], None]) -> None:
-    """Runs it as a Prefect task. A closure, since Prefect would walk through whatever a task is given."""
+    """Runs it as a Prefect task. A closure, since Prefect would walk through all that a task is given."""
 
     @task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
     def stage() -> None:
@@ -306,7 +306,7 @@ def record(
 
 
 def scores_of(work: Path, digest: str) -> dict[str, Any]:
-    """What the stages measured on clips that were held back, and the evaluation of the model of this digest."""
+    """The stages' figures on clips that were held back, and the evaluation of the model of this digest."""
     last = {stage: curve_of(work / f"{stage}.jsonl")[-1:] for stage in ("vae", "decoder", "dit", "captioner")}
     scores: dict[str, Any] = {
         stage: {name: value for name, value in rows[0].items() if name.startswith("held_out")}

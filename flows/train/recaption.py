@@ -44,7 +44,7 @@ ENLARGED = 4  # a vision-language model sees the clip so many times as wide and 
 
 
 class Recaption(BaseModel):
-    """What a person asks for; the form of the deployment `recaption/default` is this class."""
+    """A request for new captions; the form of the deployment `recaption/default` is this class."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -171,7 +171,7 @@ def caption_all(
 
 
 def as_task(name: str, work: Callable[[], None]) -> None:
-    """Runs it as a Prefect task. A closure, since Prefect would walk through whatever a task is given."""
+    """Runs it as a Prefect task. A closure, since Prefect would walk through all that a task is given."""
 
     @task(name="shard", task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
     def shard() -> None:

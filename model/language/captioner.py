@@ -200,13 +200,13 @@ def plainly(scene: Scene, frames: int = 17) -> str:
 
 
 def truth(scene: Scene, frames: int = 17) -> dict[str, str]:
-    """What `parse` should find in the scene's plain caption."""
+    """The facts that `parse` should find in the scene's plain caption."""
     labels = scenes.labels(_as_seen(scene, frames), frames)
     return {name: CLASSES[name][index] for name, index in labels.items() if index >= 0}
 
 
 def _as_seen(scene: Scene, frames: int) -> Scene:
-    """In an image nobody can tell which of two solids is about to move: they are named in the order of COLOURS."""
+    """An image does not show which of two solids is about to move: they are named in the order of COLOURS."""
     if frames > 1 or scene.motion == "still":
         return scene
     colours = list(COLOURS)

@@ -178,7 +178,7 @@ class Rewriter:
         self.network.eval().requires_grad_(False)
 
     def network_says(self, prompts: Sequence[str]) -> list[Said]:
-        """What the network alone makes of prompts."""
+        """The meaning of prompts as the network alone sees it."""
         found: list[Said] = []
         for first in range(0, len(prompts), BATCH):
             pieces = as_pieces(prompts[first : first + BATCH], self.config)
@@ -186,7 +186,7 @@ class Rewriter:
         return found
 
     def understand(self, prompts: Sequence[str]) -> list[Said]:
-        """What prompts say, as network and word list agree."""
+        """The meaning of prompts, as network and word list agree."""
         return [settle(p, said) for p, said in zip(prompts, self.network_says(prompts), strict=True)]
 
     def rewrite(self, prompts: Sequence[str], *, moving: bool = True) -> list[str | None]:

@@ -33,7 +33,7 @@ class ModelNotFound(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What planning needs to know of a model: its identity, what sizes it takes, and the defaults of a request."""
+    """A model as planning needs to know it: its identity, what sizes it takes, and the defaults of a request."""
 
     name: str
     path: Path
@@ -57,11 +57,11 @@ class ModelCard:
 
     @property
     def window(self) -> int:
-        """The most frames to make at once: its own length, which it knows best; 0 where nobody says what it knows."""
+        """The most frames to make at once: its own length, which it knows best; 0 where that is not said."""
         return self.frames if self.trained else 0
 
     def to_json(self) -> dict[str, Any]:
-        """What the ledger keeps of it."""
+        """The card as the ledger keeps it."""
         return {**asdict(self), "path": str(self.path)}
 
     def tokens(self, shape: Shape) -> int:

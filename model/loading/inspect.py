@@ -1,4 +1,4 @@
-"""What a model folder holds, told without loading it: is it whole, is it a model that is computed here, does it fit.
+"""Checks of a model folder without loading it: is it whole, is it a model that is computed here, does it fit.
 
 Only JSON files and the headers of safetensors are read, a few megabytes of what may be a hundred gigabytes; a pickle is
 never opened. What the headers say is compared with the network that `config.json` describes, built without memory:
@@ -361,7 +361,7 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one table under
 
 
 def _check_variant(path: Path, parts: Mapping[str, Part]) -> None:
-    """What makes the folder a variant of another model: adapters that fit its layers, weights in a known form."""
+    """Checks a variant of another model: its adapters fit its layers, its weights are in a known form."""
     if (kept := kept_weights(path)) not in KEPT:
         raise BadCheckpoint(f"{path / 'rushes.json'}: weights={kept!r} must be int8, or not be there")
     try:

@@ -45,7 +45,7 @@ class Int8(nn.Module):
 
 def keep_in_int8(dit: nn.Module) -> None:
     """Gives every linear layer of the blocks its weight in 8 bits. To be called while the network has no memory yet,
-    and is of the type that it computes in: the steps stay float32 whatever that is."""
+    and is of the type that it computes in: the steps stay float32 in any case."""
     for name, parameter in list(dit.named_parameters()):
         if is_kept_in_int8(name, parameter.ndim):
             layer = dit.get_submodule(name.removesuffix(".weight"))
@@ -58,7 +58,7 @@ def is_kept_in_int8(name: str, dims: int) -> bool:
 
 
 def steps_of(rows: Tensor) -> Tensor:
-    """What one step is worth in each row: [out, in] float32 -> [out, 1]."""
+    """The size of one step in each row: [out, in] float32 -> [out, 1]."""
     return rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
 
 

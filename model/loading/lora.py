@@ -7,7 +7,7 @@ experts since huggingface/diffusers#12074): `transformer.blocks.0.attn1.to_q.lor
 unless somebody says otherwise: a tensor `<layer>.alpha`, the file's own metadata `lora_adapter_metadata`, or peft's
 adapter_config.json, which lies beside the files that peft writes (with `base_model.model.` before the names).
 
-Nothing here knows ranks: whoever asks says which rows and columns it holds.
+Nothing here knows ranks: a caller says which rows and columns it holds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def strength(said: Mapping[str, Any], layer: str, rank: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one file adds to one layer."""
+    """The change of one layer by one file."""
 
     file: Path
     a: str
@@ -71,7 +71,7 @@ class Change:
 
 
 class Adapters:
-    """What the adapters of a model folder add to the layers of one transformer. Without adapters, nothing."""
+    """The changes that the adapters of a model folder make to the layers of one transformer; none without adapters."""
 
     def __init__(self, path: Path, part: str) -> None:
         self.changes: defaultdict[str, list[Change]] = defaultdict(list)  # by the name of the weight
@@ -110,7 +110,7 @@ class Adapters:
 
 
 def said_in(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
-    """What a file's metadata says of its adapter for one transformer, whose name diffusers puts before each entry."""
+    """The metadata of a file about its adapter for one transformer, whose name diffusers puts before each entry."""
     said: Mapping[str, Any] = json.loads(metadata.get(METADATA, "{}"))
     found = {name: said.get(f"{part}.{name}", said.get(name)) for name in SAID}
     return {name: value for name, value in found.items() if value is not None}

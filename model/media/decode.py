@@ -35,7 +35,7 @@ Shown: TypeAlias = Iterator[tuple[Fraction, Image.Image]]  # from how many secon
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Media:
-    """What a file holds."""
+    """The contents of a file: its kind, size, frames and rate."""
 
     media_type: str
     width: int
@@ -134,7 +134,7 @@ class OpenPicture:
 
     @property
     def pixels(self) -> int:
-        """What decoding all of it gives."""
+        """The pixels that decoding all of it gives."""
         return self.picture.width * self.picture.height * self.stored
 
     @property
@@ -180,7 +180,7 @@ class OpenVideo:
 
     @property
     def pixels(self) -> int:
-        """What decoding all of it gives."""
+        """The pixels that decoding all of it gives."""
         stream = self.video.stream
         return stream.codec_context.width * stream.codec_context.height * self.video.timeline.packets
 

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.PngImagePlugin import PngInfo
 
 Frame: TypeAlias = "npt.NDArray[np.uint8]"  # [H, W, 3]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,16 +68,6 @@ def encode_png(frame: Frame, metadata: Mapping[str, str]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "PNG", pnginfo=texts, compress_level=6)
     return file.getvalue()
-
-
-def read_metadata(data: bytes) -> dict[str, str]:
-    """What `encode_mp4` or `encode_png` wrote into a file, and what the container adds."""
-    if data.startswith(PNG):
-        with Image.open(io.BytesIO(data)) as image:
-            assert isinstance(image, PngImageFile)
-            return {key: str(value) for key, value in image.text.items()}
-    with av.open(io.BytesIO(data), "r") as container:
-        return dict(container.metadata)
 
 
 def decode_frames(data: bytes, count: int) -> list[Frame]:

@@ -48,7 +48,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What is known of a time line of `frames` frames before anything is made.
+    """The known part of a time line of `frames` frames before anything is made.
 
     start, end: known frames at its beginning and at its end. A short end is held: its last frame stands on beyond the
     end of the clip, until it fills a latent frame. loop: after its last frame the clip comes back to its first one.
@@ -141,7 +141,7 @@ def seed_of(seed: int, window: int) -> int:
 
 
 def times_of(now: float, known: Sequence[bool]) -> list[float]:
-    """What a clip's tokens are told: one time, or where some latent frames are known one for each, theirs being 0."""
+    """Times of a clip's tokens: one for all, or where latent frames are known one for each, theirs being 0."""
     return [0.0 if each else now for each in known] if any(known) else [now]
 
 
@@ -174,7 +174,7 @@ class Canvas:
         return self.pixels[:, : self.given.frames]
 
     def known(self, window: Window) -> Frames:
-        """What goes into the encoder for a window's known frames.
+        """The input of the encoder for a window's known frames.
 
         Between them its end is held backwards: latent frames of the end depend on what comes before, and of what could
         be put there a standing picture costs the least (0.3 dB against the true past; nothing at all: 1 dB).

@@ -83,7 +83,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm32(nn.LayerNorm):
-    """LayerNorm computed in float32 whatever the input's type."""
+    """LayerNorm computed in float32 for inputs of any type."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()

@@ -21,7 +21,7 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def clean(prompt: str) -> str:
-    """What Wan's pipeline does to a prompt before it is tokenised: text mended, entities resolved, spaces single."""
+    """Cleans a prompt before it is tokenised as Wan's pipeline does: text mended, entities resolved, spaces single."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 

@@ -31,9 +31,9 @@ from model.loading.card import WEIGHTS as VAE_WEIGHTS
 from model.network.vae import VAE, PositionNorm, to_video
 from model.train.autoencoder import trained_vae
 from model.train.clips import scene_of
+from model.train.config import TrainConfig
 from model.train.data import BUCKETS
 from model.train.latents import latents_of
-from model.train.recipe import Recipe
 from model.world.render import render
 from model.world.scene import CLASSES, Scene, labels, sample_scene
 
@@ -115,13 +115,13 @@ def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
     return {name: torch.tensor([row[name] for row in rows]) for name in CLASSES}
 
 
-def unseen_latents(recipe: Recipe) -> tuple[Tensor, list[Scene]]:
+def unseen_latents(config: TrainConfig) -> tuple[Tensor, list[Scene]]:
     """Encoded clips of held-out combinations, rendered once and kept beside the others."""
-    scenes = [sample_scene(random.Random(f"{recipe.seed}/checker/{k}"), unseen=True) for k in range(UNSEEN)]
-    return _encoded(recipe, "held_out", scenes, filmed), scenes
+    scenes = [sample_scene(random.Random(f"{config.seed}/checker/{k}"), unseen=True) for k in range(UNSEEN)]
+    return _encoded(config, "held_out", scenes, filmed), scenes
 
 
-def still_latents(recipe: Recipe) -> tuple[Tensor, list[Scene]]:
+def still_latents(config: TrainConfig) -> tuple[Tensor, list[Scene]]:
     """Encoded clips that show the first or the last frame of a scene all the time, and the scene that this is."""
     kinds: dict[str, tuple[int, Callable[[Scene], bool]]] = {
         # Of two of which one bounces it is a matter of chance which side is whose.
@@ -132,8 +132,8 @@ def still_latents(recipe: Recipe) -> tuple[Tensor, list[Scene]]:
     latents: list[Tensor] = []
     scenes: list[Scene] = []
     for kind, (count, wanted) in kinds.items():
-        some = [scene_with(random.Random(f"{recipe.seed}/{kind}/{k}"), wanted) for k in range(count)]
-        latents.append(_encoded(recipe, f"held_{kind}", [(scene, k % 2) for k, scene in enumerate(some)], _stopped))
+        some = [scene_with(random.Random(f"{config.seed}/{kind}/{k}"), wanted) for k in range(count)]
+        latents.append(_encoded(config, f"held_{kind}", [(scene, k % 2) for k, scene in enumerate(some)], _stopped))
         scenes += [held_still(scene, k % 2) for k, scene in enumerate(some)]
     return torch.cat(latents), scenes
 
@@ -146,7 +146,7 @@ def scene_with(rng: random.Random, wanted: Callable[[Scene], bool]) -> Scene:
 
 
 def held_still(scene: Scene, end: int) -> Scene:
-    """What the first (end=0) or last (1) frame of a scene shows when it stands: two solids are named from the left."""
+    """Classes of the first (end=0) or last (1) frame of a scene when it stands: two solids are named from the left."""
     turned = scene.motion == "behind" and (scene.direction > 0) == bool(end)
     solids = scene.solids[::-1] if turned else scene.solids
     return replace(scene, solids=solids, motion="still", camera="static")
@@ -164,47 +164,47 @@ def _stopped(shown: Sequence[tuple[Scene, int]]) -> Tensor:
     return frames[:, :, None].expand_as(clips)
 
 
-def _encoded(recipe: Recipe, name: str, shown: Sequence[T], film: Callable[[Sequence[T]], Tensor]) -> Tensor:
-    path = recipe.work / "latents" / f"{name}.safetensors"
+def _encoded(config: TrainConfig, name: str, shown: Sequence[T], film: Callable[[Sequence[T]], Tensor]) -> Tensor:
+    path = config.work / "latents" / f"{name}.safetensors"
     if not path.exists():
-        vae = trained_vae(recipe)
+        vae = trained_vae(config)
         latents: list[Tensor] = []
         for first in range(0, len(shown), 20):
-            clips = film(shown[first : first + 20]).to(recipe.device)
+            clips = film(shown[first : first + 20]).to(config.device)
             with torch.no_grad():
                 latents.append(vae.encode(clips).half().cpu().contiguous())
         save_file({"latents": torch.cat(latents).contiguous()}, path)
     return load_file(path)["latents"]
 
 
-def train(recipe: Recipe, out: Path, steps: int, batch: int = 64, start: Path | None = None) -> None:
+def train(config: TrainConfig, out: Path, steps: int, batch: int = 64, start: Path | None = None) -> None:
     """Cross-entropy over all attributes; the first `held_back` clips are for validation. Writes `out`.
 
     start: the folder of a judge whose weights are the first ones.
     """
-    bucket = recipe.buckets[0]
-    latents = latents_of(recipe, bucket)
-    seen = latents, [scene_of(recipe.seed, bucket, k) for k in range(len(latents))]
-    unseen, still = unseen_latents(recipe), still_latents(recipe)
+    bucket = config.buckets[0]
+    latents = latents_of(config, bucket)
+    seen = latents, [scene_of(config.seed, bucket, k) for k in range(len(latents))]
+    unseen, still = unseen_latents(config), still_latents(config)
     parts = (seen, unseen, still, still)  # those that stand make up three tenths
     latents = torch.cat([part for part, _ in parts])
     truth = labels_of([scene for _, scenes in parts for scene in scenes])
-    torch.manual_seed(recipe.seed)
-    checker = Checker().to(recipe.device) if start is None else load_checker(start).to(recipe.device)
+    torch.manual_seed(config.seed)
+    checker = Checker().to(config.device) if start is None else load_checker(start).to(config.device)
     checker.train().requires_grad_()
     optimizer = torch.optim.AdamW(checker.parameters(), 1e-3, weight_decay=0.05, fused=True)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     started = time.monotonic()
     for step in range(steps):
         rate = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        chosen = torch.randint(recipe.held_back, len(latents), (batch,), generator=generator)
+        chosen = torch.randint(config.held_back, len(latents), (batch,), generator=generator)
         x = latents[chosen].float()
         x = x + UNSURE * torch.rand(batch, 1, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
-        said = checker(x.to(recipe.device))
+        said = checker(x.to(config.device))
         losses = [
-            F.cross_entropy(said[name], truth[name][chosen].to(recipe.device), ignore_index=-1, label_smoothing=0.02)
+            F.cross_entropy(said[name], truth[name][chosen].to(config.device), ignore_index=-1, label_smoothing=0.02)
             for name in said
             if (truth[name][chosen] >= 0).any()
         ]
@@ -214,10 +214,10 @@ def train(recipe: Recipe, out: Path, steps: int, batch: int = 64, start: Path | 
         nn.utils.clip_grad_norm_(checker.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            right = accuracy(checker, latents[: recipe.held_back], {n: t[: recipe.held_back] for n, t in truth.items()})
+            right = accuracy(checker, latents[: config.held_back], {n: t[: config.held_back] for n, t in truth.items()})
             row = {"step": step + 1, "of": steps, "seconds": round(time.monotonic() - started), "loss": loss.item()}
             print(json.dumps(row | right), flush=True)
-            save(checker, trained_vae(recipe), out)
+            save(checker, trained_vae(config), out)
 
 
 def save(checker: Checker, eyes: VAE, out: Path) -> None:
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    train(Recipe(work=given.work, device=given.device), given.out, given.steps, start=given.start)
+    train(TrainConfig(work=given.work, device=given.device), given.out, given.steps, start=given.start)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Judge:
 
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor:
-        """What it takes a clip for as a whole, [B, D]."""
+        """The judge's features of whole clips, [B, D]."""
         return in_batches(lambda some: self.checker.features(self.eyes.encode(some))[:, 0, -128:], clips)
 
 
@@ -136,7 +136,7 @@ def batches_of(*columns: Sequence[Any] | Tensor) -> Iterable[tuple[Any, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What came of it: every figure, as JSON can hold it, and the clips of the prompts."""
+    """The result of an evaluation: every figure, as JSON can hold it, and the clips of the prompts."""
 
     figures: dict[str, Any]
     shown: Shown
@@ -269,7 +269,7 @@ def captions(studio: Studio, clips: Tensor, asked: Sequence[Asked]) -> dict[str,
 
 
 def of_judge(studio: Studio, jury: Judge, count: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """What the judge makes of real clips of its own, after the round trip that generated clips have been through."""
+    """The judge's verdicts on real clips of its own, after the round trip that generated clips have been through."""
     scenes = judges_scenes(2 * count, 3 * count // 5)
     say(f"{len(scenes)} real clips for the judge's own proof")
     said = jury.look_at_all(studio.round_trip(filmed(some)) for (some,) in batches_of(scenes))

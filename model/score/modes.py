@@ -1,4 +1,4 @@
-"""What modes are worth, in figures: are given frames kept, do joins show, do loops close, what does an edit keep.
+"""Figures of the modes: are given frames kept, do joins show, do loops close, what does an edit keep.
 
     python -m model.score.modes mini --clips 4 --json modes.json
 
@@ -75,7 +75,7 @@ def colour_drift(frames: Frames, reference: Frames) -> float:
 
 
 def through_autoencoder(model: ModelCard, clips: Sequence[Frames]) -> list[Frames]:
-    """What is left of clips after the autoencoder alone: nothing that is made can be closer to its source."""
+    """Clips after the autoencoder alone: nothing that is made can be closer to its source."""
     import torch
 
     from model.loading.load import load_vae
@@ -214,7 +214,7 @@ def _loops(engine: Engine, plain: Sequence[ClipSpec], clips: Sequence[Frames]) -
 
 
 def _edits(engine: Engine, plain: Sequence[ClipSpec], clips: Sequence[Frames]) -> dict[str, float]:
-    """What is left of the source's layout, by strength; every clip is edited with its neighbour's words."""
+    """How much of the source's layout is left, by strength; every clip is edited with its neighbour's words."""
     words = [spec.prompt for spec in (*plain[1:], plain[0])]
     kept: dict[str, float] = {}
     for strength in STRENGTHS:

@@ -1,4 +1,4 @@
-"""What a model of the world is asked, and how often its clips show what they were asked for.
+"""Prompts that a model of the world is asked, and how often its clips show what they were asked for.
 
 Every prompt and every seed here is fixed, so that two models are asked the same, and none was trained on: the model's
 and the judge's training draw their scenes from other seeds. What clips show is told as `Labels`; who looks at them, and
@@ -96,7 +96,7 @@ def judges_scenes(count: int, behind: int) -> list[Scene]:
 
 
 def wanted_of(asked: Sequence[Asked]) -> Labels:
-    """What the prompts' scenes show, floor and sky only where the prompt names them."""
+    """Classes that the prompts' scenes show, floor and sky only where the prompt names them."""
     wanted = labels_of([one.scene for one in asked])
     for name, phrases in (("floor", GROUND), ("sky", HEAVEN)):
         wanted[name] = wanted[name].where(torch.tensor([_names(one.prompt, phrases) for one in asked]), -1)
@@ -108,7 +108,7 @@ def _names(prompt: str, phrases: Mapping[str, Sequence[str]]) -> bool:
 
 
 def wanted_by_users(asked: Sequence[UsersPrompt]) -> Labels:
-    """What the prompts say and nothing else; one that names a solid asks for so many as it names."""
+    """Classes that the prompts name and no others; one that names a solid asks for so many as it names."""
     rows = [one.said.classes() for one in asked]
     return {
         name: torch.tensor([classes.index(row[name]) if row.get(name) else -1 for row in rows])

@@ -29,9 +29,9 @@ from model.score.measure import Judge, in_batches
 from model.score.prompts import Asked, adherence, wanted_of
 from model.train.autoencoder import trained_vae
 from model.train.clips import scene_of
+from model.train.config import SAMPLING, TrainConfig
 from model.train.latents import latents_of
 from model.train.loop import Checkpoint
-from model.train.recipe import SAMPLING, Recipe
 from model.train.transformer import Writer, sample, train_dit, trained_writer
 from model.world.captions import NOUNS
 from model.world.scene import Scene, sample_scene
@@ -41,7 +41,7 @@ WRONG = 0.2  # of alt texts that belong to another clip
 
 
 def alt_texts(scenes: Sequence[Scene], rng: random.Random) -> list[str]:
-    """What might stand beside the clips on the web: one solid, with its colour or without, or that of another clip."""
+    """Texts as they stand beside clips on the web: one solid, with its colour or without, or that of another clip."""
     texts: list[str] = []
     for scene in scenes:
         shown = rng.choice(scenes) if rng.random() < WRONG else scene
@@ -64,25 +64,25 @@ def deafen(writer: Writer, seed: int) -> Writer:
     return writer
 
 
-def begin(recipe: Recipe, writer: Writer, latents: Path) -> None:
+def begin(config: TrainConfig, writer: Writer, latents: Path) -> None:
     """Lays out a work folder in which `train_dit` starts with these weights and no moments."""
-    (recipe.work / "latents").mkdir(parents=True, exist_ok=True)
-    link = recipe.work / "latents" / latents.name
+    (config.work / "latents").mkdir(parents=True, exist_ok=True)
+    link = config.work / "latents" / latents.name
     if not link.exists():
         link.symlink_to(latents.absolute())
-    if not (recipe.work / "dit.safetensors").exists():
+    if not (config.work / "dit.safetensors").exists():
         unused = torch.optim.AdamW(writer.parameters())
-        Checkpoint(recipe.work / "dit.safetensors", {"writer": writer, "average": writer}, unused).save(0)
+        Checkpoint(config.work / "dit.safetensors", {"writer": writer, "average": writer}, unused).save(0)
 
 
-def write_captions(recipe: Recipe, model: Path, count: int) -> dict[str, list[str]]:
+def write_captions(config: TrainConfig, model: Path, count: int) -> dict[str, list[str]]:
     """For each kind of caption those of the first clips of the first shape; the captioner reads their latents."""
-    bucket = recipe.buckets[0]
-    scenes = [scene_of(recipe.seed, bucket, k) for k in range(count)]
-    captioner, stock = load_captioner(model / CAPTIONER), latents_of(recipe, bucket)[:count]
+    bucket = config.buckets[0]
+    scenes = [scene_of(config.seed, bucket, k) for k in range(count)]
+    captioner, stock = load_captioner(model / CAPTIONER), latents_of(config, bucket)[:count]
     said = [text for some in stock.split(64) for text in captioner.write(some.float())]
     return {
-        "alt texts": alt_texts(scenes, random.Random(f"{recipe.seed}/alt")),
+        "alt texts": alt_texts(scenes, random.Random(f"{config.seed}/alt")),
         "recaptioned": said,
         "truth": [plainly(scene) for scene in scenes],
     }
@@ -96,9 +96,9 @@ def questions(count: int) -> list[Asked]:
     return asked
 
 
-def measure(recipe: Recipe, jury: Judge, vae: VAE, asked: Sequence[Asked]) -> dict[str, float | None]:
+def measure(config: TrainConfig, jury: Judge, vae: VAE, asked: Sequence[Asked]) -> dict[str, float | None]:
     """The adherence of a finished training."""
-    writer = trained_writer(recipe)
+    writer = trained_writer(config)
 
     def render(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return sample(writer.dit, writer.text, vae, prompts, SHAPE, seeds, **SAMPLING)
@@ -108,26 +108,26 @@ def measure(recipe: Recipe, jury: Judge, vae: VAE, asked: Sequence[Asked]) -> di
 
 
 def run_trial(
-    recipe: Recipe,
+    config: TrainConfig,
     captions: Mapping[str, list[str]],
-    score: Callable[[Recipe], dict[str, float | None]],
+    score: Callable[[TrainConfig], dict[str, float | None]],
     folder: Path,
 ) -> dict[str, dict[str, float | None]]:
-    """Trains once for each kind of caption, in `folder`, and scores it. `recipe.dit_steps` is the length of each.
+    """Trains once for each kind of caption, in `folder`, and scores it. `config.dit_steps` is the length of each.
 
     A training that was stopped goes on, as any does.
     """
-    bucket = recipe.buckets[0]
-    latents = recipe.work / "latents" / f"{bucket.name}.safetensors"
+    bucket = config.buckets[0]
+    latents = config.work / "latents" / f"{bucket.name}.safetensors"
     figures: dict[str, dict[str, float | None]] = {}
     for kind, texts in captions.items():
         short = replace(
-            recipe,
+            config,
             work=folder / kind.replace(" ", "-"),
             buckets=(replace(bucket, clips=len(texts), share=1.0),),
             captions={bucket.name: texts},
         )
-        begin(short, deafen(trained_writer(recipe), recipe.seed), latents)
+        begin(short, deafen(trained_writer(config), config.seed), latents)
         train_dit(short)
         figures[kind] = score(short)
         print(kind, json.dumps(figures[kind]), flush=True)
@@ -157,14 +157,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    recipe = Recipe(work=given.work, threads=given.threads, dit_steps=given.steps)
-    captions = write_captions(recipe, find_model(given.model).path, given.clips)
+    config = TrainConfig(work=given.work, threads=given.threads, dit_steps=given.steps)
+    captions = write_captions(config, find_model(given.model).path, given.clips)
     if given.only:
         captions = {given.only: captions[given.only]}
     asked = questions(given.prompts)
-    jury, vae = Judge(given.judge), trained_vae(recipe)
+    jury, vae = Judge(given.judge), trained_vae(config)
     folder = given.work / "recaption-trial"
-    figures = run_trial(recipe, captions, lambda short: measure(short, jury, vae, asked), folder)
+    figures = run_trial(config, captions, lambda short: measure(short, jury, vae, asked), folder)
     print(table(figures))
 
 

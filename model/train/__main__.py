@@ -36,36 +36,36 @@ from model.network.vae import to_pixels
 from model.train import data
 from model.train.autoencoder import encode_latents, train_decoder, train_vae, trained_vae
 from model.train.clips import list_cuts, read, render
+from model.train.config import DEFAULTS, SAMPLING, STAGES, TrainConfig, of_data, train_config
 from model.train.loop import end_with_input, join, last
-from model.train.recipe import DEFAULTS, SAMPLING, STAGES, Recipe, of_data, recipe_of
 from model.train.transformer import sample, train_dit, trained_writer
 from model.world.captions import describe
 from model.world.scene import CAMERAS, MOTIONS, sample_scene
 
 
-def publish(recipe: Recipe, out: Path) -> None:
+def publish(config: TrainConfig, out: Path) -> None:
     """Writes the averaged weights as bfloat16 in the diffusers layout, with how they were made beside them."""
-    writer, vae = trained_writer(recipe), trained_vae(recipe)
+    writer, vae = trained_writer(config), trained_vae(config)
     writer.cpu()
-    shape = recipe.buckets[0].shape
+    shape = config.buckets[0].shape
     defaults: dict[str, Any] = {**DEFAULTS, "width": shape.width, "height": shape.height, "frames": shape.frames}
-    defaults["trained"] = [bucket.name for bucket in recipe.buckets]
-    if recipe.captions is not None:
+    defaults["trained"] = [bucket.name for bucket in config.buckets]
+    if config.captions is not None:
         defaults["name"] = out.name
     save_model(out, dit=writer.dit, text=writer.text, vae=vae.cpu(), defaults=defaults, dtype=torch.bfloat16)
-    record = {stage: last(recipe.work / f"{stage}.jsonl") for stage in ("vae", "decoder", "dit")}
-    record["data"] = {"clips": {b.name: b.clips for b in recipe.buckets}}
-    if recipe.captions is None:
-        record["data"]["world_seed"] = recipe.seed
+    record = {stage: last(config.work / f"{stage}.jsonl") for stage in ("vae", "decoder", "dit")}
+    record["data"] = {"clips": {b.name: b.clips for b in config.buckets}}
+    if config.captions is None:
+        record["data"]["world_seed"] = config.seed
     else:
-        source, cuts = data.load_list(recipe.work / data.LIST)
+        source, cuts = data.load_list(config.work / data.LIST)
         record["data"]["digest"] = data.digest(cuts, source.fps)
-    if (recipe.work / "captioner.safetensors").exists():
+    if (config.work / "captioner.safetensors").exists():
         from model.language.captioner import save_captioner
         from model.train.captioner import trained_captioner
 
-        save_captioner(trained_captioner(recipe), out / CAPTIONER)
-        record["captioner"] = last(recipe.work / "captioner.jsonl")
+        save_captioner(trained_captioner(config), out / CAPTIONER)
+        record["captioner"] = last(config.work / "captioner.jsonl")
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -97,55 +97,55 @@ def main() -> None:
     settings |= json.loads(given.recipe.read_text()) if given.recipe else {}
     options = ("seed", "threads", "zero", "device", "bfloat16", "vae_steps", "dit_steps")
     settings |= {name: value for name in options if (value := getattr(given, name)) is not None}
-    recipe = recipe_of(given.work, settings)
+    config = train_config(given.work, settings)
     if given.data:
         try:
-            list_cuts(recipe, given.data)
-            recipe = of_data(recipe)
+            list_cuts(config, given.data)
+            config = of_data(config)
         except data.BadData as error:
             parser.error(str(error))
-    torch.set_num_threads(recipe.threads)
+    torch.set_num_threads(config.threads)
     stage = given.stage
     if "WORLD_SIZE" in os.environ:
         if stage != "dit":
             parser.error(f"{stage} runs in one process; torchrun divides only dit")
-        recipe = join(recipe)
-    own = recipe.captions is not None
+        config = join(config)
+    own = config.captions is not None
     if stage == "read" and not own:
         parser.error("read needs --data, the folder of videos and images")
     if stage == "captioner" and own:
         parser.error("captioner learns from the world, where the truth is known, not from --data")
     if stage == "render" or (stage == "all" and not own):
-        render(recipe, recipe.threads, given.only)
+        render(config, config.threads, given.only)
     if stage == "read" or (stage == "all" and own):
-        read(recipe)
+        read(config)
     if stage in ("all", "vae"):
-        train_vae(recipe)
+        train_vae(config)
     if stage in ("all", "latents"):
-        encode_latents(recipe)
+        encode_latents(config)
     if stage in ("all", "decoder"):
-        train_decoder(recipe)
+        train_decoder(config)
     if stage in ("all", "dit"):
-        train_dit(recipe)
+        train_dit(config)
     if stage == "captioner" or (stage == "all" and not own):
         from model.train.captioner import train_captioner
 
-        train_captioner(recipe)
+        train_captioner(config)
     if stage == "look":
-        look(recipe, given.out or recipe.work / "look.png")
+        look(config, given.out or config.work / "look.png")
     if stage == "publish" or (stage == "all" and given.out):
         if not given.out:
             parser.error("publish needs --out, the folder of the model")
-        publish(recipe, given.out)
+        publish(config, given.out)
 
 
-def look(recipe: Recipe, out: Path) -> None:
+def look(config: TrainConfig, out: Path) -> None:
     """A contact sheet: of the world one prompt for each kind of motion and camera, else the held-back captions."""
     from model.media.encode import SheetRow, contact_sheet
 
-    writer, vae = trained_writer(recipe), trained_vae(recipe)
-    bucket = recipe.buckets[0]
-    prompts = _kinds() if recipe.captions is None else list(recipe.captions[bucket.name][: min(recipe.held_back, 12)])
+    writer, vae = trained_writer(config), trained_vae(config)
+    bucket = config.buckets[0]
+    prompts = _kinds() if config.captions is None else list(config.captions[bucket.name][: min(config.held_back, 12)])
     rows: list[SheetRow] = []
     for first in range(0, len(prompts), 8):
         some = prompts[first : first + 8]

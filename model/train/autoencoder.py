@@ -18,40 +18,40 @@ from torch import Tensor, nn
 from model.config import VAEConfig
 from model.network.vae import STRIDE_TIME, VAE, to_video
 from model.train.clips import clips_of
+from model.train.config import TrainConfig
 from model.train.latents import end_lengths, ends_path, latents_of, sampling_weights
 from model.train.loop import Checkpoint, follow, part_of, run, set_rate, write
-from model.train.recipe import Recipe
 
 WITH_ENDS = 9600  # clips of which the ends are encoded once more, behind a standing picture
 DECODED = 6  # clips a step of the decoder that goes on alone
 
 
-def train_vae(recipe: Recipe) -> None:
+def train_vae(config: TrainConfig) -> None:
     """L1 + MSE + a little KL on 1-, 9- and 17-frame crops; the peak rate decays along a cosine."""
-    chunks, longest = clips_of(recipe, recipe.buckets[0]), recipe.buckets[0].shape.frames
-    torch.manual_seed(recipe.seed)
-    vae = in_memory_order(VAE(VAEConfig())).to(recipe.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), recipe.vae_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(recipe.work / "vae.safetensors", {"vae": vae}, optimizer)
+    chunks, longest = clips_of(config, config.buckets[0]), config.buckets[0].shape.frames
+    torch.manual_seed(config.seed)
+    vae = in_memory_order(VAE(VAEConfig())).to(config.device)
+    optimizer = torch.optim.AdamW(vae.parameters(), config.vae_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    checkpoint = Checkpoint(config.work / "vae.safetensors", {"vae": vae}, optimizer)
     count = sum(len(c) for c in chunks)
 
     def batch(step: int) -> Tensor:
-        rng = np.random.default_rng((recipe.seed, 1, step))
+        rng = np.random.default_rng((config.seed, 1, step))
         size, frames = (
-            (24, 1) if step % 12 == 11 else (8, longest // 2 + 1) if step < 0.6 * recipe.vae_steps else (4, longest)
+            (24, 1) if step % 12 == 11 else (8, longest // 2 + 1) if step < 0.6 * config.vae_steps else (4, longest)
         )
         crops = []
-        for clip in rng.integers(recipe.held_back, count, size):
+        for clip in rng.integers(config.held_back, count, size):
             start = rng.integers(0, longest - frames + 1)
-            crops.append(chunks[clip // recipe.chunk][clip % recipe.chunk, start : start + frames])
-        return to_video(np.stack(crops), recipe.device)
+            crops.append(chunks[clip // config.chunk][clip % config.chunk, start : start + frames])
+        return to_video(np.stack(crops), config.device)
 
     def learn(step: int) -> dict[str, float]:
-        share = step / recipe.vae_steps
-        set_rate(optimizer, recipe.vae_rate * min(1, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-5)
+        share = step / config.vae_steps
+        set_rate(optimizer, config.vae_rate * min(1, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-5)
         video = batch(step)
         generator = torch.Generator().manual_seed(step)
-        with recipe.autocast():
+        with config.autocast():
             mean, log_variance = vae.posterior(video)
             sample = torch.randn(mean.shape, generator=generator).to(mean)
             restored = vae.reconstruct(mean + sample * (0.5 * log_variance).exp())
@@ -65,12 +65,12 @@ def train_vae(recipe: Recipe) -> None:
         return {"psnr": psnr(error.detach()), "kl": kl.item(), "loss": loss.item()}
 
     def validate() -> dict[str, float]:
-        with torch.no_grad(), recipe.autocast():
-            video = to_video(np.array(chunks[0][: min(32, recipe.held_back)]), recipe.device)
+        with torch.no_grad(), config.autocast():
+            video = to_video(np.array(chunks[0][: min(32, config.held_back)]), config.device)
             restored = torch.cat([vae.reconstruct(vae.posterior(v)[0]) for v in video.split(8)])
         return {"held_out_psnr": psnr(restored.clamp(-1, 1) - video)}
 
-    run(recipe, "vae", recipe.vae_steps, checkpoint, learn, validate)
+    run(config, "vae", config.vae_steps, checkpoint, learn, validate)
 
 
 def in_memory_order(vae: VAE) -> VAE:
@@ -86,46 +86,46 @@ def psnr(error: Tensor) -> float:
     return 10 * math.log10(4 / max(error.square().mean().item(), 1e-12))
 
 
-def trained_vae(recipe: Recipe, *, finished: bool = True) -> VAE:
+def trained_vae(config: TrainConfig, *, finished: bool = True) -> VAE:
     """The autoencoder of the last checkpoint; finished: with the decoder that went on alone, once there is one."""
-    config = VAEConfig()
-    spread = recipe.work / "latents" / "spread.json"
+    sizes = VAEConfig()
+    spread = config.work / "latents" / "spread.json"
     if spread.exists():
-        config = replace(config, **{k: tuple(v) for k, v in json.loads(spread.read_text()).items()})
-    vae = VAE(config)
-    vae.load_state_dict(part_of(load_file(recipe.work / "vae.safetensors"), "vae"))
-    if finished and (alone := recipe.work / "decoder.safetensors").exists():
+        sizes = replace(sizes, **{k: tuple(v) for k, v in json.loads(spread.read_text()).items()})
+    vae = VAE(sizes)
+    vae.load_state_dict(part_of(load_file(config.work / "vae.safetensors"), "vae"))
+    if finished and (alone := config.work / "decoder.safetensors").exists():
         vae.decoder.load_state_dict(part_of(load_file(alone), "average"))
-    return in_memory_order(vae).to(recipe.device).eval().requires_grad_(False)
+    return in_memory_order(vae).to(config.device).eval().requires_grad_(False)
 
 
-def train_decoder(recipe: Recipe) -> None:
+def train_decoder(config: TrainConfig) -> None:
     """The decoder alone, from where the autoencoder's training left it, on the latents of the first shape.
 
-    Whatever was trained on the latents stays true. Published is the running average of the weights.
+    The latents do not change, so networks trained on them stay true. Published is the running average of the weights.
     """
-    bucket = recipe.buckets[0]
-    chunks, latents = clips_of(recipe, bucket), latents_of(recipe, bucket)
-    clips = range(recipe.held_back, len(latents))
-    weights = sampling_weights(recipe, bucket, clips)
-    average = trained_vae(recipe, finished=False)
+    bucket = config.buckets[0]
+    chunks, latents = clips_of(config, bucket), latents_of(config, bucket)
+    clips = range(config.held_back, len(latents))
+    weights = sampling_weights(config, bucket, clips)
+    average = trained_vae(config, finished=False)
     vae = copy.deepcopy(average)
     optimizer = torch.optim.AdamW(
-        vae.decoder.requires_grad_().parameters(), recipe.decoder_rate, betas=(0.9, 0.98), fused=True
+        vae.decoder.requires_grad_().parameters(), config.decoder_rate, betas=(0.9, 0.98), fused=True
     )
     modules: dict[str, nn.Module] = {"decoder": vae.decoder, "average": average.decoder}
-    checkpoint = Checkpoint(recipe.work / "decoder.safetensors", modules, optimizer)
+    checkpoint = Checkpoint(config.work / "decoder.safetensors", modules, optimizer)
 
     def error_of(vae: VAE, chosen: Sequence[int]) -> Tensor:
-        video = np.stack([chunks[k // recipe.chunk][k % recipe.chunk] for k in chosen])
-        plain = latents[list(chosen)].float().to(recipe.device) * vae.std + vae.mean
-        with recipe.autocast():
-            return vae.reconstruct(plain) - to_video(video, recipe.device)
+        video = np.stack([chunks[k // config.chunk][k % config.chunk] for k in chosen])
+        plain = latents[list(chosen)].float().to(config.device) * vae.std + vae.mean
+        with config.autocast():
+            return vae.reconstruct(plain) - to_video(video, config.device)
 
     def learn(step: int) -> dict[str, float]:
-        share = step / recipe.decoder_steps
-        set_rate(optimizer, recipe.decoder_rate * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * share)))
-        rng = random.Random(f"{recipe.seed}/decoder/{step}")
+        share = step / config.decoder_steps
+        set_rate(optimizer, config.decoder_rate * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * share)))
+        rng = random.Random(f"{config.seed}/decoder/{step}")
         error = error_of(vae, rng.choices(clips, cum_weights=weights, k=DECODED))
         loss = 0.5 * error.abs().mean() + error.square().mean()
         optimizer.zero_grad()
@@ -137,44 +137,44 @@ def train_decoder(recipe: Recipe) -> None:
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
-        each = [psnr(error_of(average, [k])) for k in range(min(64, recipe.held_back))]
+        each = [psnr(error_of(average, [k])) for k in range(min(64, config.held_back))]
         return {"held_out_psnr": sum(each) / len(each)}
 
-    run(recipe, "decoder", recipe.decoder_steps, checkpoint, learn, validate)
+    run(config, "decoder", config.decoder_steps, checkpoint, learn, validate)
 
 
-def encode_latents(recipe: Recipe) -> None:
+def encode_latents(config: TrainConfig) -> None:
     """Writes latents/SHAPE.safetensors (float16, normalised) for every shape, and spread.json."""
-    folder = recipe.work / "latents"
+    folder = config.work / "latents"
     folder.mkdir(exist_ok=True)
-    vae = trained_vae(recipe)
+    vae = trained_vae(config)
 
     @torch.no_grad()
     def encode(clips: NDArray[np.uint8]) -> Tensor:
-        with recipe.autocast():
+        with config.autocast():
             some = (clips[k : k + 25] for k in range(0, len(clips), 25))
-            return torch.cat([vae.posterior(to_video(np.array(c), recipe.device))[0].cpu() for c in some])
+            return torch.cat([vae.posterior(to_video(np.array(c), config.device))[0].cpu() for c in some])
 
     if not (folder / "spread.json").exists():
-        sample = torch.cat([encode(chunk) for chunk in clips_of(recipe, recipe.buckets[0])[:8]])
+        sample = torch.cat([encode(chunk) for chunk in clips_of(config, config.buckets[0])[:8]])
         mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
         (folder / "spread.json").write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
     spread = json.loads((folder / "spread.json").read_text())
     mean, std = (torch.tensor(spread[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
-    for bucket in recipe.buckets:
+    for bucket in config.buckets:
         path = folder / f"{bucket.name}.safetensors"
         if path.exists():
             continue
-        latents = torch.cat([((encode(chunk) - mean) / std).half() for chunk in clips_of(recipe, bucket)])
+        latents = torch.cat([((encode(chunk) - mean) / std).half() for chunk in clips_of(config, bucket)])
         write({"latents": latents}, path)
         print(f"latents {bucket.name} {tuple(latents.shape)}", flush=True)
-    bucket = recipe.buckets[0]
-    if not ends_path(recipe, bucket).exists() and (lengths := end_lengths(bucket)):
+    bucket = config.buckets[0]
+    if not ends_path(config, bucket).exists() and (lengths := end_lengths(bucket)):
         ends: list[Tensor] = []
-        for number, chunk in enumerate(clips_of(recipe, bucket)[: -(-WITH_ENDS // recipe.chunk)]):
+        for number, chunk in enumerate(clips_of(config, bucket)[: -(-WITH_ENDS // config.chunk)]):
             clips = np.array(chunk)
-            for k, clip in enumerate(clips, number * recipe.chunk):
+            for k, clip in enumerate(clips, number * config.chunk):
                 border = len(clip) - STRIDE_TIME * lengths[k % len(lengths)]
                 clip[:border] = clip[border]
             ends.append(((encode(clips) - mean) / std)[:, :, -len(lengths) :].half())
-        write({"ends": torch.cat(ends)}, ends_path(recipe, bucket))
+        write({"ends": torch.cat(ends)}, ends_path(config, bucket))

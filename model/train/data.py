@@ -162,7 +162,7 @@ def world_cuts(seed: int, buckets: Iterable[Bucket]) -> Iterator[Cut]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What a list of cuts is cut from: a folder, or the world of this seed."""
+    """The source of a list of cuts: a folder, or the world of this seed."""
 
     folder: Path | None = None
     seed: int = 0
@@ -205,7 +205,7 @@ def save_list(path: Path, source: Source, cuts: Iterable[Cut]) -> None:
 
 
 def load_list(path: Path) -> tuple[Source, list[Cut]]:
-    """What `save_list` wrote."""
+    """The list that `save_list` wrote."""
     with path.open(encoding="utf-8") as file:
         head = json.loads(next(file))
         rows = [json.loads(line) for line in file]

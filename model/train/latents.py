@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.network.vae import STRIDE_TIME
 from model.train.clips import scene_of
+from model.train.config import TrainConfig
 from model.train.data import Bucket
-from model.train.recipe import Recipe
 from model.world.scene import Scene
 
 HARD_OFTEN = 3  # times as often as others does a clip come up that shows what is learnt last
@@ -23,14 +23,14 @@ def end_lengths(bucket: Bucket) -> range:
     return range(1, min(3, (bucket.shape.frames - 1) // STRIDE_TIME - 1) + 1)
 
 
-def ends_path(recipe: Recipe, bucket: Bucket) -> Path:
+def ends_path(config: TrainConfig, bucket: Bucket) -> Path:
     """[clips, C, E, H, W], float16: the ends of the first clips of the first shape, behind a standing picture."""
-    return recipe.work / "latents" / f"{bucket.name}.ends.safetensors"
+    return config.work / "latents" / f"{bucket.name}.ends.safetensors"
 
 
-def latents_of(recipe: Recipe, bucket: Bucket) -> Tensor:
+def latents_of(config: TrainConfig, bucket: Bucket) -> Tensor:
     """[clips, C, T, H, W], float16, normalised: what the stage `latents` made of a shape's clips."""
-    return load_file(recipe.work / "latents" / f"{bucket.name}.safetensors")["latents"][: bucket.clips]
+    return load_file(config.work / "latents" / f"{bucket.name}.safetensors")["latents"][: bucket.clips]
 
 
 def how_often(scene: Scene) -> int:
@@ -42,7 +42,7 @@ def how_often(scene: Scene) -> int:
     return HARD_OFTEN if len(scene.solids) == 2 or scene.motion == "spin" else 1
 
 
-def sampling_weights(recipe: Recipe, bucket: Bucket, clips: Iterable[int]) -> list[int]:
+def sampling_weights(config: TrainConfig, bucket: Bucket, clips: Iterable[int]) -> list[int]:
     """Cumulative weights to draw the clips of a shape by: the world's by `how_often`, others evenly."""
-    even = recipe.captions is not None
-    return list(accumulate(1 if even else how_often(scene_of(recipe.seed, bucket, k)) for k in clips))
+    even = config.captions is not None
+    return list(accumulate(1 if even else how_often(scene_of(config.seed, bucket, k)) for k in clips))

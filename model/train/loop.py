@@ -18,25 +18,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
-from model.train.recipe import Recipe
+from model.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from model.parallel.zero_training import Zero
 
 
-def join(recipe: Recipe) -> Recipe:
-    """The recipe of one of the processes that torchrun started."""
-    if recipe.device == "cuda":
+def join(config: TrainConfig) -> TrainConfig:
+    """The training of one of the processes that torchrun started."""
+    if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("gloo" if recipe.device == "cpu" else "nccl")
-    return replace(recipe, rank=distributed.get_rank(), ranks=distributed.get_world_size())
+    distributed.init_process_group("gloo" if config.device == "cpu" else "nccl")
+    return replace(config, rank=distributed.get_rank(), ranks=distributed.get_world_size())
 
 
-def divide(recipe: Recipe, writer: nn.Module, optimizer: torch.optim.AdamW) -> Zero:
+def divide(config: TrainConfig, writer: nn.Module, optimizer: torch.optim.AdamW) -> Zero:
     """The network and its optimizer in this rank's part."""
     from model.parallel.zero_training import Zero
 
-    return Zero(writer, optimizer, recipe.zero, device=recipe.device, bfloat16=recipe.bfloat16, clip=recipe.clip)
+    return Zero(writer, optimizer, config.zero, device=config.device, bfloat16=config.bfloat16, clip=config.clip)
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 def run(
-    recipe: Recipe,
+    config: TrainConfig,
     stage: str,
     steps: int,
     checkpoint: Checkpoint,
@@ -112,7 +112,7 @@ def run(
         for key, value in learn(step).items():
             total[key] = total.get(key, 0.0) + value
         done = step + 1
-        if done % recipe.every and done != steps:
+        if done % config.every and done != steps:
             continue
         row: dict[str, Any] = {
             "stage": stage,
@@ -121,26 +121,26 @@ def run(
             "seconds": round(time.monotonic() - started, 1),
             "steps_per_second": round((done - first) / (time.monotonic() - started), 3),
         }
-        means = over_ranks(recipe, {key: value / (done - told) for key, value in total.items()})
+        means = over_ranks(config, {key: value / (done - told) for key, value in total.items()})
         total, told = {}, done
         row |= {key: round(value, 4) for key, value in means.items()}
-        if recipe.rank == 0:
+        if config.rank == 0:
             row |= {key: round(value, 4) for key, value in validate().items()}
         checkpoint.save(done)
-        if recipe.rank:
+        if config.rank:
             continue
-        with (recipe.work / f"{stage}.jsonl").open("a") as log:
+        with (config.work / f"{stage}.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
 
-def over_ranks(recipe: Recipe, means: dict[str, float]) -> dict[str, float]:
+def over_ranks(config: TrainConfig, means: dict[str, float]) -> dict[str, float]:
     """The mean over all ranks of what each has measured on its part of the batches."""
-    if recipe.ranks == 1:
+    if config.ranks == 1:
         return means
-    measured = torch.tensor(list(means.values()), device=recipe.device)
+    measured = torch.tensor(list(means.values()), device=config.device)
     distributed.all_reduce(measured)
-    return dict(zip(means, (measured / recipe.ranks).tolist(), strict=True))
+    return dict(zip(means, (measured / config.ranks).tolist(), strict=True))
 
 
 def part_of(checkpoint: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from model.network.layers import Attention, attention, short_attention
 from model.network.text import TextEncoder, small_encoder, word_tokenizer
 from model.network.vae import VAE
 from model.train.clips import scene_of
+from model.train.config import PROMPT_TOKENS, SPOKEN, TrainConfig
 from model.train.data import Bucket
 from model.train.latents import end_lengths, ends_path, latents_of, sampling_weights
 from model.train.loop import Checkpoint, divide, follow, part_of, run, set_rate
-from model.train.recipe import PROMPT_TOKENS, SPOKEN, Recipe
 from model.world.captions import describe
 
 TEXT_LAYERS, TEXT_HEADS = 2, 4
@@ -83,13 +83,13 @@ def draw_known(count: int, frames: int, generator: torch.Generator) -> Tensor:
 class Stock:
     """The clips of one shape that the transformer is trained on, as latents."""
 
-    def __init__(self, recipe: Recipe, bucket: Bucket) -> None:
-        self.latents = latents_of(recipe, bucket)
-        path = ends_path(recipe, bucket)
+    def __init__(self, config: TrainConfig, bucket: Bucket) -> None:
+        self.latents = latents_of(config, bucket)
+        path = ends_path(config, bucket)
         self.ends = load_file(path)["ends"] if path.exists() else self.latents[:0]
         self.lengths = end_lengths(bucket)
-        self.clips = range(recipe.held_back, len(self.latents))
-        self.weights = sampling_weights(recipe, bucket, self.clips)
+        self.clips = range(config.held_back, len(self.latents))
+        self.weights = sampling_weights(config, bucket, self.clips)
 
     def draw(self, known: Tensor, rng: random.Random) -> tuple[list[int], Tensor]:
         """The numbers of B clips, and their latents [B, C, T, H, W], of which the frames `known` [B, T] are given.
@@ -111,69 +111,69 @@ class Stock:
         return chosen, clean
 
 
-def train_dit(recipe: Recipe) -> None:
+def train_dit(config: TrainConfig) -> None:
     """Flow matching over all shapes; the rate warms up, stays, and falls to 0 over the last quarter."""
-    stocks = {bucket.name: Stock(recipe, bucket) for bucket in recipe.buckets}
-    torch.manual_seed(recipe.seed)
-    writer = Writer(recipe.dit, recipe.words)
+    stocks = {bucket.name: Stock(config, bucket) for bucket in config.buckets}
+    torch.manual_seed(config.seed)
+    writer = Writer(config.dit, config.words)
     writer.dit.init_weights()
-    writer.to(recipe.device)
-    if recipe.device == "cpu":
+    writer.to(config.device)
+    if config.device == "cpu":
         writer.attend_with(short_attention)
     average = copy.deepcopy(writer).requires_grad_(False)
     groups = [
-        {"params": list(writer.text.parameters()), "scale": recipe.text_rate / recipe.dit_rate},
+        {"params": list(writer.text.parameters()), "scale": config.text_rate / config.dit_rate},
         {"params": list(writer.dit.parameters())},
     ]
-    optimizer = torch.optim.AdamW(groups, recipe.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    zero = divide(recipe, writer, optimizer) if recipe.zero and recipe.ranks > 1 else None
-    parallel = zero or (nn.parallel.DistributedDataParallel(writer) if recipe.ranks > 1 else writer)
+    optimizer = torch.optim.AdamW(groups, config.dit_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    zero = divide(config, writer, optimizer) if config.zero and config.ranks > 1 else None
+    parallel = zero or (nn.parallel.DistributedDataParallel(writer) if config.ranks > 1 else writer)
     modules = {"writer": writer, "average": average}
-    checkpoint = Checkpoint(recipe.work / "dit.safetensors", modules, optimizer, zero, recipe.rank)
-    shares = [b.share for b in recipe.buckets]
+    checkpoint = Checkpoint(config.work / "dit.safetensors", modules, optimizer, zero, config.rank)
+    shares = [b.share for b in config.buckets]
 
     def learn(step: int) -> dict[str, float]:
-        share = step / recipe.dit_steps
-        rate = recipe.dit_rate * min(1, (step + 1) / 100, (1 - share) / 0.25)
+        share = step / config.dit_steps
+        rate = config.dit_rate * min(1, (step + 1) / 100, (1 - share) / 0.25)
         set_rate(optimizer, rate + 1e-6)
-        rng = random.Random(f"{recipe.seed}/dit/{step}")
+        rng = random.Random(f"{config.seed}/dit/{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        bucket = rng.choices(recipe.buckets, shares)[0]
+        bucket = rng.choices(config.buckets, shares)[0]
         known = draw_known(bucket.batch, stocks[bucket.name].latents.shape[2], generator)
         chosen, clean = stocks[bucket.name].draw(known, rng)
-        prompts = [caption(recipe, bucket, k, rng) for k in chosen]
+        prompts = [caption(config, bucket, k, rng) for k in chosen]
         prompts = ["" if rng.random() < 0.1 else p for p in prompts]
         times = draw_times(len(clean), generator)[:, None].expand_as(known).masked_fill(known, 0.0)
         disturbance = torch.randn(clean.shape, generator=generator)
         # Every rank draws the whole batch and computes its part: however many they are, the step is the same.
-        mine = slice(recipe.rank, None, recipe.ranks)
+        mine = slice(config.rank, None, config.ranks)
         weight = (~known)[:, None, :, None, None].float() / (~known).float().mean()
-        target, predicted = step_of(parallel, clean[mine], times[mine], prompts[mine], disturbance[mine], recipe)
+        target, predicted = step_of(parallel, clean[mine], times[mine], prompts[mine], disturbance[mine], config)
         error = (predicted - target).square() * weight[mine].to(predicted)
-        loss = error.mean() * (len(error) * recipe.ranks / len(clean))
+        loss = error.mean() * (len(error) * config.ranks / len(clean))
         if zero:
             zero.step(loss)
         else:
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(writer.parameters(), recipe.clip)
+            nn.utils.clip_grad_norm_(writer.parameters(), config.clip)
             optimizer.step()
-        follow(average, writer, step, recipe.average)
+        follow(average, writer, step, config.average)
         return {"loss": loss.item()}
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
-        bucket = recipe.buckets[0]
-        stock = stocks[bucket.name].latents[: recipe.held_back].float()
+        bucket = config.buckets[0]
+        stock = stocks[bucket.name].latents[: config.held_back].float()
         generator = torch.Generator().manual_seed(1)
         rng = random.Random(1)
         losses: list[float] = []
         for first in range(0, len(stock), 32):
             clean = stock[first : first + 32]
             times = ((torch.arange(len(clean)) % 16 + 0.5) / 16)[:, None].expand(-1, clean.shape[2])
-            prompts = [caption(recipe, bucket, first + k, rng) for k in range(len(clean))]
+            prompts = [caption(config, bucket, first + k, rng) for k in range(len(clean))]
             disturbance = torch.randn(clean.shape, generator=generator)
-            target, predicted = step_of(average, clean, times, prompts, disturbance, recipe)
+            target, predicted = step_of(average, clean, times, prompts, disturbance, config)
             losses.append((predicted - target).square().mean().item())
         return {
             "held_out_loss": sum(losses) / len(losses),
@@ -181,7 +181,7 @@ def train_dit(recipe: Recipe) -> None:
             "places_apart": places_apart(average.text),
         }
 
-    run(recipe, "dit", recipe.dit_steps, checkpoint, learn, validate)
+    run(config, "dit", config.dit_steps, checkpoint, learn, validate)
 
 
 @torch.no_grad()
@@ -208,19 +208,24 @@ def places_apart(text: TextEncoder) -> float:
     return (places / torch.pdist(ahead[:, 1]).mean()).item()
 
 
-def caption(recipe: Recipe, bucket: Bucket, index: int, rng: random.Random) -> str:
-    if recipe.captions is not None:
-        return recipe.captions[bucket.name][index]
-    return describe(scene_of(recipe.seed, bucket, index), rng, frames=bucket.shape.frames)
+def caption(config: TrainConfig, bucket: Bucket, index: int, rng: random.Random) -> str:
+    if config.captions is not None:
+        return config.captions[bucket.name][index]
+    return describe(scene_of(config.seed, bucket, index), rng, frames=bucket.shape.frames)
 
 
 def step_of(
-    writer: Callable[..., Tensor], clean: Tensor, times: Tensor, prompts: list[str], disturbance: Tensor, recipe: Recipe
+    writer: Callable[..., Tensor],
+    clean: Tensor,
+    times: Tensor,
+    prompts: list[str],
+    disturbance: Tensor,
+    config: TrainConfig,
 ) -> tuple[Tensor, Tensor]:
     """(target, predicted) velocities of clips [B, C, T, H, W] at times [B, T]."""
-    clean, disturbance, times = (tensor.to(recipe.device) for tensor in (clean, disturbance, times))
+    clean, disturbance, times = (tensor.to(config.device) for tensor in (clean, disturbance, times))
     mixed = blend(clean, disturbance, times[:, None, :, None, None])
-    with recipe.autocast():
+    with config.autocast():
         predicted = writer(mixed, times, prompts)
     return disturbance - clean, predicted.float()
 
@@ -255,9 +260,9 @@ def sample(
     return vae.decode(x)
 
 
-def trained_writer(recipe: Recipe) -> Writer:
+def trained_writer(config: TrainConfig) -> Writer:
     """The averaged weights of the last checkpoint."""
-    writer = Writer(recipe.dit, recipe.words)
-    writer.load_state_dict(part_of(load_file(recipe.work / "dit.safetensors"), "average"))
+    writer = Writer(config.dit, config.words)
+    writer.load_state_dict(part_of(load_file(config.work / "dit.safetensors"), "average"))
     writer.attend_with(attention)
-    return writer.to(recipe.device).eval().requires_grad_(False)
+    return writer.to(config.device).eval().requires_grad_(False)

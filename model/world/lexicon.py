@@ -1,4 +1,4 @@
-"""What people call the things of the world, and captions read and written as what they say.
+"""Names that people have for the things of the world, and captions read into their meaning and written from it.
 
 `Said` is what a prompt says of a scene; `caption` writes it in the words of the training captions, `read` reads it back
 out of one, and `glean` out of what is not quite one. The word list has the world's own words first and then what else
@@ -54,7 +54,7 @@ from model.world.words import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """What a prompt says of a scene; None is what it does not say. The values are those of `world.CLASSES`.
+    """The meaning of a prompt; None is what it does not say. The values are those of `world.CLASSES`.
 
     `direction` is where the first solid goes when it passes behind the second, else on which side of that it stands.
     """
@@ -159,13 +159,13 @@ def _noun(colour: str | None, shape: str) -> str:
 
 
 def read(text: str) -> Said | None:
-    """What a caption says; None if the text is not written like the training captions."""
+    """The meaning of a caption; None if the text is not written like the training captions."""
     text = " ".join(text.lower().split())
     return glean(text) if _CAPTION.fullmatch(text) else None
 
 
 def glean(text: str) -> Said:
-    """What a text says in phrases of the training captions, also where it is not quite a caption."""
+    """The meaning of those phrases of a text that stand in training captions, also where it is not quite a caption."""
     rest = " ".join(re.sub("[,.]", " ", text.lower()).split())
     found: dict[str, str | None] = {}
     for name, table in (("camera", _CAMERAS), ("floor", _FLOORS), ("sky", _SKIES)):
@@ -272,7 +272,7 @@ def words_of(prompt: str) -> list[str]:
 
 
 def settle(prompt: str, said: Said) -> Said:
-    """What a prompt says, where `said` is what the network makes of it.
+    """The meaning of a prompt, where `said` is the network's reading of it.
 
     Where the word list is sure it wins, and what no word of the prompt speaks for is left out.
     """
@@ -313,7 +313,7 @@ class Solid(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Spotted:
-    """What the word list finds."""
+    """The findings of the word list."""
 
     solids: tuple[Solid, ...]  # the one that acts first
     others: dict[str, str]  # of these it is sure
@@ -454,7 +454,7 @@ def _all_phrases() -> dict[str, tuple[str, str]]:
 
 
 def _all_meanings() -> dict[str, frozenset[tuple[str, str]]]:
-    """What each word of the word list's phrases may speak for: (kind of slot, value)."""
+    """The meanings that each word of the word list's phrases may speak for: (kind of slot, value)."""
     small = frozenset(FUNCTION_WORDS)
     found: dict[str, set[tuple[str, str]]] = {}
     for phrase, meaning in _PHRASES.items():

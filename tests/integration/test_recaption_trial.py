@@ -15,41 +15,41 @@ from model.language.captioner import parse, truth
 from model.score.recaption_trial import WRONG, alt_texts, deafen, run_trial
 from model.train.autoencoder import encode_latents, train_vae
 from model.train.clips import render
-from model.train.recipe import Recipe
+from model.train.config import TrainConfig
 from model.train.transformer import train_dit, trained_writer
 from model.world.scene import sample_scene
 from tests.integration.test_train import small
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     torch.set_num_threads(1)
-    recipe = replace(small(tmp_path_factory.mktemp("trial") / "work"), vae_steps=2, dit_steps=3)
-    recipe.work.mkdir()
-    render(recipe, processes=1)
-    train_vae(recipe)
-    encode_latents(recipe)
-    train_dit(recipe)
-    return recipe
+    config = replace(small(tmp_path_factory.mktemp("trial") / "work"), vae_steps=2, dit_steps=3)
+    config.work.mkdir()
+    render(config, processes=1)
+    train_vae(config)
+    encode_latents(config)
+    train_dit(config)
+    return config
 
 
-def test_trainings_differ_in_their_captions_alone(recipe: Recipe, tmp_path: Path) -> None:
+def test_trainings_differ_in_their_captions_alone(config: TrainConfig, tmp_path: Path) -> None:
     ball, cube = (["a red ball"] * 16, ["a blue cube at night"] * 16)
 
-    def loss(short: Recipe) -> dict[str, float | None]:
+    def loss(short: TrainConfig) -> dict[str, float | None]:
         return {"loss": json.loads((short.work / "dit.jsonl").read_text().splitlines()[-1])["held_out_loss"]}
 
-    figures = run_trial(recipe, {"one": ball, "same": ball, "other": cube}, loss, tmp_path)
+    figures = run_trial(config, {"one": ball, "same": ball, "other": cube}, loss, tmp_path)
     assert figures["one"] == figures["same"]
     one, same, other = (load_file(tmp_path / name / "dit.safetensors") for name in ("one", "same", "other"))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
-    assert run_trial(recipe, {"one": ball}, loss, tmp_path) == {"one": figures["one"]}
+    assert run_trial(config, {"one": ball}, loss, tmp_path) == {"one": figures["one"]}
     assert len((tmp_path / "one" / "dit.jsonl").read_text().splitlines()) == 2, "what is done is not done again"
 
 
-def test_what_hears_the_text_begins_anew_and_nothing_else(recipe: Recipe) -> None:
-    heard, deaf = trained_writer(recipe).state_dict(), deafen(trained_writer(recipe), 1).state_dict()
+def test_what_hears_the_text_begins_anew_and_nothing_else(config: TrainConfig) -> None:
+    heard, deaf = trained_writer(config).state_dict(), deafen(trained_writer(config), 1).state_dict()
     changed = {name for name in heard if not torch.equal(heard[name], deaf[name])}
     assert "dit.blocks.0.attn2.to_q.weight" in changed and any(name.startswith("text.") for name in changed)
     assert not deaf["dit.blocks.0.attn2.to_out.0.weight"].any(), "a block that begins anew starts deaf"

@@ -29,9 +29,9 @@ from model.train.__main__ import publish
 from model.train.autoencoder import encode_latents, train_decoder, train_vae, trained_vae
 from model.train.captioner import train_captioner
 from model.train.clips import clips_of, render, scene_of
+from model.train.config import TrainConfig
 from model.train.data import Bucket
 from model.train.loop import Checkpoint, join
-from model.train.recipe import Recipe
 from model.train.transformer import Stock, draw_known, draw_times, train_dit
 
 SMALL = """
@@ -42,8 +42,8 @@ train_all(small(Path(sys.argv[1])))
 """
 
 
-def small(work: Path) -> Recipe:
-    return Recipe(
+def small(work: Path) -> TrainConfig:
+    return TrainConfig(
         work=work,
         threads=1,
         buckets=(
@@ -61,14 +61,14 @@ def small(work: Path) -> Recipe:
     )
 
 
-def train_all(recipe: Recipe) -> None:
+def train_all(config: TrainConfig) -> None:
     torch.set_num_threads(1)
-    recipe.work.mkdir(exist_ok=True)
-    render(recipe, processes=1)
-    train_vae(recipe)
-    encode_latents(recipe)
-    train_decoder(recipe)
-    train_dit(recipe)
+    config.work.mkdir(exist_ok=True)
+    render(config, processes=1)
+    train_vae(config)
+    encode_latents(config)
+    train_decoder(config)
+    train_dit(config)
 
 
 def start(work: Path) -> subprocess.Popen[bytes]:
@@ -157,13 +157,13 @@ def test_known_frames_never_leave_nothing_to_learn() -> None:
 
 def test_a_known_end_comes_as_a_request_brings_it(trained: Path) -> None:
     """Behind a standing picture; what is to be made is what truly led to it."""
-    recipe = small(trained)
-    bucket, vae = recipe.buckets[0], trained_vae(recipe)
-    stock = Stock(recipe, bucket)
+    config = small(trained)
+    bucket, vae = config.buckets[0], trained_vae(config)
+    stock = Stock(config, bucket)
     known = torch.tensor([[False, False, True], [True, False, False], [True, False, True], [False, True, False]] * 8)
     chosen, clean = stock.draw(known, random.Random(0))
-    assert min(chosen) >= recipe.held_back
-    clips = np.concatenate([np.array(chunk) for chunk in clips_of(recipe, bucket)])
+    assert min(chosen) >= config.held_back
+    clips = np.concatenate([np.array(chunk) for chunk in clips_of(config, bucket)])
     for row, clip in enumerate(chosen):
         assert torch.equal(clean[row, :, :2], stock.latents[clip, :, :2].float())
         if known[row, 2]:
@@ -177,12 +177,12 @@ def test_a_known_end_comes_as_a_request_brings_it(trained: Path) -> None:
 
 
 def test_clips_with_two_solids_and_spins_come_up_more_often(trained: Path) -> None:
-    recipe = small(trained)
-    bucket = recipe.buckets[0]
-    scenes = [scene_of(recipe.seed, bucket, k) for k in range(bucket.clips)]
+    config = small(trained)
+    bucket = config.buckets[0]
+    scenes = [scene_of(config.seed, bucket, k) for k in range(bucket.clips)]
     hard = [len(scene.solids) == 2 or scene.motion == "spin" for scene in scenes]
-    chosen, _ = Stock(recipe, bucket).draw(torch.zeros(4000, 3, dtype=torch.bool), random.Random(0))
-    own = sum(hard[recipe.held_back :]) / (bucket.clips - recipe.held_back)
+    chosen, _ = Stock(config, bucket).draw(torch.zeros(4000, 3, dtype=torch.bool), random.Random(0))
+    own = sum(hard[config.held_back :]) / (bucket.clips - config.held_back)
     assert 0 < own < 1, "this seed has both"
     share = sum(hard[k] for k in chosen) / len(chosen)
     assert share == pytest.approx(3 * own / (3 * own + 1 - own), abs=0.03)
@@ -190,18 +190,18 @@ def test_clips_with_two_solids_and_spins_come_up_more_often(trained: Path) -> No
 
 def test_the_captioner_resumes_and_is_published(trained: Path, tmp_path: Path) -> None:
     whole, halved = (shutil.copytree(trained, tmp_path / name) for name in ("whole", "halved"))
-    recipe = replace(small(whole), captioner_steps=6)
-    train_captioner(recipe)
-    begin(train_captioner, replace(recipe, work=halved), 2)
-    train_captioner(replace(recipe, work=halved))
+    config = replace(small(whole), captioner_steps=6)
+    train_captioner(config)
+    begin(train_captioner, replace(config, work=halved), 2)
+    train_captioner(replace(config, work=halved))
     assert [row["step"] for row in lines(halved / "captioner.jsonl")] == [4, 6]  # the first row came after its save
     first, second = (load_file(work / "captioner.safetensors") for work in (whole, halved))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {"held_out_colour", "held_out_all"} <= lines(whole / "captioner.jsonl")[-1].keys()
 
-    publish(recipe, tmp_path / "mini")
+    publish(config, tmp_path / "mini")
     before = folder_digest(tmp_path / "mini")
-    clips = np.concatenate([np.array(chunk) for chunk in clips_of(recipe, recipe.buckets[0])])
+    clips = np.concatenate([np.array(chunk) for chunk in clips_of(config, config.buckets[0])])
     reporter = Reporter(tmp_path / "mini")
     said = reporter.captions(clips)
     assert len(said) == len(clips) and said == reporter.captions(clips)
@@ -228,7 +228,7 @@ train_divided(Path(sys.argv[1]))
 def train_divided(folder: Path) -> None:
     """What each of two ranks does: one training after another. Beside each it writes how much of AdamW it holds."""
     torch.set_num_threads(1)
-    recipe, save = join(small(folder)), Checkpoint.save
+    config, save = join(small(folder)), Checkpoint.save
 
     def save_and_count(self: Checkpoint, step: int) -> None:
         save(self, step)
@@ -237,7 +237,7 @@ def train_divided(folder: Path) -> None:
 
     Checkpoint.save = save_and_count
     for name, settings in DIVIDED.items():
-        train_dit(replace(recipe, work=folder / name, **settings))
+        train_dit(replace(config, work=folder / name, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def divided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begin(train: Callable[[Recipe], None], recipe: Recipe, steps: int) -> None:
+def begin(train: Callable[[TrainConfig], None], config: TrainConfig, steps: int) -> None:
     """A training up to its checkpoint after so many steps."""
     save = Checkpoint.save
 
@@ -274,7 +274,7 @@ def begin(train: Callable[[Recipe], None], recipe: Recipe, steps: int) -> None:
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Checkpoint, "save", save_and_stop)
-        train(recipe)
+        train(config)
 
 
 def same_training(one: Path, other: Path, *, weights: float, losses: float) -> None:

@@ -1,4 +1,4 @@
-"""What determines a training: sizes, steps, rates, and the recipe of mini itself."""
+"""The configuration of a training: sizes, steps, rates, and that of mini itself."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ STAGES = (0, 1, 2)  # of ZeRO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What a training run was asked for."""
+class TrainConfig:
+    """All that determines a training run."""
 
     work: Path
     seed: int = 0
@@ -79,12 +79,12 @@ class Recipe:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
 
 
-def recipe_of(work: Path, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with these settings, as JSON gives them; of a data set if the work folder holds the list of one.
+def train_config(work: Path, settings: Mapping[str, Any]) -> TrainConfig:
+    """The training with these settings, as JSON gives them; of a data set if the work folder holds the list of one.
 
-    Raises ValueError for settings that no recipe has.
+    Raises ValueError for settings that no training has.
     """
-    known = {f.name for f in fields(Recipe)} - {"work", "rank", "ranks", "captions", "words"}
+    known = {f.name for f in fields(TrainConfig)} - {"work", "rank", "ranks", "captions", "words"}
     if unknown := settings.keys() - known:
         raise ValueError(f"recipe: {min(unknown)!r} must be one of: {', '.join(sorted(known))}")
     values = dict(settings)
@@ -93,15 +93,15 @@ def recipe_of(work: Path, settings: Mapping[str, Any]) -> Recipe:
     if "dit" in values:
         dit: dict[str, Any] = {name: tuple(v) if name == "patch" else v for name, v in values["dit"].items()}
         values["dit"] = DiTConfig(**dit)
-    recipe = Recipe(work=work, **values)
-    return of_data(recipe) if (work / data.LIST).exists() else recipe
+    config = TrainConfig(work=work, **values)
+    return of_data(config) if (work / data.LIST).exists() else config
 
 
-def of_data(recipe: Recipe) -> Recipe:
-    """The recipe for the clips listed in its work folder, the commonest shape first. Raises BadData for too few."""
-    _, cuts = data.load_list(recipe.work / data.LIST)
+def of_data(config: TrainConfig) -> TrainConfig:
+    """The training on the clips listed in its work folder, the commonest shape first. Raises BadData for too few."""
+    _, cuts = data.load_list(config.work / data.LIST)
     counts = Counter(cut.shape for cut in cuts)
-    batches = {b.shape: b.batch for b in recipe.buckets}
+    batches = {b.shape: b.batch for b in config.buckets}
     buckets = tuple(
         Bucket(shape=shape, clips=count, share=count / len(cuts), batch=min(count, batches.get(shape, 8)))
         for shape, count in counts.most_common()
@@ -112,9 +112,9 @@ def of_data(recipe: Recipe) -> Recipe:
     captions = {b.name: [cut.caption for cut in cuts if cut.shape == b.shape] for b in buckets}
     spoken = Counter(word for some in captions.values() for text in some for word in split_words(text))
     return replace(
-        recipe,
+        config,
         buckets=buckets,
         captions=captions,
         words=[word for word, _ in spoken.most_common(WORDS)],
-        held_back=min(recipe.held_back, min(b.clips for b in buckets) // 4),
+        held_back=min(config.held_back, min(b.clips for b in buckets) // 4),
     )
