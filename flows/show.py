@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 Format = Literal["table", "json", "csv"]
 Row = Mapping[str, Any]
@@ -39,7 +41,7 @@ COLOUR = {
 
 
 def show_rows(rows: Iterable[Row], columns: Sequence[str], format: Format, *, title: str | None = None) -> int:
-    """Writes rows to standard output and returns how many there were. `columns` are keys and headings."""
+    """Write rows to standard output and return how many there were. `columns` are keys and headings."""
     if format == "json":
         return _json(rows, columns)
     if format == "csv":
@@ -48,7 +50,7 @@ def show_rows(rows: Iterable[Row], columns: Sequence[str], format: Format, *, ti
 
 
 def show_one(values: Row, format: Format, *, title: str | None = None) -> None:
-    """One thing with many values: a table of two columns, a JSON object, or a CSV with one row."""
+    """Write one thing's values to standard output: a table of two columns, a JSON object, or a CSV with one row."""
     if format == "json":
         sys.stdout.write(json.dumps({key: plain(value) for key, value in values.items()}, indent=2) + "\n")
     elif format == "csv":
@@ -67,7 +69,7 @@ def show_one(values: Row, format: Format, *, title: str | None = None) -> None:
 
 
 def _print(table: Any) -> None:
-    """Prints a table; into a pipe without the spaces that pad it to a screen's width."""
+    """Print a table; into a pipe without the spaces that pad it to a screen's width."""
     screen = console()
     if screen.is_terminal:
         screen.print(table)
@@ -85,6 +87,21 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal:
         made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=10_000)
     return made
+
+
+@contextmanager
+def terminal_bars(*fields: str) -> Generator[Progress | None]:
+    """Progress bars on standard error, with text columns of these fields behind them; None where it is no terminal."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    shown = (TextColumn(f"{{task.fields[{field}]}}") for field in fields)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *shown
+    with Progress(*columns, console=screen, transient=True) as bars:
+        yield bars
 
 
 def plain(value: Any) -> Any:

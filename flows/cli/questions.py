@@ -219,7 +219,7 @@ def reproduce(
     settings, format = current_settings(), "json" if as_json else format
     need(settings.database)
     from db.reproductions import done_clips
-    from flows.clients.ledger import ledger, the_request
+    from flows.clients.ledger import find_request, ledger
     from flows.operate.reproduce import COLUMNS, display, plan, summary
     from flows.operate.reproduce import reproduce as render_again
     from flows.show import show_rows
@@ -227,7 +227,7 @@ def reproduce(
     with ledger(settings) as sessions:
         if request is not None:
             with sessions() as session:
-                asked = the_request(session, request)
+                asked = find_request(session, request)
                 clips = done_clips(session, asked.id, sample)
             if not clips:
                 fail(f"{asked.id} has no clip that is done: there is nothing to compare with", BAD_INPUT)

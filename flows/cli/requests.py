@@ -167,12 +167,12 @@ def watch_request(settings: Settings, request: str, run_id: str | None) -> int:
 def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
     """Cancel a request: engines stop at their next denoising step; finished clips stay."""
     from db.requests import cancel_request
-    from flows.clients.ledger import ledger, the_request
+    from flows.clients.ledger import find_request, ledger
     from flows.clients.prefect import PrefectApi
 
     settings = current_settings()
     with ledger(settings) as sessions, sessions.begin() as session:
-        row = the_request(session, request)
+        row = find_request(session, request)
         count = cancel_request(session, row.id)
     if row.status != "open":
         typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
@@ -193,7 +193,7 @@ def retry(
     """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew."""
     from db.requests import AGAIN, retry_request
     from db.tables import ClipStatus
-    from flows.clients.ledger import ledger, the_request
+    from flows.clients.ledger import find_request, ledger
     from flows.clients.prefect import PrefectApi
     from flows.request.submit import run_url, start_run
 
@@ -203,7 +203,7 @@ def retry(
         ledger(settings) as sessions,
     ):
         with sessions() as session:
-            row = the_request(session, request)
+            row = find_request(session, request)
         old = api.run(row.flow_run_id) if row.flow_run_id else None
         if old is None:
             fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
@@ -233,13 +233,13 @@ def export(
 
 
 def export_request(settings: Settings, request: str, folder: Path, *, quiet: bool = False) -> int:
-    from flows.clients.ledger import reading, the_request
+    from flows.clients.ledger import find_request, reading
     from flows.operate.export import export as copy
     from flows.operate.export import export_sheet
 
     store = settings.open_store()
     with reading(settings) as session:
-        row = the_request(session, request)
+        row = find_request(session, request)
         done = copy(session, store, row.id, folder)
         sheet = export_sheet(store, row.sheet_key, folder)
     for problem in done.broken:

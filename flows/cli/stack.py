@@ -23,11 +23,15 @@ def up() -> None:
 
 
 def start_stack(settings: Settings) -> Stack:
-    from flows.clients.ledger import settle
+    from flows.clients.ledger import prepare_ledger
     from infra.stack import up as stack_up
 
     stack = stack_up.up(
-        settings.home, repo=working_folder(settings), migrate=settle, engines=settings.most_engines, say=typer.echo
+        settings.home,
+        repo=working_folder(settings),
+        migrate=prepare_ledger,
+        engines=settings.most_engines,
+        say=typer.echo,
     )
     _take_up(settings, stack)
     return stack

@@ -14,7 +14,7 @@ from db.tables import RequestStatus
 from flows.clients.ledger import ledger
 from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run
 from flows.settings import Settings
-from flows.show import console, printable
+from flows.show import printable, terminal_bars
 
 POLL = 0.5  # seconds between two looks at the ledger
 ASK_PREFECT = 2.0  # seconds between two looks at the flow run
@@ -40,14 +40,14 @@ def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> E
     A request that is not in the ledger yet is waited for, if `flow_run_id` says who will open it. Raises
     RequestNotFound for one that nobody will open, NotRunning.
     """
-    from flows.clients.ledger import the_request
+    from flows.clients.ledger import find_request
 
     with ledger(settings) as open_session, _prefect(settings) as api, _display() as display:
         run: Run | None = None
         asked, began = -ASK_PREFECT, time.monotonic()
         while True:
             with open_session() as session:
-                row = request_by(session, name) if flow_run_id else the_request(session, name)
+                row = request_by(session, name) if flow_run_id else find_request(session, name)
                 now = progress(session, row.id) if row else None
             run_id = flow_run_id or (row.flow_run_id if row else None)
             if api and run_id and time.monotonic() - asked >= ASK_PREFECT:
@@ -125,22 +125,8 @@ class _Display(Protocol):
 
 @contextmanager
 def _display() -> Generator[_Display]:
-    if not console(stderr=True).is_terminal:
-        yield _Lines()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[counts]}"),
-    )
-    with Bars(*columns, console=console(stderr=True), transient=True) as bars:
-        yield _Bar(bars)
+    with terminal_bars("left", "counts") as bars:
+        yield _Lines() if bars is None else _Bar(bars)
 
 
 class _Bar:

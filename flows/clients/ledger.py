@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The ledger, patient: what is read or written is begun again from its start while the ledger is away.
+    """Transactions that are begun again from their start while the ledger is away.
 
-    A ledger that vanishes while it commits may have done so or not, so `work` must be of a kind that may be done twice.
+    A ledger that vanishes while it commits may have done so or not, so all work must be safe to repeat.
     """
 
     sessions: sessionmaker[Session]
-    seconds: float = OUTAGE_SECONDS  # for which it is waited for
-    abandoned: Callable[[], bool] = never  # nobody wants the answer any more
+    seconds: float = OUTAGE_SECONDS  # of waiting for a ledger that is away
+    abandoned: Callable[[], bool] = never  # true once the answer is of no use any more
 
     def read(self, work: Callable[[Session], T]) -> T:
-        """What `work` finds, in a transaction that changes nothing. Raises what it raised last."""
+        """Run `work` in a transaction that is never committed; returns its result, raises its last error."""
 
         def once() -> T:
             with self.sessions() as session:
@@ -44,7 +44,7 @@ class Ledger:
         return with_retry(once, seconds=self.seconds, abandoned=self.abandoned)
 
     def write(self, work: Callable[[Session], T]) -> T:
-        """What `work` returns, as one transaction. Raises what it raised last."""
+        """Run `work` in one transaction and commit; returns its result, raises its last error."""
 
         def once() -> T:
             with self.sessions.begin() as session:
@@ -53,23 +53,23 @@ class Ledger:
         return with_retry(once, seconds=self.seconds, abandoned=self.abandoned)
 
     def within(self, seconds: float) -> Ledger:
-        """The same ledger, waited for no longer than this."""
+        """A copy that waits for the ledger for at most so many seconds."""
         return replace(self, seconds=seconds)
 
     def until(self, abandoned: Callable[[], bool]) -> Ledger:
-        """The same ledger, waited for until the answer is `abandoned`."""
+        """A copy that waits for the ledger until `abandoned` says that the answer is of no use any more."""
         return replace(self, seconds=math.inf, abandoned=abandoned)
 
 
-def settle(url: str, reader_url: str) -> None:
-    """The ledger at `url` as this version wants it, and the login of `reader_url`, which may look at it."""
+def prepare_ledger(url: str, reader_url: str) -> None:
+    """Migrate the ledger at `url` to this version, and create the login of `reader_url`, which may only read it."""
     upgrade(url)
     make_reader(url, reader_url)
 
 
 @contextmanager
 def database(settings: Settings, *, url: str | None = None, **how: Any) -> Generator[Engine]:
-    """The ledger's database, connected to as `connect` has it, closed at the end. Raises NotRunning.
+    """Connect to the ledger's database with the options of `connect`; disconnects at the end. Raises NotRunning.
 
     url: another login than ours.
     """
@@ -82,20 +82,20 @@ def database(settings: Settings, *, url: str | None = None, **how: Any) -> Gener
 
 @contextmanager
 def ledger(settings: Settings, **how: Any) -> Generator[sessionmaker[Session]]:
-    """Sessions on the ledger, for several transactions, connected to as `connect` has it. Raises NotRunning."""
+    """Connect to the ledger with the options of `connect`, for several transactions. Raises NotRunning."""
     with database(settings, **how) as engine:
         yield sessions(engine)
 
 
 @contextmanager
 def reading(settings: Settings) -> Generator[Session]:
-    """One session, for looking only. Raises NotRunning."""
+    """Open one session, for reading only. Raises NotRunning."""
     with ledger(settings) as open_session, open_session() as session:
         yield session
 
 
-def the_request(session: Session, name: str) -> RequestRow:
-    """The request of this id, name or flow run. Raises RequestNotFound."""
+def find_request(session: Session, name: str) -> RequestRow:
+    """Find a request by its id, name or flow run. Raises RequestNotFound."""
     row = request_by(session, name)
     if row is None:
         raise RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")

@@ -1,7 +1,7 @@
 """Asking again while a server is away: the ledger, the store, Prefect, the disk.
 
-A batch outlives restarts of everything that it talks to. What is asked for is asked again, as a whole, with growing
-pauses and for a bounded time; so it must be of a kind that may be done twice, as all transactions of the ledger are.
+A batch outlives restarts of everything that it talks to. A call is repeated as a whole, with growing pauses and for a
+bounded time, so it must be safe to repeat, as all transactions of the ledger are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def unavailable_service(error: BaseException) -> str | None:
-    """The server that did not answer, where that is all that the error says; else None."""
+    """Name the server that did not answer, where that is all that the error says; else None."""
     if is_away(error):
         return "the ledger"
     if isinstance(error, StoreUnavailable):
@@ -45,12 +45,12 @@ def unavailable_service(error: BaseException) -> str | None:
 
 
 def never() -> bool:
-    """The answer of work that nothing can abandon."""
+    """False: nothing abandons the work."""
     return False
 
 
 def with_retry(ask: Callable[[], T], *, seconds: float = OUTAGE_SECONDS, abandoned: Callable[[], bool] = never) -> T:
-    """Calls `ask` until no server that it needs is away, for at most `seconds` or until it is `abandoned`.
+    """Call `ask` until no server that it needs is away, for at most `seconds` or until it is `abandoned`.
 
     Returns what `ask` returns, raises what it raised last.
     """
@@ -74,7 +74,7 @@ def with_retry(ask: Callable[[], T], *, seconds: float = OUTAGE_SECONDS, abandon
 
 
 def best_effort(ask: Callable[[], object]) -> bool:
-    """Does what can as well be done a little later; False, with a warning, where the server for it is away."""
+    """Call `ask` once; False, with a warning, where a server that it needs is away, for work that can be done later."""
     try:
         ask()
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Which of the fetched models stay on this machine: those in use, and of the others the last used, up to a bound.
+"""The cache of fetched models: those in use stay, and of the others the last used, up to a bound.
 
-Beside each model's folder lie two files that are only ever locked. `.lock` is held by whoever fetches the model; `.use`
-is shared by all who use it, until they end, however they end, and its time says when that was last begun.
+Beside each model's folder lie two files that are only ever locked. `.lock` is held by the process that fetches the
+model; `.use` is shared by all processes that use it, until they end, and its time says when one last began to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _used: dict[Path, int] = {}  # by this process: descriptors, never closed, whose
 
 
 def in_use(folder: Path) -> bool:
-    """Whether the model is here. If so it stays for as long as this process lives."""
+    """Keep the model here for as long as this process lives; False if it is not here."""
     lock = _beside(folder, "use")
     lock.parent.mkdir(parents=True, exist_ok=True)
     if folder not in _used:
@@ -33,10 +33,10 @@ def in_use(folder: Path) -> bool:
 
 
 def make_room(folder: Path, needed: int, bound: int) -> int:
-    """Deletes other models of the cache, least recently used first, until `needed` bytes more keep within the bound.
+    """Delete other models of the cache, least recently used first, until `needed` bytes more keep within the bound.
 
-    Those in use or being fetched stay, whatever that comes to, and so does what is needed: a bound is no reason not to
-    render. Returns how many were deleted.
+    Those in use or being fetched stay, however large, and so does what is needed: a bound is no reason not to render.
+    Returns how many were deleted.
     """
     others = [each for each in folder.parent.iterdir() if each.is_dir() and _digest(each) != _digest(folder)]
     sizes = {each: sum(file.stat().st_size for file in each.rglob("*") if file.is_file()) for each in others}
@@ -50,7 +50,7 @@ def make_room(folder: Path, needed: int, bound: int) -> int:
 
 
 def _delete(folder: Path) -> bool:
-    """Deletes a model, or what was fetched of one, unless somebody needs it. Nobody ever sees half of it."""
+    """Delete a model, or part of one, unless a process needs it; no process ever sees half of it."""
     with ExitStack() as locks:
         for name in ("use", "lock"):
             if not locked(locks.enter_context(_beside(folder, name).open("a"))):

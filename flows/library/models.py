@@ -1,4 +1,4 @@
-"""Models that are not shipped: added to the store once, then fetched by whatever engine needs them.
+"""Models that are not shipped: added to the store once, then fetched by the engines that need them.
 
 A model is added under a name. Its files lie in the store under their digests, the list of them in the ledger, and both
 together give the model's own digest again; so what an engine fetches is what was added, or nothing. Importing this
@@ -57,7 +57,7 @@ class BadName(ValueError):
 
 
 class BrokenModel(RuntimeError):
-    """What was fetched of a model is not what was added. Adding its folder again puts right what the store lacks."""
+    """A fetched model differs from the one that was added. Adding its folder again puts right what the store lacks."""
 
     exit_code = 1
 
@@ -83,7 +83,7 @@ class Added:
     already: bool  # it was added before
 
     def facts(self) -> dict[str, Any]:
-        """What a person wants to know of it: how large it is, and what a request gets that says nothing else."""
+        """Facts for `rushes models`: the model's size, and the settings of a request that gives none."""
         card = self.card
         values = {name: getattr(card, name) for name in ("fps", "steps", "guidance", "solver", "shift")}
         return {
@@ -110,7 +110,7 @@ def add(
     loras: Sequence[Lora] = (),
     weights: str | None = None,
 ) -> Added:
-    """Checks a model folder, puts its files into the store and records it under a name: its own if none is given.
+    """Check a model folder, put its files into the store and record it under a name: its own if none is given.
 
     With adapters or `weights` it is a variant of the base that is added, and the base may be any model that is known.
     Added again it keeps the name it has, and only what the store has lost is sent.
@@ -125,7 +125,7 @@ def add(
 
 
 def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = False) -> Added:
-    """A folder, which is not noted as the model's place where it is `passing`: its engines' cache is."""
+    """Add a folder. One that is `passing` is not recorded as the model's place: the engines' cache is."""
     checked, card = check_folder(path), find_model(path.resolve())
     if passing:
         card = replace(card, name=str(name), path=settings.home / CACHE / card.digest)
@@ -154,7 +154,7 @@ def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = Fa
 
 
 def remove(settings: Settings, name: str) -> tuple[ModelRow, int]:
-    """Takes a model that was added out of the store: its row, and how many objects nothing else needs.
+    """Take a model that was added out of the store. Returns its row, and how many objects nothing else needs.
 
     Clips that it rendered stay, and so does what is in the caches of engines. Raises ModelNotFound and ModelNeeded.
     """
@@ -174,7 +174,7 @@ def resolve(settings: Settings, name: str) -> ModelCard:
 
 
 def card_of(settings: Settings, name: str) -> ModelCard:
-    """The same for planning, which reads no weights: a model that was added is not fetched for it.
+    """The card of a model for planning, which reads no weights: a model that was added is not fetched for it.
 
     One that brings a rewriter is, since its prompts are rewritten where they are planned; these models are small.
     """
@@ -190,7 +190,7 @@ def card_of(settings: Settings, name: str) -> ModelCard:
 
 
 def network_of(card: ModelCard, bytes_each: int = 2) -> Network:
-    """What planning must know of a model's network, whose weights take so many bytes each. Reads headers, no weights.
+    """A model's network as planning needs it, from the headers of its files; its weights take `bytes_each`.
 
     Raises ModelNotFound for a model whose folder is not on this machine.
     """
@@ -220,8 +220,8 @@ def network_like(card: ModelCard, bytes_each: int = 2) -> Network:
 
 
 def partition_for(settings: Settings, card: ModelCard) -> Partition:
-    """How an engine that nobody told divides a model: as the setting says, or, if that is auto, over as many of the
-    GPUs as a clip of the model's own size can use.
+    """The partition of an engine that is given none: the setting's, or, if that is auto, over as many of the GPUs as
+    a clip of the model's own size can use.
 
     Raises CannotFit, and ModelNotFound for a model whose folder is not on this machine.
     """
@@ -238,19 +238,19 @@ def partition_for(settings: Settings, card: ModelCard) -> Partition:
 
 
 def gpus_of(settings: Settings) -> tuple[Gpu, int]:
-    """What engines with partition auto share."""
+    """The kind and number of the GPUs that engines with partition auto share."""
     assert settings.gpus is not None  # the settings were checked
     count, kind = parse_gpus(settings.gpus)
     return GPUS[kind], count
 
 
 def gpu_of(settings: Settings) -> Gpu:
-    """What one rank runs on, as far as the settings say."""
+    """The device of one rank, as far as the settings say."""
     return gpus_of(settings)[0] if settings.gpus else GPUS["cpu" if settings.device == "cpu" else "h100"]
 
 
 def as_row(row: ModelRow) -> dict[str, Any]:
-    """A line of the list of models; what nobody has added has neither parameters nor bytes."""
+    """A line of the list of models; one that was not added has neither parameters nor bytes."""
     files, trained = row.card.get(FILES), row.card.get("trained", ())
     return {
         "name": row.name,
@@ -264,7 +264,7 @@ def as_row(row: ModelRow) -> dict[str, Any]:
 
 
 def _find(settings: Settings, name: str) -> ModelCard | ModelRow:
-    """The ledger is only asked for what is neither shipped nor a folder, and only where there is one."""
+    """Find a model; the ledger, where there is one, is only asked if it is neither shipped nor a folder."""
     try:
         return find_model(name)
     except ModelNotFound as error:
@@ -280,7 +280,7 @@ def _find(settings: Settings, name: str) -> ModelCard | ModelRow:
 
 
 def _only(name: str, rows: Sequence[ModelRow], otherwise: str) -> ModelRow:
-    """The one of the rows that is called so, or whose digest begins so. Raises ModelNotFound."""
+    """Choose the row that is called so, or whose digest begins so. Raises ModelNotFound."""
     exact = [row for row in rows if row.name == name]
     rows = exact or [row for row in rows if len(name) >= PREFIX]
     if not rows:
@@ -295,7 +295,7 @@ def _only(name: str, rows: Sequence[ModelRow], otherwise: str) -> ModelRow:
 
 
 def _free_name(name: str, digest: str) -> str:
-    """The name, if a model may be added under it. Raises BadName and NameTaken."""
+    """Check that a model may be added under the name, and return it. Raises BadName and NameTaken."""
     if not NAME.fullmatch(name):
         raise BadName(
             f"the name {name[:120]!r} must begin with a letter or digit and hold letters, digits and ._- only, at most "
@@ -307,7 +307,7 @@ def _free_name(name: str, digest: str) -> str:
 
 
 def _put(store: Store, path: Path) -> dict[str, Stored]:
-    """Stores all that is rendered, rewritten and captioned with; what is there already is not sent again."""
+    """Store all files of a model, rewriter and captioner; those that are there already are not sent again."""
     return {file.relative_to(path).as_posix(): store.put(file) for file in (*covered_files(path), *_beside(path))}
 
 
@@ -318,7 +318,7 @@ def _beside(path: Path) -> list[Path]:
 
 
 def _mend(store: Store, path: Path, row: ModelRow) -> dict[str, Stored]:
-    """Sends again what the store has lost of a model. Raises BadCheckpoint for another rewriter or captioner."""
+    """Send again what the store has lost of a model. Raises BadCheckpoint for another rewriter or captioner."""
     files = _files(row)
     beside = {file.relative_to(path).as_posix(): file_digest(file) for file in _beside(path)}
     if beside != {file.name: file.sha256 for file in files if _is_beside(file)}:
@@ -339,9 +339,9 @@ def _cached(settings: Settings, row: ModelRow) -> Path:
 
 
 def _fetched(settings: Settings, row: ModelRow) -> ModelCard:
-    """Fetches the files that are not here yet. The folder appears under its name when all of it is here and proven.
+    """Fetch the files that are not here yet. The folder appears under its name when all of it is here and proven.
 
-    Whoever comes second waits for the first. What a killed process has fetched is not fetched again.
+    A second process waits for the first. Files that a killed process has fetched are not fetched again.
     """
     folder = _cached(settings, row)
     while not in_use(folder):
@@ -360,7 +360,7 @@ def _fetched(settings: Settings, row: ModelRow) -> ModelCard:
 
 
 def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
-    """One file, proven by its digest while it is written; an error leaves nothing of it. Raises BrokenModel."""
+    """Fetch one file and prove it by its digest; an error leaves nothing of it. Raises BrokenModel."""
     if target.is_file() and target.stat().st_size == file.bytes:  # it got its name after it was proven
         return
     key, digest = blob_key(file.sha256), hashlib.sha256()
@@ -386,7 +386,10 @@ def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
 
 
 def _files(row: ModelRow) -> tuple[File, ...]:
-    """What was added. Raises BrokenModel for a list that does not give the model's digest, or leads out of a folder."""
+    """The files of a model that was added.
+
+    Raises BrokenModel for a list that does not give the model's digest, or leads out of a folder.
+    """
     files = tuple(File(**said) for said in row.card[FILES])
     inside = all(
         not PurePosixPath(file.name).is_absolute() and ".." not in PurePosixPath(file.name).parts for file in files
@@ -400,7 +403,7 @@ def _files(row: ModelRow) -> tuple[File, ...]:
 
 
 def _digest(files: Iterable[File]) -> str:
-    """The model's own."""
+    """The digest of a model with these files."""
     return digest_of((file.name, file.sha256) for file in files if not _is_beside(file))
 
 

@@ -32,7 +32,7 @@ class BadVariant(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """An adapter as somebody asks for it."""
+    """An adapter to merge, as the command line names it."""
 
     file: Path
     scale: float = 1.0
@@ -40,7 +40,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """Reads FILE, FILE:SCALE or transformer_2=FILE:SCALE. Raises BadVariant."""
+        """Read FILE, FILE:SCALE or transformer_2=FILE:SCALE. Raises BadVariant."""
         into = SECOND if text.startswith(f"{SECOND}=") else TRANSFORMER
         name = text.removeprefix(f"{SECOND}=")
         file, colon, said = name.rpartition(":")
@@ -58,7 +58,7 @@ class Lora:
 def write_variant(
     base: Path, files: Iterable[Path], folder: Path, loras: Sequence[Lora], weights: str | None = None
 ) -> None:
-    """Makes the folder of a variant: links to `files` of the base, copies of adapters, and the two files that say so.
+    """Make the folder of a variant: links to `files` of the base, copies of adapters, and the two files that say so.
 
     Raises BadCheckpoint for an adapter that does not fit, and BadVariant for one that is merged already.
     """
@@ -95,13 +95,13 @@ def _check(base: Path, loras: Sequence[Lora]) -> None:
 
 
 def _adapter(lora: Lora) -> Adapter:
-    """What is written down of it. Its file is called by what is in it, whatever somebody calls it."""
+    """The adapter's entry in the variant's list. Its file is named by its digest, not as people call it."""
     name = f"{ADAPTERS}/{file_digest(lora.file)[:16]}.safetensors"
     return Adapter(file=name, scale=lora.scale, into=lora.into, config=_said_beside(lora.file))
 
 
 def _said_beside(file: Path) -> dict[str, Any]:
-    """What decides the strength of an adapter that peft wrote, and lies beside it."""
+    """Read the settings that decide the strength of an adapter by peft from the file beside it."""
     if not any(name.startswith(PEFT) for name in read_header(file)):
         return {}
     beside = file.with_name(PEFT_CONFIG)
@@ -114,7 +114,7 @@ def _said_beside(file: Path) -> dict[str, Any]:
 
 
 def _place(adapter: Adapter) -> tuple[str, str]:
-    """Which adapter it is. Sums of floats depend on their order, so adapters are merged in that of their bytes."""
+    """Sort key of an adapter. Sums of floats depend on their order, so adapters are merged by digest."""
     return adapter.file, adapter.into
 
 

@@ -1,4 +1,4 @@
-"""Compares the ledger with itself and with the store.
+"""The audit: compares the ledger with itself and with the store.
 
 No row contradicts another, every row has its bytes, every object has its row, every digest is true.
 """
@@ -31,7 +31,7 @@ OVERDUE = timedelta(hours=1)  # for which maintenance, which comes every ten min
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """Something that is not as it must be: missing, wrong size, wrong digest, orphan, or a rule of `db.audit`."""
+    """A fault found: missing, wrong size, wrong digest, orphan, or a rule of `db.audit`."""
 
     problem: str
     key: str
@@ -82,7 +82,7 @@ def audit(
 
 
 def _draw(session: Session, count: int) -> set[str]:
-    """Keys of so many artifacts: a reservoir, since the ledger may hold millions."""
+    """Draw the keys of so many artifacts: a reservoir, since the ledger may hold millions."""
     drawn: list[str] = []
     for seen, row in enumerate(_rows(session)):
         if seen < count:
@@ -93,7 +93,7 @@ def _draw(session: Session, count: int) -> set[str]:
 
 
 def _checkpoints(session: Session, store: Store, report: AuditReport) -> Iterator[Breach]:
-    """Latents that a clip would go on from and that are not there, unless it has finished or moved on meanwhile."""
+    """Breaches of clips whose checkpoint is not there, unless they have finished or moved on meanwhile."""
     named = checkpoints(session)
     session.rollback()
     report.rows += len(named)
@@ -106,7 +106,7 @@ def _checkpoints(session: Session, store: Store, report: AuditReport) -> Iterato
 
 
 def _rows(session: Session) -> Iterator[Artifact]:
-    """All artifacts by key, a page at a time: no transaction stays open while bytes are hashed."""
+    """Read all artifacts by key, a page at a time: no transaction stays open while bytes are hashed."""
     last = ""
     while True:
         page = session.scalars(select(Artifact).where(Artifact.key > last).order_by(Artifact.key).limit(BATCH)).all()

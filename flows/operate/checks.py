@@ -1,6 +1,6 @@
-"""What `rushes doctor` looks at inside the ledger, the store and the model; the parts themselves are infra's to check.
+"""Checks of `rushes doctor` inside the ledger, the store and the model; infra checks the processes.
 
-Each returns what it saw, and raises when that is wrong.
+Each returns its finding as a phrase, and raises when that is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flows.settings import Settings
 
 
 def schema(url: str) -> str:
-    """The ledger's tables are those that this code was written for."""
+    """Check that the ledger's tables are those that this code was written for."""
     engine = connect(url, application="rushes-doctor")
     try:
         with engine.connect() as connection:
@@ -32,7 +32,7 @@ def schema(url: str) -> str:
 
 
 def store(settings: Settings) -> str:
-    """Bytes can be put, read back and deleted."""
+    """Check that bytes can be put, read back and deleted."""
     store = settings.open_store()
     key, data = f"doctor/{uuid.uuid4()}", b"Rushes was here."
     store.put_at(key, data, "text/plain")
@@ -45,7 +45,7 @@ def store(settings: Settings) -> str:
 
 
 def weights(settings: Settings) -> str:
-    """The model that engines load is there, and can be divided as they are to divide it."""
+    """Check that the model of the settings is there and divides as engines are to divide it."""
     card = card_of(settings, settings.model)
     partition = partition_for(settings, card)
     partition.check_heads(card.heads)

@@ -1,4 +1,4 @@
-"""Copies a request's clips out of the store into a folder, under names that people gave them, with a manifest.
+"""The export: copies a request's clips into a folder, under the names that people gave them, with a manifest.
 
 Files arrive whole or not at all, and are checked against the digest in the ledger. Run again it copies what is missing.
 """
@@ -47,7 +47,7 @@ class ExportReport:
 def export(
     session: Session, store: Store, request_id: str, folder: Path, *, on_clip: Callable[[str], None] = lambda _: None
 ) -> ExportReport:
-    """Copies every done clip of the request and writes `manifest.jsonl`, a line for every clip whatever its status.
+    """Copy every done clip of the request and write `manifest.jsonl`, a line for every clip, done or not.
 
     The manifest's `file` is null where there is none. Raises StoreUnavailable, and OSError for a folder that cannot be
     written.
@@ -70,7 +70,7 @@ def export(
 
 
 def export_sheet(store: Store, key: str | None, folder: Path) -> bool:
-    """Copies the request's contact sheet, if it has one, as `contact_sheet.png`."""
+    """Copy the request's contact sheet, if it has one, as `contact_sheet.png`."""
     if key is None:
         return False
     try:
@@ -82,7 +82,7 @@ def export_sheet(store: Store, key: str | None, folder: Path) -> bool:
 
 
 def _rows(session: Session, request_id: str) -> Iterator[HistoryRow]:
-    """The request's clips in order, a page at a time: no transaction stays open while bytes are copied."""
+    """Read the request's clips in order, a page at a time: no transaction stays open while bytes are copied."""
     last = ""
     while True:
         wanted = select(history).where(history.c.request_id == request_id, history.c.clip_id > last)
@@ -126,7 +126,7 @@ def portable(custom_id: str) -> str:
 
 
 def _copy(store: Store, row: HistoryRow, path: Path, done: ExportReport) -> str | None:
-    """Copies one clip; a sentence if its bytes cannot be had."""
+    """Copy one clip; a sentence if its bytes cannot be had."""
     assert row.object_key is not None and row.sha256 is not None
     if path.is_file() and _digest(path) == row.sha256:
         done.there += 1

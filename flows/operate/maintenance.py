@@ -88,7 +88,7 @@ class MaintenanceReport:
 
 @flow(name="maintenance", description="Expired leases, silent engines, abandoned requests, orphan objects.")
 def maintenance() -> State[Any]:
-    """Repairs the state that crashes leave behind."""
+    """Repair the state that crashes leave behind."""
     settings = load_settings()
     setup_tracing("rushes-maintenance")
     log = get_run_logger()
@@ -106,7 +106,7 @@ def maintenance() -> State[Any]:
 
 
 def rescue(client: SyncPrefectClient, ledgers: sessionmaker[Session], report: MaintenanceReport) -> None:
-    """Returns the work of dead engines, workers and flow runs to the queue, and restarts requests without a run."""
+    """Return the work of dead engines, workers and flow runs to the queue, and restart requests without a run."""
     ensure_heartbeat_automation(client)
     with ledgers.begin() as session:
         for owner in pool.dead_owners(watching.lease_owners(session)):
@@ -118,13 +118,13 @@ def rescue(client: SyncPrefectClient, ledgers: sessionmaker[Session], report: Ma
 
 
 def prune(ledgers: sessionmaker[Session], store: Store, report: MaintenanceReport) -> None:
-    """Deletes from the store what nothing refers to any more, and uploads that were never finished."""
+    """Delete from the store what nothing refers to any more, and uploads that were never finished."""
     report.objects, report.bytes = sweep_orphans(ledgers, store)
     store.sweep_unfinished(ORPHAN_AGE["blobs/"].total_seconds())
 
 
 def ensure_heartbeat_automation(client: SyncPrefectClient) -> None:
-    """Creates the automation that marks a run as crashed when its host is gone; Prefect has no such rule itself."""
+    """Create the automation that marks a run as crashed when its host is gone; Prefect has no such rule itself."""
     if not client.read_automations_by_name(HEARTBEATS):
         client.create_automation(heartbeat_automation())
 
@@ -155,7 +155,7 @@ def heartbeat_automation() -> AutomationCore:
 
 
 def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
-    """Closes the rows of engines that have not been heard of, and their runs if Prefect still calls them running."""
+    """Close the rows of silent engines, and their runs if Prefect still calls them running."""
     with ledgers.begin() as session:
         silent = silent_engines(session, ALIVE * 4)
         for engine in silent:
@@ -178,7 +178,7 @@ def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Sessio
 
 
 def kill_if_hung(engine: EngineRow) -> None:
-    """Kills an engine's process if it hangs on this host: it keeps its memory and GPUs. Its ranks follow it."""
+    """Kill an engine's process if it hangs on this host: it keeps its memory and GPUs. Its ranks follow it."""
     if engine.host != socket.gethostname():
         return
     with suppress(psutil.Error):
@@ -188,7 +188,7 @@ def kill_if_hung(engine: EngineRow) -> None:
 
 
 def restart_abandoned_requests(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
-    """Gives open requests whose run has ended a new run with the same input; cancels those whose run was cancelled.
+    """Give open requests whose run has ended a new run with the same input; cancel those whose run was cancelled.
 
     Returns how many.
     """
@@ -214,7 +214,7 @@ def restart_abandoned_requests(client: SyncPrefectClient, ledgers: sessionmaker[
 
 
 def end_stuck_runs(client: SyncPrefectClient) -> int:
-    """Ends runs that died with the worker that had taken them, before they could say so."""
+    """End runs that died with the worker that had taken them, before they could say so."""
     under_way = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(UNDER_WAY))))
     ended = 0
     for run in client.read_flow_runs(flow_run_filter=under_way, limit=200):
@@ -225,7 +225,7 @@ def end_stuck_runs(client: SyncPrefectClient) -> int:
 
 
 def restart_unrecorded_requests(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
-    """Gives requests whose run crashed before the ledger knew of them a new one, MAX_RUNS at most; returns how many."""
+    """Give requests whose run crashed before the ledger knew of them a new one, MAX_RUNS at most; returns how many."""
     only = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
         expected_start_time=FlowRunFilterExpectedStartTime(after_=cast(DateTime, datetime.now(UTC) - CRASHED_AGE)),
@@ -265,7 +265,7 @@ def _predecessor(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
 
 
 def restart(run: FlowRun) -> None:
-    """Starts a run with the same input, once for all callers; in place of one that has ended as well, the next."""
+    """Start a run with the same input, once for all callers; in place of one that has ended as well, the next."""
     while run.state is not None and run.state.is_final():
         run = cast(
             FlowRun,
@@ -281,7 +281,7 @@ def restart(run: FlowRun) -> None:
 
 
 def sweep_orphans(ledgers: sessionmaker[Session], store: Store) -> tuple[int, int]:
-    """Deletes objects of ORPHAN_AGE that no row knows, as a killed engine leaves them. Returns (objects, bytes)."""
+    """Delete objects of ORPHAN_AGE that no row knows, as a killed engine leaves them. Returns (objects, bytes)."""
     objects = size = 0
     for prefix, names in REFERENCES.items():
         before = datetime.now(UTC) - ORPHAN_AGE[prefix]

@@ -1,7 +1,7 @@
-"""Renders clips of history again and says whether the same comes of it, or by how much not.
+"""Reproduction: clips of history are rendered again and compared with what is stored.
 
 The contract: one recipe on one partition of one kind of machine (threads and micro-batch included) gives the same
-bytes, whenever it is rendered. On another partition sums are added up in another order, and pixels differ by rounding.
+bytes, at any time. On another partition sums are added up in another order, and pixels differ by rounding.
 
 Of a clip its file is kept, so files are compared. They are written with the metadata of the clip they were first
 rendered for: what is equal is equal to the byte. Where bytes differ, frames are compared as a player decodes them.
@@ -27,7 +27,7 @@ from flows.render.clip import WrongDigest, as_file, proven, spec_of
 from flows.render.engine import engine_of
 from flows.render.worker import code_version, machine
 from flows.settings import Settings
-from flows.show import console, printable
+from flows.show import printable, terminal_bars
 from infra.store.contract import NoSuchKey, Store
 from model.config import Partition
 from model.engine.clip import RankDied, RankHung, RenderedClip, RenderFailed
@@ -48,7 +48,7 @@ class BadPartition(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ReproductionJob:
     """A clip to render again."""
 
     original: Original
@@ -62,8 +62,8 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reproduced:
-    """What came of it."""
+class ReproductionResult:
+    """A clip's rendering compared with what is stored."""
 
     clip_id: str
     partition: str
@@ -81,20 +81,20 @@ class Reproduced:
         return self.detail if self.verdict == "failed" else self.verdict
 
     def passes(self, tolerance_db: float | None) -> bool:
-        """True of what is identical, or at least `tolerance_db` near to what is stored."""
+        """True if the clip is identical, or its PSNR against what is stored at least `tolerance_db`."""
         if self.verdict == "failed" or not self.sound:
             return False
         return self.psnr is None or (tolerance_db is not None and self.psnr >= tolerance_db)
 
 
-class Progress(Protocol):
-    """Whom to tell what is going on."""
+class ProgressDisplay(Protocol):
+    """A display of how far a reproduction is."""
 
     def say(self, message: str) -> None: ...
 
     def step(self, clip_id: str, step: int, steps: int) -> None: ...
 
-    def done(self, reproduced: Reproduced) -> None: ...
+    def done(self, reproduced: ReproductionResult) -> None: ...
 
 
 def plan(
@@ -104,10 +104,10 @@ def plan(
     partition: str | None = None,
     *,
     exact: bool = False,
-) -> tuple[list[Job], list[str]]:
-    """What is to be rendered, on its own partition if none is given, and a sentence for each clip that cannot be.
+) -> tuple[list[ReproductionJob], list[str]]:
+    """Plan a job for each clip, on its own partition if none is given, and a sentence for each that cannot be rendered.
 
-    exact: every step in full, whatever step cache a clip was made with.
+    exact: every step in full, also of clips that were made with a step cache.
 
     Raises BadPartition, and BrokenModel for a model that the store has lost.
     """
@@ -115,7 +115,7 @@ def plan(
         asked = Partition.parse(partition) if partition is not None else None
     except ValueError as error:
         raise BadPartition(str(error)) from None
-    jobs: list[Job] = []
+    jobs: list[ReproductionJob] = []
     problems: list[str] = []
     cards: dict[tuple[str, str], ModelCard] = {}
     for clip_id in dict.fromkeys(clip_ids):
@@ -131,7 +131,7 @@ def plan(
             problems.append(f"clip {clip_id}: {error}")
         else:
             own = Partition.parse(found.partition)
-            job = Job(original=found, card=cards[model], partition=asked or own, exact=exact)
+            job = ReproductionJob(original=found, card=cards[model], partition=asked or own, exact=exact)
             try:
                 job.partition.check_heads(job.card.heads)
             except ValueError as error:
@@ -141,7 +141,7 @@ def plan(
 
 
 def weights_of(settings: Settings, name: str, digest: str) -> ModelCard:
-    """The card of the very weights that a clip was made with: under the name that was asked for, else by their digest.
+    """Resolve the very weights that a clip was made with: under the name that was asked for, else by their digest.
 
     Raises ModelNotFound, and BrokenModel.
     """
@@ -161,19 +161,19 @@ def weights_of(settings: Settings, name: str, digest: str) -> ModelCard:
 
 
 def reproduce(
-    settings: Settings, ledgers: sessionmaker[Session], jobs: Sequence[Job], progress: Progress
-) -> list[Reproduced]:
-    """Renders clip after clip, an engine start for all of one model and partition, and records every comparison.
+    settings: Settings, ledgers: sessionmaker[Session], jobs: Sequence[ReproductionJob], progress: ProgressDisplay
+) -> list[ReproductionResult]:
+    """Render clip after clip, an engine start for all of one model and partition, and records every comparison.
 
     A clip that fails does not stop the others. Raises StartFailed, StoreUnavailable.
     """
     store, device = settings.open_store(), machine(settings)
-    results: list[Reproduced] = []
+    results: list[ReproductionResult] = []
     for (card, partition), group in grouped(jobs):
         progress.say(f"loading {card.name} on {partition}")
         with engine_of(settings, card, partition) as engine:
             for job in group:
-                reproduced, row = once_more(job, engine, store, device, progress)
+                reproduced, row = reproduce_clip(job, engine, store, device, progress)
                 if row is not None:
                     with ledgers.begin() as session:
                         add_reproduction(session, row)
@@ -182,22 +182,22 @@ def reproduce(
     return results
 
 
-def grouped(jobs: Iterable[Job]) -> list[tuple[tuple[ModelCard, Partition], list[Job]]]:
-    """Jobs that one engine can do, together."""
-    groups: dict[tuple[ModelCard, Partition], list[Job]] = {}
+def grouped(jobs: Iterable[ReproductionJob]) -> list[tuple[tuple[ModelCard, Partition], list[ReproductionJob]]]:
+    """Group the jobs that one engine can do."""
+    groups: dict[tuple[ModelCard, Partition], list[ReproductionJob]] = {}
     for job in jobs:
         groups.setdefault((job.card, job.partition), []).append(job)
     return list(groups.items())
 
 
-def once_more(
-    job: Job, engine: Engine, store: Store, device: str, progress: Progress
-) -> tuple[Reproduced, NewReproduction | None]:
-    """One clip rendered and compared; without a row where nothing could be compared."""
+def reproduce_clip(
+    job: ReproductionJob, engine: Engine, store: Store, device: str, progress: ProgressDisplay
+) -> tuple[ReproductionResult, NewReproduction | None]:
+    """Render one clip and compare it; without a row where nothing could be compared."""
 
-    def failed(reason: str) -> tuple[Reproduced, None]:
+    def failed(reason: str) -> tuple[ReproductionResult, None]:
         clip_id, partition = job.original.clip_id, str(job.partition)
-        return Reproduced(clip_id=clip_id, partition=partition, verdict="failed", detail=reason), None
+        return ReproductionResult(clip_id=clip_id, partition=partition, verdict="failed", detail=reason), None
 
     key = job.original.artifact.key
     try:
@@ -228,11 +228,14 @@ def once_more(
         largest=difference.largest if difference else 0,
         seconds=seconds,
     )
-    return judged(job.original, stored, difference, row), row
+    return verdict_on(job.original, stored, difference, row), row
 
 
-def render(job: Job, engine: Engine, store: Store, progress: Progress) -> RenderedClip:
-    """Raises RankDied, RankHung and RenderFailed; BadMedia, NoSuchKey and WrongDigest for what it is made from."""
+def render(job: ReproductionJob, engine: Engine, store: Store, progress: ProgressDisplay) -> RenderedClip:
+    """Render a clip as it was made.
+
+    Raises RankDied, RankHung and RenderFailed; BadMedia, NoSuchKey and WrongDigest for its sources.
+    """
 
     def fetch(source: NewArtifact) -> bytes:
         return proven(store.get(source.key), source)
@@ -243,8 +246,10 @@ def render(job: Job, engine: Engine, store: Store, progress: Progress) -> Render
     return rendered
 
 
-def judged(original: Original, stored: bytes, difference: Difference | None, row: NewReproduction) -> Reproduced:
-    """The verdict, with whatever may explain a difference."""
+def verdict_on(
+    original: Original, stored: bytes, difference: Difference | None, row: NewReproduction
+) -> ReproductionResult:
+    """The verdict, with all that may explain a difference."""
     details: list[str] = []
     if difference is not None and not difference.nothing:
         was, now = difference.shapes
@@ -270,7 +275,7 @@ def judged(original: Original, stored: bytes, difference: Difference | None, row
     verdict: Verdict = "differs"
     if row.identical:
         verdict = "identical" if difference is None else "identical frames"
-    return Reproduced(
+    return ReproductionResult(
         clip_id=original.clip_id,
         partition=row.partition,
         verdict=verdict,
@@ -283,8 +288,8 @@ def judged(original: Original, stored: bytes, difference: Difference | None, row
     )
 
 
-def summary(results: Sequence[Reproduced]) -> str:
-    """All of them in a line."""
+def summary(results: Sequence[ReproductionResult]) -> str:
+    """A line that sums up all results."""
     count = {verdict: sum(each.verdict == verdict for each in results) for verdict in get_args(Verdict)}
     parts = [f"{count['identical'] + count['identical frames']} of {len(results)} identical"]
     if count["identical frames"]:
@@ -298,17 +303,10 @@ def summary(results: Sequence[Reproduced]) -> str:
 
 
 @contextmanager
-def display(clips: int) -> Generator[Progress]:
-    """Shows on standard error how far it is: a bar on a terminal, else a line for every clip."""
-    if not console(stderr=True).is_terminal:
-        yield _Lines()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Bars(*columns, console=console(stderr=True), transient=True) as bars:
-        yield _Bar(bars, clips)
+def display(clips: int) -> Generator[ProgressDisplay]:
+    """Show progress on standard error: a bar on a terminal, else a line for every clip."""
+    with terminal_bars() as bars:
+        yield _Lines() if bars is None else _Bar(bars, clips)
 
 
 class _Bar:
@@ -322,7 +320,7 @@ class _Bar:
     def step(self, clip_id: str, step: int, steps: int) -> None:
         self.say(f"{clip_id}: step {step} of {steps}")
 
-    def done(self, reproduced: Reproduced) -> None:
+    def done(self, reproduced: ReproductionResult) -> None:
         self._bars.advance(self._task)
 
 
@@ -333,5 +331,5 @@ class _Lines:
     def step(self, clip_id: str, step: int, steps: int) -> None:
         """A line a step would be too many."""
 
-    def done(self, reproduced: Reproduced) -> None:
+    def done(self, reproduced: ReproductionResult) -> None:
         self.say(f"{reproduced.clip_id}: {reproduced}")

@@ -38,7 +38,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.planning import adopt_takes, shard_table, unplanned
 from db.requests import progress
 from db.session import connect, sessions
-from flows.clients.ledger import settle
+from flows.clients.ledger import prepare_ledger
 from flows.generate.page import TABLE_ROWS
 from flows.render.engine import run_engine
 from flows.render.flow import TaskRuns
@@ -197,7 +197,7 @@ def prefect_bench(clips: int = 1_000_000) -> Iterator[str]:
         deployments.write_text(DEPLOYMENTS.read_text().replace("flows.render.flow.render", f"{__name__}.render"))
         repository = Path(__file__).parents[2]
         try:
-            stack = up(home, repo=repository, migrate=settle, engines=ENGINES, deployments=deployments)
+            stack = up(home, repo=repository, migrate=prepare_ledger, engines=ENGINES, deployments=deployments)
             yield from _measured(home, stack, clips)
         finally:
             down(home)
