@@ -9,11 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-from flows.clients.locks import locked
+from filelock import FileLock, Timeout, lock_descriptor
 
 _used: dict[Path, int] = {}  # by this process: descriptors, never closed, whose locks go with it
 
@@ -52,24 +51,19 @@ def make_room(folder: Path, needed: int, bound: int) -> int:
 def _delete(folder: Path) -> bool:
     """Delete a model, or part of one, unless a process needs it; no process ever sees half of it."""
     with ExitStack() as locks:
-        for name in ("use", "lock"):
-            if not locked(locks.enter_context(_beside(folder, name).open("a"))):
-                return False
+        use = locks.enter_context(_beside(folder, "use").open("a"))
+        if not lock_descriptor(use.fileno(), blocking=False):
+            return False
+        try:
+            locks.enter_context(FileLock(_beside(folder, "lock"), timeout=0))
+        except Timeout:
+            return False
         part = _beside(folder, "part")  # what is left of it after a crash looks like a fetch that was killed
         shutil.rmtree(part, ignore_errors=True)
         if folder != part:
             folder.rename(part)
             shutil.rmtree(part)
     return True
-
-
-@contextmanager
-def alone(lock: Path) -> Generator[None]:
-    """Waits until no other process holds the lock, which goes with the process, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def _last_used(folder: Path) -> float:

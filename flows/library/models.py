@@ -8,7 +8,6 @@ loads neither Prefect nor torch, and shipped models and folders are found withou
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,15 +15,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock
 from sqlalchemy.exc import OperationalError
 
 from db.artifacts import NewArtifact, add_artifacts
 from db.models import FILES, ModelRow, NameTaken, add_model, added_model, added_models, check_name, remove_model
 from flows.clients.ledger import ledger, reading
-from flows.library.cache import alone, in_use, make_room
+from flows.library.cache import in_use, make_room
 from flows.library.variants import Lora, write_variant
 from flows.plan.layout import GPUS, RELEASES, CannotFit, Gpu, Network, Work, parse_gpus, shared_partition
 from flows.settings import AUTO, Settings
+from infra.files import atomic_path
 from infra.store.contract import CHUNK, NoSuchKey, Store, Stored, blob_key
 from model.config import Partition, Shape
 from model.loading.card import (
@@ -345,7 +346,7 @@ def _fetched(settings: Settings, row: ModelRow) -> ModelCard:
     """
     folder = _cached(settings, row)
     while not in_use(folder):
-        with alone(folder.with_name(f"{row.digest}.lock")):
+        with FileLock(folder.with_name(f"{row.digest}.lock")):
             if not folder.is_dir():
                 part, store = folder.with_name(f"{row.digest}.part"), settings.open_store()
                 if settings.model_cache is not None:
@@ -367,22 +368,17 @@ def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
     half, mend = target.with_name(f"{target.name}.half"), "`rushes models add` with its folder puts it there again"
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with store.open(key) as source, half.open("wb") as sink:
+        with store.open(key) as source, atomic_path(target, part=half) as part, part.open("wb") as sink:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)
                 sink.write(chunk)
-            sink.flush()
-            os.fsync(sink.fileno())  # a power cut must not leave a file of the right size and wrong bytes
-        if digest.hexdigest() != file.sha256:
-            raise BrokenModel(
-                f"{file.name} of model {row.name}: the store's {key} has the sha256 {digest.hexdigest()}: "
-                f"delete that object; {mend}"
-            )
-        half.replace(target)
+            if digest.hexdigest() != file.sha256:
+                raise BrokenModel(
+                    f"{file.name} of model {row.name}: the store's {key} has the sha256 {digest.hexdigest()}: "
+                    f"delete that object; {mend}"
+                )
     except NoSuchKey:
         raise BrokenModel(f"{file.name} of model {row.name} is not in the store ({key}): {mend}") from None
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def _files(row: ModelRow) -> tuple[File, ...]:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import BinaryIO
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -24,6 +21,7 @@ from sqlalchemy.orm import Session
 from db.history import HistoryRow, history, rows_of
 from db.tables import ClipStatus
 from flows.show import plain
+from infra.files import atomic_path
 from infra.store.contract import NoSuchKey, Store
 
 CHUNK = 1 << 20
@@ -54,7 +52,7 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = ExportReport()
-    with _whole_file(folder / MANIFEST) as manifest:
+    with atomic_path(folder / MANIFEST, sync=False) as part, part.open("wb") as manifest:
         for row, name in named(_rows(session, request_id)):
             file: str | None = None
             if row.status != ClipStatus.DONE:
@@ -74,7 +72,7 @@ def export_sheet(store: Store, key: str | None, folder: Path) -> bool:
     if key is None:
         return False
     try:
-        with store.open(key) as source, _whole_file(folder / SHEET) as target:
+        with store.open(key) as source, atomic_path(folder / SHEET, sync=False) as part, part.open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK)
     except NoSuchKey:
         return False
@@ -133,7 +131,7 @@ def _copy(store: Store, row: HistoryRow, path: Path, done: ExportReport) -> str 
         return None
     digest = hashlib.sha256()
     try:
-        with store.open(row.object_key) as source, _whole_file(path) as target:
+        with store.open(row.object_key) as source, atomic_path(path, sync=False) as part, part.open("wb") as target:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)
                 target.write(chunk)
@@ -154,15 +152,3 @@ class _WrongBytes(Exception):
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def _whole_file(path: Path) -> Generator[BinaryIO]:
-    """A file that gets its name when it is complete; an error leaves nothing behind."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -5,13 +5,12 @@ A number of a GPU is a file that is locked for as long as its engine lives: what
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from flows.clients.locks import locked
+from filelock import FileLock, Timeout
 
 FOLDER = "devices"  # in the home folder
 POLL = 1.0  # seconds between two looks for free ones
@@ -43,18 +42,13 @@ def hold_devices(home: Path, total: int, wanted: int, seconds: float) -> Generat
 
 
 def _take(folder: Path, total: int, wanted: int) -> tuple[tuple[int, ...], ExitStack] | None:
-    with ExitStack() as stack:
-        turn = stack.enter_context((folder / "turn").open("a"))
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with FileLock(folder / "turn"), ExitStack() as held:
         numbers: list[int] = []
-        with ExitStack() as held:
-            for number in range(total):
-                file = (folder / str(number)).open("a")
-                if len(numbers) < wanted and locked(file):
-                    held.enter_context(file)
-                    numbers.append(number)
-                else:
-                    file.close()
+        for number in range(total):
             if len(numbers) == wanted:
-                return tuple(numbers), held.pop_all()
-    return None
+                break
+            with suppress(Timeout):
+                # Whichever thread ends the engine gives the device back.
+                held.enter_context(FileLock(folder / str(number), timeout=0, thread_local=False))
+                numbers.append(number)
+        return (tuple(numbers), held.pop_all()) if len(numbers) == wanted else None

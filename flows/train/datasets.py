@@ -19,6 +19,7 @@ from db import datasets
 from db.datasets import ClipOfDataset, DatasetRow, NewDataset
 from db.tables import CaptionOrigin
 from flows.settings import PREFIX, Settings, WrongSetting
+from infra.files import atomic_path
 from infra.store.contract import Store
 from infra.store.open import open_store
 from model.config import Shape
@@ -182,10 +183,8 @@ def copy_prefix(store: Store, prefix: str, folder: Path) -> None:
         if there and there.st_size == listed.bytes and there.st_mtime >= listed.modified.timestamp():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with store.open(listed.key) as stream, part.open("wb") as file:
+        with store.open(listed.key) as stream, atomic_path(path) as part, part.open("wb") as file:
             while chunk := stream.read(CHUNK):
                 file.write(chunk)
-        part.replace(path)
     for path in [p for p in folder.rglob("*") if p.is_file() and p not in wanted]:
         path.unlink()

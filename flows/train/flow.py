@@ -16,11 +16,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
@@ -42,7 +43,6 @@ from db.datasets import DatasetNotFound, DatasetRow
 from db.models import record_scores, register_model
 from db.tables import CaptionOrigin
 from flows.clients.ledger import ledger as ledger_of
-from flows.clients.locks import locked
 from flows.settings import Settings, WrongSetting, load_settings
 from flows.train.datasets import cuts_of, find_dataset, source_of
 from flows.train.evaluation import EVALUATION, JUDGE, figures_of, measuring
@@ -162,9 +162,11 @@ def training_key(settings: Settings, request: Training, dataset: DatasetRow) -> 
 def alone(work: Path) -> Generator[None]:
     """Raises AtWork when another process holds the folder. The lock goes with the process, however it ends."""
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        if not locked(lock):
-            raise AtWork(f"another run trains in {work}")
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(work / "lock", timeout=0))
+        except Timeout:
+            raise AtWork(f"another run trains in {work}") from None
         yield
 
 

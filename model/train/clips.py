@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from model.train import data
 from model.train.config import TrainConfig
 from model.train.data import FPS, Bucket
+from model.train.files import atomic_path
 from model.world import render as world_render
 from model.world.scene import Scene
 
@@ -52,10 +52,8 @@ def _render_chunk(job: tuple[TrainConfig, Bucket, int]) -> str:
 
 def _save_chunk(path: Path, clips: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    with part.open("wb") as file:
+    with atomic_path(path) as part, part.open("wb") as file:  # np.save would end another name with .npy
         np.save(file, clips)
-    part.rename(path)
 
 
 def list_cuts(config: TrainConfig, folder: Path) -> None:

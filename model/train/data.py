@@ -29,6 +29,7 @@ from PIL.Image import Resampling
 
 from model.config import Shape
 from model.media.decode import at_rate, fit, opened
+from model.train.files import atomic_path
 from model.world.captions import describe
 from model.world.render import render
 from model.world.scene import Scene, sample_scene
@@ -195,13 +196,11 @@ def digest(cuts: Iterable[Cut], fps: int) -> str:
 
 def save_list(path: Path, source: Source, cuts: Iterable[Cut]) -> None:
     """Writes the list of a data set's cuts, with what they are cut from in its first line."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
+    with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
         head = {"folder": str(source.folder) if source.folder else None, "seed": source.seed, "fps": source.fps}
         file.write(json.dumps(head) + "\n")
         for cut in cuts:
             file.write(json.dumps(asdict(cut), ensure_ascii=False) + "\n")
-    part.replace(path)
 
 
 def load_list(path: Path) -> tuple[Source, list[Cut]]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from model.train.config import TrainConfig
+from model.train.files import atomic_path
 
 if TYPE_CHECKING:
     from model.parallel.zero_training import Zero
@@ -163,9 +164,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    part.rename(path)
+    with atomic_path(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
 
 
 def last(log: Path) -> dict[str, Any]:
