@@ -9,11 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import httpx
-from sqlalchemy.orm import Session, sessionmaker
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from db.session import is_away
@@ -88,17 +86,3 @@ def best_effort(ask: Callable[[], object]) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def once(ledgers: sessionmaker[Session], work: Callable[[Session], T]) -> T:
-    """One transaction of the ledger; to go when its callers have a `Ledger`."""
-    with ledgers.begin() as session:
-        return work(session)
-
-
-def transact(ledgers: sessionmaker[Session], work: Callable[[Session], T], *, seconds: float = OUTAGE_SECONDS) -> T:
-    """One patient transaction; to go when its callers have a `Ledger`."""
-    return with_retry(partial(once, ledgers, work), seconds=seconds)
-
-
-patiently, if_there, away = with_retry, best_effort, unavailable_service

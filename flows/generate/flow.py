@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session
 
 from db import watching
 from db.requests import cancel_request
+from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
-from flows.clients.retry import transact
 from flows.generate.make import make_clips
 from flows.generate.outcome import Ending, Outcome
 from flows.generate.prefect_page import PrefectPage
@@ -46,7 +46,7 @@ def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
             cancel_request(session, request.id)
 
     with ledger_of(load_settings()) as ledgers:
-        transact(ledgers, cancel, seconds=60)
+        Ledger(ledgers).within(60).write(cancel)
 
 
 @flow(

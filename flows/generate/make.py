@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.requests import QuotaExceeded
 from db.tables import ClipStatus
-from flows.clients.retry import if_there, patiently
+from flows.clients.retry import best_effort, with_retry
 from flows.generate.outcome import Outcome
 from flows.generate.page import Page, refuse, tell_deadline
 from flows.generate.publish import publish
@@ -47,7 +47,7 @@ def make_clips(
     if request.fresh and request.idempotency_key is None:
         request = request.model_copy(update={"idempotency_key": f"fresh-{run_id}"})
     try:
-        source = patiently(lambda: find_source(settings, ledgers, store, request))
+        source = with_retry(lambda: find_source(settings, ledgers, store, request))
     except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:
         return refuse(page, [str(error)])
     checked, wrong = source.checked, check_defaults(source.defaults)  # what is wrong for all lines cannot be skipped
@@ -59,7 +59,7 @@ def make_clips(
 
     try:
         with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
-            opened = patiently(
+            opened = with_retry(
                 lambda: record(settings, ledgers, store, source, request, rewriter, run_id=run_id, say=page.info)
             )
     except RewriterFailed as error:
@@ -75,8 +75,8 @@ def make_clips(
         page.info(f'ask about it with: rushes sql "{query}"')
 
     if opened.created and request.deadline is not None:
-        expected = patiently(lambda: forecast(settings, ledgers, source, request))
-        if_there(partial(tell_deadline, page, request_id, request.deadline, expected))
+        expected = with_retry(lambda: forecast(settings, ledgers, source, request))
+        best_effort(partial(tell_deadline, page, request_id, request.deadline, expected))
 
     before = reuse_cached(ledgers, request_id)
     progress = watch(settings, ledgers, request_id, source, page=page, engines=engines)

@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import history
 from db.requests import Progress, finish_request
-from flows.clients.retry import patiently, transact
+from flows.clients.ledger import Ledger
+from flows.clients.retry import with_retry
 from flows.generate.outcome import Outcome
 from flows.generate.page import Page, summarise
 from infra.store.contract import Store
@@ -36,18 +37,16 @@ def publish(
     """
     request_id = progress.request_id
 
-    def files() -> tuple[str, str | None]:
-        with ledgers() as session:
-            return publish_manifest(session, store, request_id), publish_sheet(session, store, request_id)
+    def files(session: Session) -> tuple[str, str | None]:
+        return publish_manifest(session, store, request_id), publish_sheet(session, store, request_id)
 
     with trace.get_tracer(__name__).start_as_current_span("publish"):
-        manifest, sheet = patiently(files)
-    status = transact(
-        ledgers,
-        lambda session: finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet),
+        manifest, sheet = Ledger(ledgers).read(files)
+    status = Ledger(ledgers).write(
+        lambda session: finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet)
     )
     outcome = Outcome.of_request(request_id, status, progress, cache_hits)
-    patiently(lambda: summarise(page, store, outcome, progress, manifest=manifest, sheet=sheet))
+    with_retry(lambda: summarise(page, store, outcome, progress, manifest=manifest, sheet=sheet))
     return outcome
 
 

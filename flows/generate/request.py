@@ -19,7 +19,7 @@ from db.planning import adopt_takes
 from db.requests import NewRequest, OpenedRequest, Progress, open_request, request_by, seal_request
 from db.settings import ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
-from flows.clients.retry import transact
+from flows.clients.ledger import Ledger
 from flows.generate.estimates import Estimate, estimate
 from flows.library.models import card_of, gpus_of, network_of
 from flows.plan.layout import CannotFit, Rates, Work, best_layout
@@ -257,4 +257,4 @@ def reuse_cached(ledgers: sessionmaker[Session], request_id: str) -> Progress:
         adopt_takes(session, request_id)
         return requests.progress(session, request_id)
 
-    return transact(ledgers, reuse)
+    return Ledger(ledgers).write(reuse)

@@ -14,7 +14,8 @@ from db.leases import expire_owner
 from db.planning import NewShard, adopt_takes, create_shards, unbind_shards, unplanned
 from db.requests import Progress, compact
 from db.tables import ClipStatus
-from flows.clients.retry import if_there, transact
+from flows.clients.ledger import Ledger
+from flows.clients.retry import best_effort
 from flows.generate.estimates import cost_model
 from flows.generate.page import ROUND, Page, Report
 from flows.generate.request import Source
@@ -71,17 +72,17 @@ def watch(
         began = time.monotonic()
         if began >= every_take:
             looked, every_take = None, began + EVERY_TAKE
-        progress = transact(ledgers, look)
+        progress = Ledger(ledgers).write(look)
         looked = began
         if progress.finished:
-            if_there(partial(report.send, ledgers, progress, last=True))
+            best_effort(partial(report.send, ledgers, progress, last=True))
             return progress
         if time.monotonic() >= next_round:
             next_round = time.monotonic() + ROUND
             # Without Prefect engines go on, and what it is told and asked here waits for the next round.
             send = partial(report.send, ledgers, progress)
             end_leases = partial(end_leases_of_the_dead, ledgers, engines)
-            all(if_there(step) for step in (send, end_leases, planner.staff))
+            all(best_effort(step) for step in (send, end_leases, planner.staff))
         time.sleep(POLL)
 
 

@@ -16,8 +16,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import models
 from db.engines import close_engine, engine_heartbeat, register_engine
+from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
-from flows.clients.retry import patiently, transact
+from flows.clients.retry import with_retry
 from flows.library.models import card_of, gpus_of, partition_for, resolve
 from flows.render.devices import hold_devices
 from flows.render.renderer import Renderer
@@ -32,7 +33,7 @@ IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and then got the same shard
 IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
-LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: `tidy` closes it as well
+LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: maintenance closes it as well
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ def run_engine(
     to nobody. build: makes the renderer, by default `engine_of`.
     """
     owner, totals, born = owner_name(flow_run_id), EngineTotals(), time.monotonic()
-    digest = patiently(lambda: card_of(settings, settings.model)).digest
+    digest = with_retry(lambda: card_of(settings, settings.model)).digest
     # An engine that stalls in the middle of a transaction must not lock others out for longer than its lease.
     idle = min(IDLE_MOST, settings.lease_seconds)
     with ledger_of(settings, application="rushes-engine", idle=idle, keep_plans=True) as ledgers:
@@ -83,11 +84,11 @@ def run_engine(
         register(ledgers, settings, digest, planned or "", owner, flow_run_id)
 
         def begin() -> None:
-            card = patiently(lambda: resolve(settings, settings.model))
+            card = with_retry(lambda: resolve(settings, settings.model))
             partition = Partition.parse(planned) if planned else partition_for(settings, card)
             partition.check_heads(card.heads)
             with devices_of(settings, partition) as gpus:
-                transact(ledgers, partial(register_model, card=card))
+                Ledger(ledgers).write(partial(register_model, card=card))
                 register(ledgers, settings, card.digest, str(partition), owner, flow_run_id)
                 renderer = (build or engine_of)(settings, card, partition, gpus)
                 by_hand = flow_run_id is None
@@ -105,7 +106,7 @@ def run_engine(
             with Heartbeat(ledgers, owner):
                 begin()
         finally:
-            transact(ledgers, lambda session: close_engine(session, owner), seconds=LEAVING)
+            Ledger(ledgers).within(LEAVING).write(lambda session: close_engine(session, owner))
     totals.alive = time.monotonic() - born
     return totals
 
@@ -170,8 +171,7 @@ def register(
     flow_run_id: str | None,
 ) -> None:
     """Tells the ledger of this engine, again where it knows it. `partition`: "" while it is not known yet."""
-    transact(
-        ledgers,
+    Ledger(ledgers).write(
         lambda session: register_engine(
             session,
             owner,

@@ -6,11 +6,11 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 
 from sqlalchemy.orm import Session
@@ -30,7 +30,8 @@ from db.leases import (
     save_checkpoint,
     start_clip,
 )
-from flows.clients.retry import away, once, patiently
+from flows.clients.ledger import Ledger
+from flows.clients.retry import unavailable_service, with_retry
 from flows.render.clip import WrongDigest, as_file, proven, spec_of
 from flows.render.worker import T, Worker, code_version, log
 from infra.store.contract import NoSuchKey
@@ -110,7 +111,7 @@ class Shard:
                 self.worker.gave_way = self.lease.shard_id
                 self.give_back()
             else:
-                self.transact(lambda session: complete_shard(session, self.lease))
+                self.write(lambda session: complete_shard(session, self.lease))
         except LeaseLost as error:
             self.worker.say(f"shard {self.lease.shard_id}: {error}")
         finally:
@@ -182,14 +183,14 @@ class Shard:
             log.info("clip %s begins anew: its checkpoint %s is of another kind of engine", clip.clip_id, key)
             return spec
         try:
-            return replace(spec, resume_state=self.patiently(lambda: self.worker.store.get(key)))
+            return replace(spec, resume_state=self.while_leased(lambda: self.worker.store.get(key)))
         except Exception as error:
             log.warning("clip %s begins anew: its checkpoint %s cannot be had (%s)", clip.clip_id, key, error)
             return spec
 
     def fetch(self, source: NewArtifact) -> bytes:
         """The bytes of a source, proven by their digest. Waits for the store for as long as the lease is ours."""
-        return proven(self.patiently(lambda: self.worker.store.get(source.key)), source)
+        return proven(self.while_leased(lambda: self.worker.store.get(source.key)), source)
 
     def render_all(self, publisher: ThreadPoolExecutor) -> None:
         """Every clip once. When the ranks end under some clips, these have failed; the others go on with new ranks.
@@ -237,7 +238,7 @@ class Shard:
         if clip_id in self.started:
             return
         self.started[clip_id] = 0
-        self.started[clip_id] = self.transact(
+        self.started[clip_id] = self.write(
             lambda session: start_clip(
                 session,
                 self.lease,
@@ -271,7 +272,7 @@ class Shard:
             self.sweep()
 
     def sweep(self) -> None:
-        """Deletes the checkpoints of its clips to which none refers any more; what cannot be deleted, `tidy` will."""
+        """Deletes the checkpoints of its clips to which none refers any more; maintenance deletes what stays behind."""
         if not self.objects:
             return
         try:
@@ -292,16 +293,16 @@ class Shard:
         clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
         began = time.time()
         try:
-            data, media_type = self.patiently(lambda: as_file(clip, rendered.frames, self.worker.card.name))
+            data, media_type = self.while_leased(lambda: as_file(clip, rendered.frames, self.worker.card.name))
         except LeaseLost:
             raise
         except Exception as error:  # this clip's trouble, not the engine's: the next may well encode
             self.settle_failed(clip.clip_id, f"encoding failed: {error}", error)
             return
         encoded = time.time()
-        stored = self.patiently(lambda: self.worker.store.put(data, media_type))
+        stored = self.while_leased(lambda: self.worker.store.put(data, media_type))
         ended = time.time()
-        kept = self.transact(
+        kept = self.write(
             lambda session: record_clip(
                 session,
                 self.lease,
@@ -329,21 +330,31 @@ class Shard:
             within = [step for step in steps if stage == "denoise" and began <= step.at <= ended]
             span_between(stage, began, ended, parent=clip, events=within)
 
-    def patiently(self, ask: Callable[[], T]) -> T:
+    def while_leased(self, ask: Callable[[], T]) -> T:
         """The answer of a server, waited for as long as the lease is ours: a rendered clip is worth it.
 
         Raises LeaseLost.
         """
+        with self.lost_first():
+            return with_retry(ask, seconds=math.inf, abandoned=self.is_lost)
+
+    def write(self, work: Callable[[Session], T]) -> T:
+        """One transaction of the ledger, waited for as long as the lease is ours. Raises LeaseLost."""
+        with self.lost_first():
+            return Ledger(self.worker.ledgers).until(self.is_lost).write(work)
+
+    @contextmanager
+    def lost_first(self) -> Generator[None]:
+        """Raises LeaseLost in place of a server's absence, once the lease is lost."""
         try:
-            return patiently(ask, seconds=math.inf, abandoned=lambda: self.lost is not None)
+            yield
         except Exception as error:
-            if self.lost is not None and away(error):
+            if self.lost is not None and unavailable_service(error):
                 raise self.lost from error
             raise
 
-    def transact(self, work: Callable[[Session], T]) -> T:
-        """One transaction of the ledger, for whose return it waits as long as the lease is ours. Raises LeaseLost."""
-        return self.patiently(partial(once, self.worker.ledgers, work))
+    def is_lost(self) -> bool:
+        return self.lost is not None
 
     def fail(self, failure: Exception) -> None:
         """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
@@ -356,9 +367,7 @@ class Shard:
     def settle_failed(self, clip_id: str, said: str, error: Exception) -> None:
         """Input that is bad stays bad, and is not tried again."""
         kind, permanent = class_of(error), isinstance(error, BadMedia)
-        self.transact(
-            lambda session: fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent)
-        )
+        self.write(lambda session: fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent))
         self.settled.add(clip_id)
 
 

@@ -18,7 +18,8 @@ from db import claim as claims
 from db.claim import LeasedClip, claim_shard, others_wait
 from db.engines import ALIVE, engine_heartbeat, live_engines
 from db.fence import Lease
-from flows.clients.retry import if_there, transact
+from flows.clients.ledger import Ledger
+from flows.clients.retry import best_effort
 from flows.render.renderer import Renderer
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
@@ -80,13 +81,13 @@ class Worker:
                 living = live_engines(session, ALIVE)
             self.alive = max(1, sum(engine.flow_run_id is not None for engine in living))
 
-        if_there(look)
+        best_effort(look)
         return self.alive
 
     def claim(self) -> tuple[Lease, list[LeasedClip]] | None:
         """A shard that is for any engine or for this partition; to an engine started by hand, at last, any at all."""
         for partition in (str(self.partition), None) if self.by_hand else (str(self.partition),):
-            claimed = transact(self.ledgers, lambda session, planned=partition: self.claim_of(session, planned))
+            claimed = Ledger(self.ledgers).write(lambda session, planned=partition: self.claim_of(session, planned))
             if claimed is not None:
                 return claimed
         return None
@@ -114,7 +115,7 @@ class Worker:
         if self.by_hand or self.settings.partition != AUTO:
             return False
         digest, partition = self.card.digest, str(self.partition)
-        return transact(self.ledgers, lambda session: others_wait(session, model_digest=digest, partition=partition))
+        return Ledger(self.ledgers).read(lambda session: others_wait(session, model_digest=digest, partition=partition))
 
     def restart_ranks(self, reason: str) -> None:
         """Raises RankDied when the ranks die again and again without a clip between."""

@@ -104,7 +104,7 @@ class Sleeping(Shard):
             "each": SLEEP / len(self.clips),
             **{name: getattr(stored, name) for name in ("sha256", "key", "bytes", "media_type")},
         }
-        self.transact(lambda session: _record(session, values))
+        self.write(lambda session: _record(session, values))
         self.finished = len(self.clips)
 
 
