@@ -2,7 +2,7 @@
 
 Read this file first, then `flows.generate.make`. `generate` is the flow that a request runs in: it reads and checks the
 prompts, writes them into the ledger, cuts them into shards, sees to it that engines run, watches until every clip has
-come to an end, and publishes the manifest and the contact sheet. This file and `flows.generate.prefect_page` are all of
+come to an end, and publishes the manifest and the contact sheet. This file and `flows.clients.page` are all of
 it that knows Prefect.
 """
 
@@ -22,9 +22,9 @@ from db import watching
 from db.requests import cancel_request
 from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
+from flows.clients.page import PrefectPage
 from flows.generate.make import make_clips
 from flows.generate.outcome import Ending, Outcome
-from flows.generate.prefect_page import PrefectPage
 from flows.render.pool import PrefectPool
 from flows.request.form import GenerationRequest
 from flows.settings import load_settings

@@ -1,6 +1,6 @@
 """What the page of a request's run shows: progress, shards, refusals, the summary.
 
-The texts are made here; `Page` is where they go: the run's page in the Prefect UI (`flows.generate.prefect_page`).
+The texts are made here; `Page` is where they go: the run's page in the Prefect UI (`flows.clients.page`).
 """
 
 from __future__ import annotations

@@ -23,16 +23,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import (
-    create_image_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,6 +35,7 @@ from db.datasets import DatasetNotFound, DatasetRow
 from db.models import record_scores, register_model
 from db.tables import CaptionOrigin
 from flows.clients.ledger import ledger as ledger_of
+from flows.clients.page import PrefectPage
 from flows.settings import Settings, WrongSetting, load_settings
 from flows.train.datasets import cuts_of, find_dataset, source_of
 from flows.train.evaluation import EVALUATION, JUDGE, figures_of, measuring
@@ -244,8 +237,7 @@ class Curve:
 
     def __init__(self, stage: str, work: Path, key: str) -> None:
         self.stage, self.path, self.key = stage, work / f"{stage}.jsonl", f"{key}-{stage}"
-        self.bar: Any = None
-        self.table: Any = None
+        self.page = PrefectPage()
         self.shown = 0
         self.next = 0.0
 
@@ -258,15 +250,8 @@ class Curve:
             return
         self.shown = len(rows)
         share = 100.0 * rows[-1]["step"] / rows[-1]["of"]
-        if self.bar is None:
-            self.bar = create_progress_artifact(share, key=f"{self.key}-progress", description=f"Steps of {self.stage}")
-            self.table = create_table_artifact(
-                rows[-ROWS:], key=f"{self.key}-curve", description=f"Loss and throughput of {self.stage}"
-            )
-            return
-        update_progress_artifact(self.bar, share)
-        with get_client(sync_client=True) as client:  # each new artifact would be one more card on the page
-            client.update_artifact(self.table, ArtifactUpdate(data=json.dumps(rows[-ROWS:])))
+        self.page.progress(f"{self.key}-progress", share, f"Steps of {self.stage}")
+        self.page.table(f"{self.key}-curve", rows[-ROWS:], f"Loss and throughput of {self.stage}")
 
 
 def curve_of(path: Path) -> list[dict[str, Any]]:

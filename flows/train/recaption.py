@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
@@ -27,6 +27,7 @@ from db import datasets
 from db.datasets import ClipOfDataset, DatasetNotFound, DatasetRow, NewDataset
 from db.tables import CaptionOrigin
 from flows.clients.ledger import ledger as ledger_of
+from flows.clients.page import PrefectPage
 from flows.library.models import BrokenModel, resolve
 from flows.request.form import digest_of
 from flows.settings import PREFIX, Settings, WrongSetting, load_settings
@@ -160,14 +161,14 @@ def caption_all(
     if not left:
         return
     author, done = pen.open(), 0
-    bar: Any = create_progress_artifact(
-        0.0, key=f"{child.id.replace('_', '-')}-progress", description=f"Clips of {child.id} that have a new caption"
-    )
+    page, key = PrefectPage(), f"{child.id.replace('_', '-')}-progress"
+    described = f"Clips of {child.id} that have a new caption"
+    page.progress(key, 0.0, described)
     for shard in shards_of(left, pen.shard):
         name = f"shard: {len(shard)} clips {shard[0].width}x{shard[0].height}x{shard[0].frames} from {shard[0].index}"
         as_task(name, partial(caption_shard, ledgers, child.id, shard, source, author, pen.enlarged))
         done += len(shard)
-        update_progress_artifact(bar, 100.0 * done / len(left))
+        page.progress(key, 100.0 * done / len(left), described)
 
 
 def as_task(name: str, work: Callable[[], None]) -> None:

@@ -1,9 +1,9 @@
-"""The page of a request's run in the Prefect UI: its artifacts and its log."""
+"""The page of a flow run in the Prefect UI: its artifacts and its log."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect import get_run_logger
@@ -17,11 +17,9 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from flows.generate.page import Row
-
 
 class PrefectPage:
-    """`flows.generate.page.Page` for the flow run that it is made in. Raises what Prefect's client raises."""
+    """The page of the flow run that it is made in. Raises the errors of Prefect's client."""
 
     def __init__(self) -> None:
         self.log = get_run_logger()
@@ -45,7 +43,7 @@ class PrefectPage:
         else:
             self.shown[key] = create_progress_artifact(percent, key=key, description=description)
 
-    def table(self, key: str, rows: Sequence[Row], description: str) -> None:
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
         table = [dict(row) for row in rows]
         if key not in self.shown:
             self.shown[key] = create_table_artifact(table, key=key, description=description)
