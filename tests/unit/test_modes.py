@@ -190,6 +190,35 @@ def test_clips_from_words_alone_keep_the_recipes_and_keys_they_always_had() -> N
         assert key == "8f03da58761dba8fe70da59556c3fc386eb922897d1fa3b6167c5549aca1a4ec"
 
 
+def test_recipes_and_keys_of_all_settings_and_modes_never_change_by_accident() -> None:
+    """Written down before settings were converted by field name: what was rendered is not rendered again."""
+    recipes = {
+        "cached": one(step_cache=0.2, seed=3, guidance=1, shift=2, solver="euler", steps=9, negative_prompt="x"),
+        "edit": one(mode="edit", clip="c", seed=1),
+        "extend": one(mode="extend", clip="c", direction="backward", seed=2),
+        "loop": one(mode="loop", seed=1),
+        "connect": one(mode="connect", clip="c", end_clip="d", seed=5, step_cache=0.5),
+    }
+    assert {name: recipe(line, 1, model_digest="m", rewritten="w") for name, line in recipes.items()} == {
+        "cached": "2a0fd542d0d94ec80672aa54ec6c8e9a126c0d7486f0385dc08c4e9bb09bad78",
+        "edit": "f60f07ac59db2345be222e90235ae49e9b578772974808c8911d41d1b05450fc",
+        "extend": "a6f9bf7cf1bfd2f0ab6288cb5f8cd7ea0156bce886d524e35f8adb40402327df",
+        "loop": "6950940dd16aed76070f6fd33553f522fd889dba29d71abe059173c33a62f89e",
+        "connect": "ae4f80dcdc9be79cec87639c97de6fd45a6a9ecafc1f7c199a7564bead8cbae2",
+    }
+    for request, key in (
+        (
+            GenerationRequest(prompts=["a"], step_cache=0.25, guidance=3, samples=2, seed=4, negative_prompt="n"),
+            "0a8081791de01e6bf8b917e17da15c0cd2cb632d5aa48089b80945f343edf68c",
+        ),
+        (
+            GenerationRequest(prompts=["a"], mode=Mode.EDIT, clip="c", strength=0.5),
+            "85c3933b3f31a38b983df950ed8bd94ed75e888c3ea6e6183d91cbd1fdd342fa",
+        ),
+    ):
+        assert request_key(request, request.resolve(CARD), source_sha256="s", model_digest="m") == key
+
+
 modes = st.fixed_dictionaries(
     {"mode": st.sampled_from(["extend", "edit", "loop", "image-to-video", "connect"])},
     optional={
