@@ -13,8 +13,7 @@ from __future__ import annotations
 import re
 from enum import Enum
 from inspect import Parameter, Signature
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
@@ -24,6 +23,8 @@ from flows.cli.errors import BAD_INPUT, fail
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from flows.request.form import Limits
 
 SETTING = "Settings of prompts that bring none of their own (default: the model's)"
 MADE_FROM = "What prompts are made from that do not say so themselves"
@@ -112,9 +113,10 @@ def _params(names: set[str]) -> list[Any]:
 
 
 def _option(name: str, field: FieldInfo | None) -> Parameter:
-    kind, bounds = _kind_of(field.annotation, list(field.metadata)) if field else (str, [])
-    if name == "deadline":
-        kind = str
+    from flows.request.form import Limits, limits_of
+
+    limits = limits_of(field) if field else Limits(str)
+    kind = str if name == "deadline" else limits.kind
     flag = f"--{name.replace('_', '-')}"
     shorter = [f"--{other}" for other in getattr(field and field.validation_alias, "choices", ()) if other != name]
     default = None  # the settings or the model may know better than the form
@@ -122,40 +124,29 @@ def _option(name: str, field: FieldInfo | None) -> Parameter:
         default = field.default
     if default is True:
         flag = f"{flag}/--no-{flag[2:]}"
-    info = typer.Option(flag, *shorter, help=_help(name, field, bounds), rich_help_panel=_panel(name))
+    info = typer.Option(flag, *shorter, help=_help(name, field, limits), rich_help_panel=_panel(name))
     annotation = Annotated[kind if default is not None else kind | None, info]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _kind_of(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
-    """(the type that is not None, what bounds it) of a field's annotation."""
-    if get_origin(annotation) is Annotated:
-        kind, *more = get_args(annotation)
-        return _kind_of(kind, metadata + more)
-    others = [each for each in get_args(annotation) if each is not NoneType]
-    if others:
-        return _kind_of(others[0], metadata)
-    return annotation, [bound for each in metadata for bound in getattr(each, "metadata", [each])]
-
-
-def _help(name: str, field: FieldInfo | None, bounds: list[Any]) -> str:
+def _help(name: str, field: FieldInfo | None, limits: Limits) -> str:
     """Title and description of the field, with its bounds."""
     if field is None or name in TEXTS:
         return f"{TEXTS[name]}."
     title, text = field.title or name.capitalize(), field.description or ""
     if title.lower() != name.replace("_", " ") or not text:  # it says more than the option's name
         text = f"{title}: {text[:1].lower() if text[1:2].islower() else text[:1]}{text[1:]}" if text else title
-    limits = _limits(bounds)
-    return f"{text} ({limits})." if limits and limits not in text else f"{text}."
+    bounds = _shown(limits)
+    return f"{text} ({bounds})." if bounds and bounds not in text else f"{text}."
 
 
-def _limits(bounds: list[Any]) -> str:
-    least = next((f"{bound.ge:g}" for bound in bounds if hasattr(bound, "ge")), None)
-    above = next((f"above {bound.gt:g}" for bound in bounds if hasattr(bound, "gt")), None)
-    most = next((bound.le for bound in bounds if hasattr(bound, "le") and bound.le < 10**9), None)
-    if most is None:
-        return f"{least} or more" if least else above or ""
-    return f"{least} to {most:g}" if least else f"{above or ''}, at most {most:g}"
+def _shown(limits: Limits) -> str:
+    """Bounds in words; '' where there are none, and no upper one that nobody reaches."""
+    least = f"above {limits.above:g}" if limits.above is not None else ""
+    least = f"{limits.low:g}" if limits.low is not None else least
+    if limits.high is None or limits.high >= 10**9:
+        return f"{least} or more" if limits.low is not None else least
+    return f"{least} to {limits.high:g}" if limits.low is not None else f"{least}, at most {limits.high:g}"
 
 
 def _sides(size: str) -> dict[str, int]:

@@ -7,27 +7,23 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from flows.request.form import (
     CONDITIONS,
-    MAX_FPS,
-    MAX_FRAMES,
-    MAX_GUIDANCE,
     MAX_ID,
     MAX_NAME,
     MAX_PIXELS,
     MAX_PROMPT,
-    MAX_SAMPLES,
-    MAX_SEED,
-    MAX_SHIFT,
-    MAX_SIDE,
-    MAX_STEPS,
+    SETTINGS,
     SOURCES,
     Defaults,
     Direction,
+    Limits,
     Mode,
+    PromptLine,
     Solver,
+    limits_of,
 )
 from flows.request.modes import Fault, check_sources, with_request
 
@@ -62,6 +58,8 @@ class _Cells(Given):
     """How CSV writes values: all of them are text."""
 
     def whole(self, value: Any) -> int | None:
+        if isinstance(value, int):  # of a size
+            return value
         return int(value.split(".")[0]) if re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", value) else None
 
     def number(self, value: Any) -> float | None:
@@ -76,26 +74,13 @@ class _Cells(Given):
 JSON, CELLS = Given(), _Cells()
 
 
-class _Bound(NamedTuple):
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        low, high = (f"{n:g}" if isinstance(n, float) else str(n) for n in self)
-        return f"between {low} and {high}"
-
-
-_WHOLE = {
-    "width": _Bound(16, MAX_SIDE),
-    "height": _Bound(16, MAX_SIDE),
-    "frames": _Bound(1, MAX_FRAMES),
-    "fps": _Bound(1, MAX_FPS),
-    "steps": _Bound(1, MAX_STEPS),
-    "samples": _Bound(1, MAX_SAMPLES),
-    "seed": _Bound(0, MAX_SEED),
+# Types and bounds of the settings that are numbers, as the form has them.
+_LIMITS = {
+    name: limits
+    for name, field in PromptLine.model_fields.items()
+    if name in SETTINGS and (limits := limits_of(field)).kind in (int, float)
 }
-_NUMBERS = {"guidance": _Bound(1, MAX_GUIDANCE), "shift": _Bound(0.1, MAX_SHIFT)}
-SETTINGS = (*_WHOLE, *_NUMBERS, "step_cache", "solver", "negative_prompt")
+_STRENGTH = limits_of(PromptLine.model_fields["strength"])
 KNOWN = frozenset((*SETTINGS, *CONDITIONS, "prompt", "custom_id", "size"))
 _SOLVERS = tuple(solver.value for solver in Solver)
 
@@ -114,8 +99,12 @@ def conditions_of(values: dict[str, Any], defaults: Defaults, given: Given) -> t
     for key in SOURCES:
         if key in values and (name := text_of(values, key, MAX_NAME, faults)):
             good[key] = name
-    if (strength := _share("strength", values, given, faults)) is not None:
-        good["strength"] = strength
+    if "strength" in values:
+        strength = given.number(values["strength"])
+        if wrong := _out_of(strength, _STRENGTH):
+            faults.append(Fault("strength", f"strength={given.show(values['strength'])} must be {wrong}"))
+        else:
+            good["strength"] = strength
     if "overlap" in values:
         overlap = given.whole(values["overlap"])
         if overlap is None:
@@ -124,17 +113,6 @@ def conditions_of(values: dict[str, Any], defaults: Defaults, given: Given) -> t
             good["overlap"] = overlap
     good = with_request(good, defaults.conditions)
     return good, faults or check_sources(good)
-
-
-def _share(key: str, values: dict[str, Any], given: Given, faults: list[Fault]) -> float | None:
-    """The number under `key`, above 0 and at most 1; None if it is not given or wrong."""
-    if (value := values.get(key)) is None:
-        return None
-    share = given.number(value)
-    if share is not None and 0 < share <= 1:
-        return share
-    faults.append(Fault(key, f"{key}={given.show(value)} must be a number above 0, at most 1"))
-    return None
 
 
 def too_many_pixels(width: int, height: int, frames: int) -> Fault | None:
@@ -157,21 +135,13 @@ def settings_of(
     if "size" in values:
         values = _split_size(values, written, faults)
     for key, value in values.items():
-        if bound := _WHOLE.get(key):
-            whole = value if type(value) is int else given.whole(value)
-            wrong = _wrong_whole(key, whole, bound, defaults, any_length)
-            if wrong:
-                faults.append(Fault(key, f"{written.get(key) or f'{key}={given.show(value)}'} must be {wrong}"))
-            else:
-                good[key] = whole
-        elif bound := _NUMBERS.get(key):
-            number = given.number(value)
-            if number is None or not bound.low <= number <= bound.high:
-                faults.append(Fault(key, f"{key}={given.show(value)} must be a number {bound}"))
-            else:
-                good[key] = number
-    if (step_cache := _share("step_cache", values, given, faults)) is not None:
-        good["step_cache"] = step_cache
+        if (limits := _LIMITS.get(key)) is None:
+            continue
+        number = given.number(value) if limits.kind is float else given.whole(value)
+        if wrong := _out_of(number, limits) or _between_steps(key, number, limits, defaults, any_length):
+            faults.append(Fault(key, f"{written.get(key) or f'{key}={given.show(value)}'} must be {wrong}"))
+        else:
+            good[key] = number
     if "solver" in values:
         solver = values["solver"].strip() if isinstance(values["solver"], str) else None
         if solver in _SOLVERS:
@@ -188,16 +158,24 @@ def settings_of(
     return good, faults
 
 
-def _wrong_whole(key: str, whole: int | None, bound: _Bound, defaults: Defaults, any_length: bool) -> str | None:
-    """What the number under `key` must be, if it is not."""
-    if whole is None:
-        return f"a whole number {bound}"
-    if not bound.low <= whole <= bound.high:
-        return str(bound)
+def _out_of(number: float | None, limits: Limits) -> str | None:
+    """The words on what a number must be, if it is out of bounds or (None) no such number at all."""
+    kind, low, high, above = limits
+    if number is not None and number <= high and (number >= low if above is None else number > above):
+        return None
+    if above is not None:
+        return f"a number above {above:g}, at most {high:g}"
+    if kind is float:
+        return f"a number between {low:g} and {high:g}"
+    return f"{'a whole number ' * (number is None)}between {low} and {high}"
+
+
+def _between_steps(key: str, whole: Any, limits: Limits, defaults: Defaults, any_length: bool) -> str | None:
+    """The words on sizes and lengths that the model can make, if it cannot make this one."""
     if key in ("width", "height") and whole % defaults.multiple:
-        return f"a multiple of {defaults.multiple} ({_neighbours(whole, defaults.multiple, 0, bound)})"
+        return f"a multiple of {defaults.multiple} ({_neighbours(whole, defaults.multiple, 0, limits)})"
     if key == "frames" and (whole - 1) % defaults.frame_step and not any_length:
-        return f"{defaults.frame_step}n+1 ({_neighbours(whole, defaults.frame_step, 1, bound)})"
+        return f"{defaults.frame_step}n+1 ({_neighbours(whole, defaults.frame_step, 1, limits)})"
     return None
 
 
@@ -281,10 +259,10 @@ def unknown_name(kind: str, name: str) -> str:
     return f"unknown {kind} {shown_value(name)}: {hint}"
 
 
-def _neighbours(value: int, step: int, offset: int, bound: _Bound) -> str:
+def _neighbours(value: int, step: int, offset: int, limits: Limits) -> str:
     """The legal values on both sides: `49 or 53`."""
     below = (value - offset) // step * step + offset
-    return " or ".join(str(near) for near in (below, below + step) if bound.low <= near <= bound.high)
+    return " or ".join(str(near) for near in (below, below + step) if limits.low <= near <= limits.high)
 
 
 def shown_value(value: Any) -> str:

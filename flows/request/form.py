@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 if TYPE_CHECKING:
     from model.loading.card import ModelCard
@@ -82,6 +84,7 @@ class Direction(StrEnum):
 
 SOURCES = ("image", "video", "clip", "end_image", "end_video", "end_clip")
 CONDITIONS = ("mode", *SOURCES, "direction", "strength", "overlap")
+LEADING = ("name", "prompts", "prompts_uri", "prompts_format", "model", "prompt", "custom_id")  # in the form
 MAX_DEADLINE = 30 * 86400  # seconds
 MAX_NAME = 500  # characters of a source's name
 MAX_FILES = 1000  # that one request may bring along
@@ -101,6 +104,28 @@ StepCache = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Overlap = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 
 
+class Limits(NamedTuple):
+    """The type of a field's values, and the bounds of numbers."""
+
+    kind: Any
+    low: Any = None
+    high: Any = None
+    above: Any = None  # lower bound that is itself too low
+
+
+def limits_of(field: FieldInfo) -> Limits:
+    """Limits of an optional field, whose bounds stand in the type beside None, or of a plain one."""
+    kind, known = field.annotation, list(field.metadata)
+    while get_args(kind):
+        kind, *more = (each for each in get_args(kind) if each is not NoneType)
+        known += more
+    bounds = [bound for each in known for bound in getattr(each, "metadata", (each,))]
+    low, high, above = (
+        next((getattr(bound, name) for bound in bounds if hasattr(bound, name)), None) for name in ("ge", "le", "gt")
+    )
+    return Limits(kind, low, high, above)
+
+
 def _flatten(schema: dict[str, Any]) -> None:
     """What the form shows: an optional value as one plain field, not as a choice between a value and None."""
     shown = schema.get("properties", {})
@@ -111,7 +136,9 @@ def _flatten(schema: dict[str, Any]) -> None:
             each.update(kinds[0])
         if each.get("default", ...) is None:
             del each["default"]  # Prefect accepts null for an optional field exactly when it shows no default
-    for name in CONDITIONS:  # inherited, and so ahead of what every request has
+    for name in [name for name in shown if name not in LEADING]:  # fields of base classes come first by themselves
+        shown[name] = shown.pop(name)
+    for name in CONDITIONS:
         shown[name] = shown.pop(name)
     if "files" in shown:  # a form shows `properties`; what is in neither is refused
         key = {"anyOf": [shown["idempotency_key"], {"type": "null"}]}
@@ -146,52 +173,13 @@ class Conditioned(BaseModel):
     )
 
 
-class PromptLine(Conditioned):
-    """One prompt with settings of its own. What is left empty follows the request, then the model."""
+class ClipOptions(Conditioned):
+    """A clip's settings: for one prompt, or for all of a request that bring none of their own.
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Prompt with its own settings")
+    A setting is written here and in `LineSettings`; the options of the command line, the checks of prompt files, keys
+    and recipes take it from there by name.
+    """
 
-    prompt: str = Field(title="Prompt", description=f"At most {MAX_PROMPT:,} characters")
-    custom_id: str | None = Field(
-        default=None, title="Your own id", description="Unique in the request; names the exported clip"
-    )
-    negative_prompt: str | None = Field(default=None, title="Negative prompt")
-    width: Side | None = None
-    height: Side | None = None
-    frames: Frames | None = None
-    fps: Fps | None = Field(default=None, title="Frames per second")
-    steps: Steps | None = None
-    guidance: Guidance | None = None
-    solver: Solver | None = None
-    shift: Shift | None = None
-    step_cache: StepCache | None = None
-    samples: Samples | None = None
-    seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
-
-
-class GenerationRequest(Conditioned):
-    """A batch of prompts, and the settings of those that bring none of their own."""
-
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Generation request")
-
-    name: str | None = Field(default=None, max_length=MAX_ID, title="Name", description="What you call this batch")
-    prompts: list[str | PromptLine] = Field(
-        default_factory=list[str | PromptLine],
-        title="Prompts",
-        description='Each a text in quotes, like "a red ball spins", or an object with settings of its own, like '
-        '{"prompt": "a blue cone", "frames": 1}; or name a file below',
-    )
-    prompts_uri: str | None = Field(
-        default=None,
-        title="Prompt file",
-        description="store:KEY for an object of the store, or the path of a file below the worker's prompts folder",
-    )
-    prompts_format: PromptsFormat = Field(
-        default=PromptsFormat.AUTO,
-        title="Format of the file",
-        description="JSONL has an object a line, CSV a header row, text a prompt a line; auto goes by its ending",
-    )
-    model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model", description="Its name or folder")
     width: Side | None = Field(
         default=None, title="Width", description="Pixels, a multiple of 16; empty: the model's own"
     )
@@ -214,11 +202,49 @@ class GenerationRequest(Conditioned):
         description="Skip most of a step at which the first block changes by less than this share: faster, "
         "and not quite the same picture; empty: every step is computed",
     )
-    negative_prompt: str | None = Field(
-        default=None, max_length=MAX_PROMPT, title="Negative prompt", description="What should not be seen"
-    )
     samples: Samples | None = Field(
         default=None, title="Samples", description="Clips of each prompt, each from another seed"
+    )
+
+
+class PromptLine(ClipOptions):
+    """One prompt with settings of its own. What is left empty follows the request, then the model."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Prompt with its own settings")
+
+    prompt: str = Field(title="Prompt", description=f"At most {MAX_PROMPT:,} characters")
+    custom_id: str | None = Field(
+        default=None, title="Your own id", description="Unique in the request; names the exported clip"
+    )
+    negative_prompt: str | None = Field(default=None, title="Negative prompt")
+    seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
+
+
+class GenerationRequest(ClipOptions):
+    """A batch of prompts, and the settings of those that bring none of their own."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Generation request")
+
+    name: str | None = Field(default=None, max_length=MAX_ID, title="Name", description="What you call this batch")
+    prompts: list[str | PromptLine] = Field(
+        default_factory=list[str | PromptLine],
+        title="Prompts",
+        description='Each a text in quotes, like "a red ball spins", or an object with settings of its own, like '
+        '{"prompt": "a blue cone", "frames": 1}; or name a file below',
+    )
+    prompts_uri: str | None = Field(
+        default=None,
+        title="Prompt file",
+        description="store:KEY for an object of the store, or the path of a file below the worker's prompts folder",
+    )
+    prompts_format: PromptsFormat = Field(
+        default=PromptsFormat.AUTO,
+        title="Format of the file",
+        description="JSONL has an object a line, CSV a header row, text a prompt a line; auto goes by its ending",
+    )
+    model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model", description="Its name or folder")
+    negative_prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT, title="Negative prompt", description="What should not be seen"
     )
     seed: Seed = Field(default=0, title="Seed", description="Another number makes other clips of the same prompts")
     rewrite: bool = Field(
@@ -277,19 +303,11 @@ class GenerationRequest(Conditioned):
 
     def resolve(self, card: ModelCard) -> Defaults:
         """The settings of a prompt that brings none of its own."""
+        of_model: dict[str, Any] = {name: getattr(card, name) for name in SETTINGS if hasattr(card, name)}
+        given = self.model_dump(mode="json", include=set(SETTINGS), exclude_none=True)
+        settings: dict[str, Any] = {"negative_prompt": None, "samples": 1, **of_model, **given}
         return Defaults(
-            width=card.width if self.width is None else self.width,
-            height=card.height if self.height is None else self.height,
-            frames=card.frames if self.frames is None else self.frames,
-            fps=card.fps if self.fps is None else self.fps,
-            steps=card.steps if self.steps is None else self.steps,
-            guidance=card.guidance if self.guidance is None else self.guidance,
-            solver=card.solver if self.solver is None else self.solver.value,
-            shift=card.shift if self.shift is None else self.shift,
-            step_cache=self.step_cache,
-            negative_prompt=self.negative_prompt,
-            samples=1 if self.samples is None else self.samples,
-            seed=self.seed,
+            **settings,
             multiple=card.multiple,
             frame_step=card.frame_step,
             window=card.window,
@@ -314,26 +332,40 @@ class GenerationRequest(Conditioned):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
-    """A request's settings with the model's defaults filled in, and the model's rules for sizes and lengths."""
+class LineSettings:
+    """The settings of a prompt, each decided.
+
+    One that is added later has a default, and is absent from recipes and keys where it has that, so that clips which
+    were rendered before keep theirs.
+    """
 
     width: int
     height: int
     frames: int
     fps: int
     steps: int
-    guidance: float
+    guidance: float  # 1 is off
     solver: str
     shift: float
     negative_prompt: str | None
     samples: int
     seed: int
+    step_cache: float | None = None
+
+
+SETTINGS = tuple(each.name for each in fields(LineSettings))
+ADDED = {each.name: each.default for each in fields(LineSettings) if each.default is not MISSING}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults(LineSettings):
+    """A request's settings with the model's defaults filled in, and the model's rules for sizes and lengths."""
+
     multiple: int  # width and height must be multiples of it
     frame_step: int  # frames must be frame_step * n + 1
     window: int = 0  # the most frames that the model makes at once; 0: not known
     asked_size: bool = False  # the request itself says width or height
     asked_frames: int | None = None  # the length that the request itself asks for
-    step_cache: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict[str, Any])  # of prompts that name neither mode nor source
 
 
@@ -358,8 +390,8 @@ def request_key(
     settings = asdict(defaults)
     for name in ("window", "asked_size", "asked_frames"):  # the model's, or said by another setting
         del settings[name]
-    for name in ("conditions", "step_cache"):  # absent where not given, as before they were there
-        if not settings[name]:
+    for name, absent in {**ADDED, "conditions": {}}.items():
+        if settings[name] == absent:
             del settings[name]
     whole: dict[str, Any] = {
         "source": source_sha256,

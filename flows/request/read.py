@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from flows.request.fields import (
     JSON,
-    SETTINGS,
     Given,
     conditions_of,
     settings_of,
@@ -34,7 +33,7 @@ from flows.request.fields import (
     too_many_pixels,
     unknown_keys,
 )
-from flows.request.form import MAX_ID, MAX_PROMPT, SOURCES, Defaults, Mode, PromptsFormat
+from flows.request.form import MAX_ID, MAX_PROMPT, SETTINGS, SOURCES, Defaults, Mode, PromptsFormat
 from flows.request.lines import EXAMPLE, BadFile, Record, read_csv, read_jsonl, read_text, sniff, text_lines
 from flows.request.modes import PLAIN, STITCHED, Fault, Find, Size, check_sources, mode_of, nowhere, settle
 from flows.request.recipe import Prompt, derived_seed
@@ -160,7 +159,7 @@ def strange_shapes(card: ModelCard, shapes: Mapping[str, int]) -> str:
 
 def check_defaults(defaults: Defaults) -> list[str]:
     """What is wrong with the settings of the request itself, in the same words as for a line."""
-    given = {key: getattr(defaults, key) for key in SETTINGS}
+    given = {key: value for key in SETTINGS if (value := getattr(defaults, key)) is not None}
     stitched = Mode(defaults.conditions.get("mode", Mode.TEXT_TO_VIDEO)) in STITCHED
     _, faults = settings_of(given, defaults, Given(), any_length=stitched)
     if {"mode", *SOURCES} & defaults.conditions.keys():  # options alone are for lines that name a mode
@@ -200,26 +199,18 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: _FirstSeen, fin
         faults.append(too_large)
     if faults:
         return BadLine(index=index, line=record.line, faults=tuple(faults), prompt=prompt, custom_id=custom_id)
-    seed = settings.get("seed")
+    decided = {name: getattr(defaults, name) for name in SETTINGS} | settings
+    decided |= {"width": size.width, "height": size.height, "frames": size.frames or defaults.frames, "fps": size.fps}
+    if "seed" not in settings:
+        decided["seed"] = derived_seed(defaults.seed, prompt, custom_id)
     return Prompt(
         index=index,
         line=record.line,
         prompt=prompt,
         custom_id=custom_id,
-        negative_prompt=settings.get("negative_prompt", defaults.negative_prompt),
-        width=size.width,
-        height=size.height,
-        frames=size.frames or defaults.frames,
-        fps=size.fps,
-        steps=settings.get("steps", defaults.steps),
-        guidance=settings.get("guidance", defaults.guidance),
-        solver=settings.get("solver", defaults.solver),
-        shift=settings.get("shift", defaults.shift),
-        samples=settings.get("samples", defaults.samples),
-        seed=derived_seed(defaults.seed, prompt, custom_id) if seed is None else seed,
-        step_cache=settings.get("step_cache", defaults.step_cache),
         conditions=conditions,
         shapes=shapes,
+        **decided,
     )
 
 

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from flows.request.form import MAX_SEED, digest_of
+from flows.request.form import ADDED, MAX_SEED, SETTINGS, LineSettings, digest_of
 from flows.request.modes import PLAIN, Conditions
 
 # Goes up when the same settings begin to give other pixels (sampler, noise, decoder, precision), so that old takes are
 # never served for new recipes.
 NUMERICS = 3
+_IN_RECIPE = tuple(name for name in SETTINGS if name not in ("negative_prompt", "samples", "seed"))
+_FLOATS = frozenset(each.name for each in fields(LineSettings) if str(each.type).startswith("float"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A prompt with every setting decided. It asks for `samples` clips."""
+class Prompt(LineSettings):
+    """A prompt with every setting decided. It asks for `samples` clips; `seed` is that of the first one."""
 
     index: int
     line: int
     prompt: str
     custom_id: str | None
-    negative_prompt: str | None
-    width: int
-    height: int
-    frames: int
-    fps: int
-    steps: int
-    guidance: float  # 1 is off
-    solver: str
-    shift: float
-    samples: int
-    seed: int
-    step_cache: float | None = None
     conditions: Conditions = PLAIN
     shapes: tuple[str, ...] = ()  # WIDTHxHEIGHTxFRAMES of what the model makes at once
 
@@ -46,22 +36,15 @@ def recipe(prompt: Prompt, sample: int, *, model_digest: str, rewritten: str | N
     `rewritten` takes the prompt's place if there is one. The partition is not part of it: pixels of different
     partitions differ by rounding only, and that drift is measured and stored with the clip.
     """
+    settings = {name: value for name in _IN_RECIPE if (value := getattr(prompt, name)) != ADDED.get(name, ...)}
     return digest_of(
         {
             "numerics": NUMERICS,
             "model": model_digest,
             "prompt": rewritten or prompt.prompt,
             "negative_prompt": prompt.negative_prompt or "",
-            "width": prompt.width,
-            "height": prompt.height,
-            "frames": prompt.frames,
-            "fps": prompt.fps,
-            "steps": prompt.steps,
-            "guidance": float(prompt.guidance),
-            "solver": prompt.solver,
-            "shift": float(prompt.shift),
             "seed": prompt.seed_of(sample),
-            **({"step_cache": float(prompt.step_cache)} if prompt.step_cache else {}),
+            **{name: float(value) if name in _FLOATS else value for name, value in settings.items()},
             **prompt.conditions.recipe(),
         }
     )
