@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import BinaryIO
 
 from sqlalchemy.orm import Session, sessionmaker
@@ -17,13 +18,14 @@ from db.clips import NewClip, add_clips
 from db.models import register_model
 from db.planning import adopt_takes
 from db.requests import NewRequest, OpenedRequest, Progress, open_request, request_by, seal_request
-from db.settings import ClipSettings
+from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
 from flows.clients.ledger import Ledger
 from flows.generate.estimates import Estimate, estimate
 from flows.library.models import card_of, gpus_of, network_of
 from flows.plan.layout import CannotFit, Rates, Work, best_layout
 from flows.request.files import digest_stream, open_uri, prompts_key
+from flows.request.form import SETTINGS as PROMPT_SETTINGS
 from flows.request.form import Defaults, GenerationRequest, Mode, request_id, request_key
 from flows.request.modes import Conditions
 from flows.request.read import BadLine, Checked, check_prompts, read_prompts
@@ -200,6 +202,7 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
         )
         return
     made: Conditions = line.conditions
+    settings = ClipSettings(**dict(zip(SETTINGS, _settings_of(line), strict=True)))
     for sample in range(line.samples):
         yield NewClip(
             index=line.index,
@@ -209,20 +212,7 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
             prompt=line.prompt,
             rewritten_prompt=rewritten,
             negative_prompt=line.negative_prompt,
-            settings=ClipSettings(
-                width=line.width,
-                height=line.height,
-                frames=line.frames,
-                fps=line.fps,
-                steps=line.steps,
-                guidance=line.guidance,
-                solver=line.solver,
-                shift=line.shift,
-                step_cache=line.step_cache,
-                strength=made.strength,
-                window=made.window,
-                overlap=made.overlap,
-            ),
+            settings=settings,
             fresh=source.fresh,
             seed=line.seed_of(sample),
             recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
@@ -235,6 +225,8 @@ def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = Non
         )
 
 
+# Their values in a Prompt, in this order: its own, and those that follow from what it is made from.
+_settings_of = attrgetter(*(name if name in PROMPT_SETTINGS else f"conditions.{name}" for name in SETTINGS))
 KIND = {
     Mode.IMAGE_TO_VIDEO: EdgeKind.IMAGE,
     Mode.EXTEND: EdgeKind.EXTEND,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 
 from db.artifacts import NewArtifact
 from db.claim import LeasedClip
+from db.settings import SETTINGS
 from db.tables import ClipDirection, ClipMode
 from model.engine.clip import ClipSpec
 from model.media.decode import read_frames
@@ -56,24 +56,14 @@ def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec
     start, end = frames_of(clip.source), frames_of(clip.end_source)
     if clip.direction is ClipDirection.BACKWARD:
         start, end = None, start
-    spec = ClipSpec(
+    decided = {name: value for name in SETTINGS if (value := getattr(settings, name)) is not None}
+    return ClipSpec(
         clip_id=clip.clip_id,
         prompt=clip.prompt,
         negative_prompt=clip.negative_prompt or "",
         seed=clip.seed,
-        width=settings.width,
-        height=settings.height,
-        frames=settings.frames,
-        fps=settings.fps,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        solver=settings.solver,
-        shift=settings.shift,
         start=start,
         end=end,
         loop=clip.mode is ClipMode.LOOP,
-        strength=settings.strength,
-        window=settings.window or 0,
-        step_cache=settings.step_cache,
+        **decided,
     )
-    return replace(spec, overlap=settings.overlap) if settings.overlap else spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from db.claim import LeasedClip
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode
 from flows.render.clip import spec_of
+from flows.request.form import SETTINGS as PROMPT_SETTINGS
 from model.media.encode import encode_mp4, encode_png
 from model.media.errors import BadMedia
 
@@ -89,6 +91,22 @@ def test_an_edit_keeps_nothing_but_starts_from_its_source() -> None:
 def test_a_step_cache_is_the_clips_own() -> None:
     caches = [spec_of(leased(ClipMode.TEXT_TO_VIDEO, step_cache=each), fetch).step_cache for each in (None, 0.2)]
     assert caches == [None, 0.2]
+
+
+def test_every_setting_of_a_prompt_comes_to_the_ranks_as_it_is() -> None:
+    assert set(PROMPT_SETTINGS) - {"negative_prompt", "samples", "seed"} <= set(SETTINGS), "the ledger keeps them all"
+    values: dict[str, Any] = {
+        "guidance": 2.5,
+        "shift": 1.5,
+        "steps": 7,
+        "fps": 9,
+        "step_cache": 0.2,
+        "window": 13,
+        "overlap": 9,
+    }
+    clip = leased(ClipMode.EDIT, "video", strength=0.5, frames=5, width=48, height=16, solver="euler", **values)
+    spec = spec_of(clip, fetch)
+    assert {name: getattr(spec, name) for name in SETTINGS} == asdict(clip.settings)
 
 
 def test_a_source_that_cannot_be_read_is_said_so() -> None:
