@@ -31,7 +31,7 @@ class Engines:
         self.running[key] = engine
         while len(self.running) > MOST:
             self.running.pop(next(iter(self.running))).close()
-        engine.step_timeout = 60.0
+        engine.step_timeout = 180.0
         engine.start()
         return engine
 
