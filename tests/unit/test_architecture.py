@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from infra.stack.deploy import read_deployments
 from infra.stack.home import DEPLOYMENTS, POOLS
 
 REPOSITORY = Path(__file__).parents[2]
+ARCHITECTURE = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
 PACKAGES = ("flows", "model", "db", "infra")
 # alembic's own command line has no other way to be told where the ledger is
 READERS = {"flows/settings.py", "db/migrations/env.py"}
@@ -66,3 +68,26 @@ def test_deployments_name_flows_that_exist() -> None:
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert function in functions, f"{deployment.full_name}: no {function} in {module}"
         assert deployment.pool in POOLS
+
+
+def test_the_map_names_every_file() -> None:
+    rows = re.findall(r"^\| `([\w/]+)` \| (.*) \|$", ARCHITECTURE, re.M)
+    said = {f"{room}/{file}" for room, text in rows for file in re.findall(r"`(\w+)`", text)}
+    said |= {f"{room.partition('/')[0]}/{file}" for room, text in rows for file in beside(text)}
+    there = {str(path.relative_to(REPOSITORY).with_suffix("")) for path in modules()}
+    there = {name for name in there if not re.search(r"__\w+__$|^db/migrations/", name)}
+    assert there - said == set(), "ARCHITECTURE.md's map lacks files"
+    rooms = {name.rpartition("/")[0] for name in there}
+    assert {room for room, _ in rows if room in rooms} == rooms - {"flows", "model", "infra"}
+    gone = {f"{room}/{file}" for room, text in rows if room in rooms for file in own(text)} - there
+    assert gone == set(), "ARCHITECTURE.md's map names files that are not there"
+
+
+def own(row: str) -> list[str]:
+    """Files that a row of the map names of its own room: `file`, as opposed to `a.b` or `A B`."""
+    return re.findall(r"`([a-z][a-z0-9_]*)`", row.partition("Beside it")[0])
+
+
+def beside(row: str) -> list[str]:
+    """Files that a row of the map names beside its room, in the package itself."""
+    return re.findall(r"`([a-z][a-z0-9_]*)`", row.partition("Beside it")[2])
