@@ -100,7 +100,11 @@ def test_same_recipe_same_bytes_whatever_the_neighbours(engine: Engine) -> None:
     assert frames(engine, replace(CLIP, negative_prompt="red"))[0] != first
 
 
-@pytest.mark.parametrize("partition", [Partition(), Partition(cfg=2), Partition(sp=2)], ids=str)
+@pytest.mark.parametrize(
+    "partition",
+    [Partition(sp=2), *(pytest.param(each, marks=pytest.mark.chaos) for each in (Partition(), Partition(cfg=2)))],
+    ids=str,
+)
 def test_a_new_engine_gives_the_same_bytes_in_another_shard(
     model: Path, engines: Engines, partition: Partition
 ) -> None:
