@@ -62,7 +62,7 @@ class NotRunning(RuntimeError):
 
 
 class Settings(BaseSettings):
-    """What the machine supplies. Build it with `load_settings`, which also makes the home folder."""
+    """Settings of this machine. Build it with `load_settings`, which also makes the home folder."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
 

@@ -143,7 +143,7 @@ _W3C = TraceContextTextMapPropagator()
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, AttributeValue]:
-    """Attributes as a span takes them: no None, and text for whatever is no plain value (OpenTelemetry would warn)."""
+    """Attributes as a span takes them: no None, and text for all that is no plain value (OpenTelemetry would warn)."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in attributes.items()

@@ -106,7 +106,7 @@ class PrefectApi:
     ) -> Run:
         """Creates a flow run of `flow/deployment`; the server checks the parameters against the form's schema.
 
-        `once`: an idempotency key; whoever gives it again gets the run that was made with it, whatever became of that.
+        `once`: an idempotency key; given again, it returns the run that was made with it, even one that has ended.
         """
         once = once or str(uuid.uuid4())  # a submission whose answer was lost may be repeated, and stays one
         body: dict[str, Any] = {"parameters": parameters, "tags": list(tags), "idempotency_key": once}

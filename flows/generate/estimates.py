@@ -1,4 +1,4 @@
-"""What clips will take, by what such clips took: of GPUs, and until the last of them is there.
+"""Estimates of the GPU time of clips and of when the last is there, from what such clips took.
 
 Importing this loads neither Prefect nor torch, so that a command line may tell it at submission.
 """
@@ -31,7 +31,7 @@ class Estimate:
     measured: bool  # by what clips of this model took here; else by data sheets
 
     def misses(self, deadline: float) -> str | None:
-        """What to tell somebody whose deadline, in seconds from now, cannot be met; None where it can."""
+        """A warning that a deadline, in seconds from now, cannot be met; None where it can."""
         if self.seconds <= deadline:
             return None
         by = "what such clips took here" if self.measured else "data sheets, since none of its clips was rendered yet"
@@ -52,7 +52,7 @@ def as_duration(seconds: float) -> str:
 
 
 def cost_model(session: Session, settings: Settings, card: ModelCard) -> shards.CostModel:
-    """What clips of this model take, by what they took so far on devices of this kind."""
+    """The cost of clips of this model, from what they took so far on devices of this kind."""
     network = network_like(card, settings.bytes_each)
     measured = watching.measured_costs(session, card.digest, settings.device, compiled=bool(settings.compile))
     return shards.CostModel.from_history(measured, network, Rates.of(gpu_of(settings)))
@@ -63,7 +63,7 @@ def estimate(
 ) -> Estimate:
     """`shapes`: how many clips there are of each WIDTHxHEIGHTxFRAMES. All are taken to have the request's steps.
 
-    What goes before: shards of open requests of this model that have at least this priority, whoever's they are.
+    What goes before: shards of open requests of this model that have at least this priority, of all tenants.
     """
     cost = cost_model(session, settings, card)
     asked: dict[shards.Shape, int] = {}

@@ -1,4 +1,4 @@
-"""What a file of prompts would take of GPUs that may not be here: nothing is submitted, and no weights are needed."""
+"""Forecast for a file of prompts on GPUs that may not be here: nothing is submitted, no weights are needed."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _rates(settings: Settings, card: ModelCard, gpu: Gpu) -> Predictor:
 
 
 def _work(line: Prompt) -> Work:
-    """What a clip of this line costs."""
+    """The cost of a clip of this line."""
     made = line.conditions
     shape = Shape(
         line.width,

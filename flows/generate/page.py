@@ -1,4 +1,4 @@
-"""What the page of a request's run shows: progress, shards, refusals, the summary.
+"""The page of a request's run: progress, shards, refusals, the summary.
 
 The texts are made here; `Page` is where they go: the run's page in the Prefect UI (`flows.clients.page`).
 """
@@ -77,7 +77,7 @@ def pause(age: float) -> float:
 
 
 class Report:
-    """What the run's page in the Prefect UI shows: one progress bar and one table of shards, kept up to date.
+    """The progress on a run's page: one progress bar and one table of shards, kept up to date.
 
     Prefect keeps each change as an event with all of the table in it (some 50 kB of 200 rows), so that a request which
     takes days reports less often than one of minutes.
@@ -124,7 +124,7 @@ def as_line(row: ShardRow) -> Row:
 def summarise(
     page: Page, store: Store, outcome: Outcome, progress: Progress, *, manifest: str, sheet: str | None
 ) -> None:
-    """What remains on the run's page. manifest, sheet: keys in the store."""
+    """Shows what remains on the run's page. manifest, sheet: keys in the store."""
     request_id, ending = outcome.request_id or "", str(outcome.ending).replace("_", " ")
     counts = "\n".join(f"| {name} | {count} |" for name, count in sorted(progress.counts.items()) if count)
     per_clip = f"{progress.mean_seconds:.2f} s" if progress.mean_seconds else "nothing was rendered"

@@ -140,7 +140,7 @@ class Planner:
         create_shards(session, self.request_id, new, carrier=carrier())
 
     def cut(self, squad: shards.Squad, cost: shards.CostModel, remaining: int) -> list[shards.PlannedShard]:
-        """The squad's shards. What failed before is alone in its own: whatever is wrong with it harms nobody else."""
+        """The squad's shards. What failed before is alone in its own, so that it cannot harm other clips."""
 
         def seconds(shape: shards.Shape) -> float:
             return cost.seconds(shape, squad.partition)

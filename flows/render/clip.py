@@ -40,7 +40,7 @@ def as_file(clip: LeasedClip, frames: Frames, model: str) -> tuple[bytes, str]:
 
 
 def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec:
-    """What the ranks are to make of a clip, with the frames of its sources at its size and rate.
+    """The spec of a clip for the ranks, with the frames of its sources at its size and rate.
 
     Raises BadMedia, and what `fetch` raises.
     """

@@ -1,6 +1,6 @@
 """Which of a host's GPUs an engine may use, when several engines share them.
 
-A number of a GPU is a file that is locked for as long as its engine lives: whatever ends the engine gives it back.
+A number of a GPU is a file that is locked for as long as its engine lives: however that ends, the number is free again.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def register_model(session: Session, card: ModelCard) -> None:
 
 
 class Heartbeat:
-    """Tells the ledger every few seconds that this engine lives, whatever the main thread is doing."""
+    """Tells the ledger every few seconds that this engine lives, also while the main thread is busy."""
 
     def __init__(self, ledgers: sessionmaker[Session], owner: str, every: float = 5.0) -> None:
         self.ledgers, self.owner, self.every = ledgers, owner, every

@@ -195,7 +195,7 @@ class Shard:
     def render_all(self, publisher: ThreadPoolExecutor) -> None:
         """Every clip once. When the ranks end under some clips, these have failed; the others go on with new ranks.
 
-        Which of them it was nobody knows, so whatever failed before is tried again alone: a clip that ends the ranks
+        Which of them it was is unknown, so what failed before is tried again alone: a clip that ends the ranks
         costs its neighbours one attempt and no more.
         """
         fresh = [clip for clip in self.clips if clip.attempt_no == 1]

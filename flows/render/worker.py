@@ -74,7 +74,7 @@ class Worker:
     alive: int = 1  # engines, when it last looked
 
     def engines_alive(self) -> int:
-        """Engines of Prefect that the ledger hears of, whatever their model; while it is away, what was last known."""
+        """Engines of Prefect that the ledger hears of, of any model; while it is away, what was last known."""
 
         def look() -> None:
             with self.ledgers() as session:

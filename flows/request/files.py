@@ -50,9 +50,9 @@ class InFolder:
 
 
 def locate(uri: str, folder: Path, name: str = "prompts_uri") -> InStore | InFolder:
-    """What the key `name` names: `store:<key>`, or a file below `folder` (`file:<path>` or just the path).
+    """The place that the key `name` names: `store:<key>`, or a file below `folder` (`file:<path>` or just the path).
 
-    Nothing else can be named: no other file of this machine, whatever links or dots lead to it, and no address of the
+    Nothing else can be named: no other file of this machine, through links or dots either, and no address of the
     network. Raises BadUri, and BadFile if the file does not exist.
     """
     shown = f"{name}={shown_value(uri)}"

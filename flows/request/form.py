@@ -1,4 +1,4 @@
-"""What a person asks for: the Prefect UI's form, the API's JSON and the options of `rushes submit` are this one class.
+"""The request for clips: the Prefect UI's form, the API's JSON and the options of `rushes submit` are this one class.
 
 Fields left empty take the model's own default, which only the side that knows the model can fill in (`resolve`). The
 class checks what can be told without a model, `flows.request.read` the rest. Importing this loads no torch, Prefect or
@@ -64,7 +64,7 @@ class Solver(StrEnum):
 
 
 class Mode(StrEnum):
-    """What a clip is made from, beside its words."""
+    """The kind of a clip by its sources beside its words."""
 
     TEXT_TO_VIDEO = "text-to-video"
     IMAGE = "image"
@@ -127,7 +127,7 @@ def limits_of(field: FieldInfo) -> Limits:
 
 
 def _flatten(schema: dict[str, Any]) -> None:
-    """What the form shows: an optional value as one plain field, not as a choice between a value and None."""
+    """Shows an optional value as one plain field, not as a choice between a value and None."""
     shown = schema.get("properties", {})
     for each in shown.values():
         kinds = [kind for kind in each.get("anyOf", []) if kind != {"type": "null"}]
@@ -146,7 +146,7 @@ def _flatten(schema: dict[str, Any]) -> None:
 
 
 class Conditioned(BaseModel):
-    """What a clip is made from, beside its words: the same fields for one prompt and for all of a request."""
+    """The sources of a clip beside its words: the same fields for one prompt and for all of a request."""
 
     mode: Mode | None = Field(
         default=None,

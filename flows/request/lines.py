@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
 
 def text_lines(stream: BinaryIO, source: str) -> Iterator[_Line]:
-    """Lines without their ends. Holds at most MAX_LINE and a chunk, whatever the stream brings."""
+    """Lines without their ends. Holds at most MAX_LINE and a chunk of any stream."""
     number, pending, too_long, first = 0, b"", False, True
     while chunk := stream.read(CHUNK):
         if first:

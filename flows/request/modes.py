@@ -1,4 +1,4 @@
-"""What a line may be made from besides its words: the modes, which sources and options each takes, and what follows.
+"""Sources of a line besides its words: the modes, which sources and options each takes, and what follows.
 
 All of it is decided when the prompts are checked: how long the clip will be, in which windows it is made, and what is
 wrong with it, in one sentence each. Where a source lies and what it holds, `flows.request.sources` finds out. It loads
@@ -45,7 +45,7 @@ Find = Callable[[str, str], Source | None]
 
 
 def nowhere(kind: str, name: str) -> Source | None:
-    """Looks nothing up: whoever runs the request will."""
+    """Looks nothing up: the run of the request will."""
     return None
 
 
@@ -71,7 +71,7 @@ class Conditions:
     identity: tuple[str, ...] = ()  # of its sources: the same whoever looks
 
     def recipe(self) -> dict[str, Any]:
-        """What of it determines pixels; empty for a clip that is made at once from words alone."""
+        """The part that determines pixels; empty for a clip that is made at once from words alone."""
         if self.window is None and self.source is None and self.mode in (Mode.TEXT_TO_VIDEO, Mode.IMAGE):
             return {}
         decided = {
@@ -90,7 +90,7 @@ PLAIN, STILL = Conditions(), Conditions(mode=Mode.IMAGE)
 
 
 class Takes(NamedTuple):
-    """What a mode is made from."""
+    """The sources that a mode takes."""
 
     sources: tuple[str, ...] = ()  # of these, one
     needed: bool = True
@@ -111,7 +111,7 @@ STRENGTH = 0.6  # of an edit that does not say
 
 
 def with_request(line: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """What a line says of its conditions, and the request where the line is silent.
+    """The conditions of a line, from the request where the line is silent.
 
     A line that names its mode or a source leaves those of the request aside, and takes the options that suit its own.
     """
@@ -126,7 +126,7 @@ def mode_of(values: dict[str, Any]) -> Mode:
 
 
 def check_sources(values: dict[str, Any]) -> list[Fault]:
-    """What is wrong with the keys of one line beside each other, without a look at any source."""
+    """Faults of the keys of one line beside each other, without a look at any source."""
     faults: list[Fault] = []
     mode = mode_of(values)
     takes = TAKES[mode]

@@ -91,7 +91,7 @@ _HOW_TO_WRITE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What a whole file amounts to."""
+    """A whole file, checked and counted."""
 
     prompts: int  # good ones
     clips: int  # that they ask for
@@ -158,7 +158,7 @@ def strange_shapes(card: ModelCard, shapes: Mapping[str, int]) -> str:
 
 
 def check_defaults(defaults: Defaults) -> list[str]:
-    """What is wrong with the settings of the request itself, in the same words as for a line."""
+    """Faults of the settings of the request itself, in the same words as for a line."""
     given = {key: value for key in SETTINGS if (value := getattr(defaults, key)) is not None}
     stitched = Mode(defaults.conditions.get("mode", Mode.TEXT_TO_VIDEO)) in STITCHED
     _, faults = settings_of(given, defaults, Given(), any_length=stitched)

@@ -69,7 +69,7 @@ class Rewriter(Protocol):
 
 
 def rewriter_of(settings: Settings, card: ModelCard) -> AbstractContextManager[Rewriter | None]:
-    """What rewrites prompts for a model, to be closed at the end: the endpoint if one is set, else the model's own."""
+    """The rewriter for a model, to be closed at the end: the endpoint if one is set, else the model's own."""
     if settings.rewriter_url:
         return Endpoint(settings, card)
     return ModelsOwn(card) if card.rewriter else nullcontext()
@@ -80,7 +80,7 @@ def rewriter_of(settings: Settings, card: ModelCard) -> AbstractContextManager[R
 
 @dataclass(slots=True)
 class Rewritten:
-    """What became of the prompts of a file, counted over its lines."""
+    """Counts of the rewritten prompts of a file, over its lines."""
 
     rewritten: int = 0
     left: int = 0  # as they were: in the model's words already, or about nothing that it knows
@@ -121,7 +121,7 @@ def rewrite_all(
 
 
 def try_out(rewriter: Rewriter, card: ModelCard, prompt: str, *, moving: bool) -> tuple[str | None, list[str]]:
-    """What one prompt becomes (None: it stays as it is), and its words that mean nothing. Raises RewriterFailed."""
+    """One prompt rewritten (None: it stays as it is), and its words that mean nothing. Raises RewriterFailed."""
     if _spoken(card, prompt):
         return None, []
     (rewritten,) = rewriter.rewrite([prompt], moving=moving)

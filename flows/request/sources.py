@@ -1,6 +1,6 @@
 """Finding what clips are made from: pictures and videos in the store or in a folder, and clips of history.
 
-Whatever is found is read whole, once, before anything is planned: a source that cannot be read is bad input, not a
+All that is found is read whole, once, before anything is planned: a source that cannot be read is bad input, not a
 failed rendering. The run of a request puts its sources into the store under their digest, so that an engine on any
 machine gets the very bytes that were checked.
 """
@@ -28,7 +28,7 @@ Sessions = sessionmaker[Session]
 
 
 class Sources:
-    """What a request's lines name, each looked up once."""
+    """The sources that a request's lines name, each looked up once."""
 
     def __init__(self, ledgers: Sessions | None, read: Callable[[str, str], tuple[bytes, str]]) -> None:
         """`read(key, name)` gives the bytes of an image or a video and their key in the store, '' if not there yet."""
@@ -36,7 +36,7 @@ class Sources:
         self.found: dict[tuple[bool, str], Source | BadSource | None] = {}
 
     def find(self, kind: str, name: str) -> Source | None:
-        """What a line's `image`, `video` or `clip` names; None for a clip without a ledger to look in.
+        """The source that a line's `image`, `video` or `clip` names; None for a clip without a ledger to look in.
 
         Raises BadSource.
         """

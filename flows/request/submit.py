@@ -1,7 +1,7 @@
 """Submitting a prompt file from a terminal: check all of it here, put it into the store, ask Prefect for a run.
 
 Nothing leaves this machine before the whole file is known to be good (or bad lines are to be skipped). The file goes to
-the store under its digest, so that the run reads exactly the bytes that were checked, on whatever machine it runs.
+the store under its digest, so that the run reads exactly the bytes that were checked, on any machine.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def start_run(
 
 
 def tag_of(request_id: str) -> str:
-    """What runs of a request are found by; no tenant's name, which is a tag as well, has a colon."""
+    """The tag by which runs of a request are found; no tenant's name, which is a tag as well, has a colon."""
     return f"request:{request_id}"
 
 
@@ -241,7 +241,7 @@ def run_url(ui_url: str, run_id: str) -> str:
 
 
 def run_under_way(settings: Settings, api: PrefectApi, request_id: str) -> str | None:
-    """The flow run that is making this request now, whoever started it, as far as the ledger knows."""
+    """The flow run that is making this request now, also one that others started, as far as the ledger knows."""
     if settings.database_url is None:  # a machine that may submit need not reach the ledger
         return None
     from db.requests import request_by

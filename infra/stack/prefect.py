@@ -22,7 +22,7 @@ BEAT_SECONDS = (
 
 
 def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
-    """What every Prefect process of a stack is told; nothing of the caller's own Prefect settings comes in."""
+    """Settings of every Prefect process of a stack; nothing of the caller's own Prefect settings comes in."""
     return {
         "PREFECT_HOME": str(home / SERVER),
         **({"PREFECT_API_URL": api_url} if api_url else {}),

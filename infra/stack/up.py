@@ -74,7 +74,7 @@ class PartStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What runs of a stack now."""
+    """The parts of a stack that run now."""
 
     home: Path
     parts: tuple[PartStatus, ...]
@@ -118,7 +118,7 @@ def up(
 
 
 def status(home: Path) -> Status:
-    """What runs of the stack of `home`; takes a second or two when a part hangs, else much less."""
+    """Status of the stack of `home`; takes a second or two when a part hangs, else much less."""
     home = home.absolute()
     family = process_family(home)
     postgres = running_postgres(home / POSTGRES)

@@ -3,7 +3,7 @@
 It knows nothing of clips, requests or the ledger. What the ledger relies on:
 
 - A key under `blobs/` is the sha256 of its bytes, so it never changes and identical bytes are sent once.
-- An object is there whole or not at all, whatever happens to the process that writes it.
+- An object is there whole or not at all, also where the process that writes it is killed.
 - When `put` returns, the bytes survive a crash of this machine (folder) or are acknowledged by the server (S3).
 - `put` of bytes that are already there makes them young again (`Listed.modified`), so that a sweep of old objects
   without a row cannot take bytes that somebody is about to record. Sweep only what is older than a day.
@@ -60,7 +60,7 @@ class Listed:
 
 
 class Store(Protocol):
-    """What both kinds do. All raise StoreUnavailable when the store does not answer, ValueError on a bad key."""
+    """The contract of both kinds. Raises StoreUnavailable when the store does not answer, ValueError on a bad key."""
 
     def put(self, data: Data, media_type: str = OCTETS) -> Stored:
         """Store bytes under their digest; bytes that are there already are not sent again.
@@ -82,7 +82,7 @@ class Store(Protocol):
         ...
 
     def stat(self, key: str) -> Stored | None:
-        """What is known without reading the bytes; None when there is no such object."""
+        """The entry of a key, without reading the bytes; None when there is no such object."""
         ...
 
     def exists(self, key: str) -> bool: ...

@@ -87,7 +87,7 @@ def packed(message: object) -> Generator[Parcel]:
 
 
 def encode(message: object) -> tuple[Any, list[memoryview]]:
-    """What JSON can hold of a dataclass, and its arrays and bytes in the order of their fields."""
+    """The part of a dataclass that JSON can hold, and its arrays and bytes in the order of their fields."""
     blobs: list[memoryview] = []
     return _plain(message, blobs), blobs
 
