@@ -43,23 +43,24 @@ RULES = {
             when count(*) filter (where c.status = 'done') > 0 then 'completed_with_gaps'
             else 'failed' end::request_status""",
     "a recipe was rendered twice": """
-        select recipe from clips where status = 'done' and not found and not fresh
+        select recipe from clips where status = 'done' and not reused and not fresh
         group by recipe having count(*) > 1""",
     "a clip was finished twice": """
         select clip_id from attempts where status = 'done' group by clip_id having count(*) > 1""",
-    "a done clip has other bytes than its recipe's take": """
-        select c.id from clips c left join takes t using (recipe) left join clips maker on maker.id = t.clip_id
-        where c.status = 'done' and c.artifact is distinct from t.sha256
-        and (c.id = t.clip_id or maker.fresh is not true)  -- a fresh one leaves the others what they had""",
+    "a done clip has other bytes than its recipe's render": """
+        select c.id from clips c left join renders r using (recipe) left join clips maker on maker.id = r.clip_id
+        where c.status = 'done' and c.artifact is distinct from r.sha256
+        and (c.id = r.clip_id or maker.fresh is not true)  -- a fresh one leaves the others what they had""",
     "an attempt runs and its clip does not, or the other way": """
         select c.id from clips c where (c.status = 'running')
         <> exists (select from attempts a where a.clip_id = c.id and a.status = 'running')""",
     "a clip has another number of attempts than it counts": """
         select c.id from clips c left join attempts a on a.clip_id = c.id
         group by c.id, c.attempts having count(a.clip_id) <> c.attempts""",
-    "a clip counts more failures and losses than it has attempts that ended so": """
+    "a clip counts more failures and lost attempts than it has attempts that ended so": """
         select c.id from clips c left join attempts a on a.clip_id = c.id and a.status in ('failed', 'lost')
-        where c.tries + c.losses > 0 group by c.id, c.tries, c.losses having count(a.clip_id) < c.tries + c.losses""",
+        where c.failures + c.lost_attempts > 0 group by c.id, c.failures, c.lost_attempts
+        having count(a.clip_id) < c.failures + c.lost_attempts""",
     "an unfinished clip lies in a shard that is over": """
         select c.id from clips c join shards s on s.id = c.shard_id
         where c.status in ('queued', 'running') and s.status in ('done', 'cancelled')""",
@@ -79,9 +80,9 @@ def contradictions(session: Session) -> Iterator[Contradiction]:
             yield Contradiction(rule, key)
 
 
-def checkpoints(session: Session, keys: Sequence[str] | None = None) -> set[str]:
-    """The objects that unfinished clips would go on from; with `keys` those of them."""
-    named = select(Clip.checkpoint).where(Clip.checkpoint.is_not(None))
+def resume_keys(session: Session, keys: Sequence[str] | None = None) -> set[str]:
+    """Keys of the resume states that unfinished clips would go on from; with `keys` those of them."""
+    named = select(Clip.resume_key).where(Clip.resume_key.is_not(None))
     if keys is not None:
-        named = named.where(Clip.checkpoint.in_(keys))
+        named = named.where(Clip.resume_key.in_(keys))
     return {key for key in session.scalars(named) if key is not None}

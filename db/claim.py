@@ -12,9 +12,9 @@ from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, exists, func
 from sqlalchemy.orm import Session
 
 from db.artifacts import NewArtifact
-from db.fence import HELD, Lease, now, of
-from db.leases import Checkpoint, complete_shard, end_running
-from db.renders import adoptable, adopted
+from db.fence import HELD, Lease, held_params, now
+from db.leases import ResumeState, complete_shard, end_running
+from db.renders import reusable, reused
 from db.session import change
 from db.settings import SETTINGS, ClipSettings
 from db.tables import (
@@ -52,7 +52,7 @@ class LeasedClip:
     direction: ClipDirection | None
     source: NewArtifact | None  # what it is made from
     end_source: NewArtifact | None
-    checkpoint: Checkpoint | None = None  # where an earlier attempt had come to
+    resume_state: ResumeState | None = None  # where an earlier attempt had come to
 
 
 def claim_shard(
@@ -116,7 +116,7 @@ def outranked(session: Session, lease: Lease, *, partition: str | None = None) -
     )
     leased = theirs.where(Shard.status == ShardStatus.LEASED, Shard.leased_until >= now())
     first = leased.where(younger).scalar_subquery()
-    return session.scalar(select(first < waiting), of(lease)) or False
+    return session.scalar(select(first < waiting), held_params(lease)) or False
 
 
 def others_wait(session: Session, *, model_digest: str, partition: str) -> bool:
@@ -217,11 +217,11 @@ def _take_next(session: Session, turn: _Turn) -> tuple[Lease, Row[Any]] | None:
 
 
 def _clips_to_render(session: Session, shard_id: int) -> list[LeasedClip]:
-    """Those still to render. Clips that were planned before a take of their recipe was there need no rendering."""
+    """The shard's clips still to render. A render of their recipe that came after they were planned is reused."""
     waiting = session.execute(_OF_SHARD, {"shard_id": shard_id}).all()
     if any(row.there for row in waiting):
         queued = (Clip.shard_id == shard_id) & (Clip.status == ClipStatus.QUEUED)
-        change(session, update(Clip).where(queued, adoptable(Clip)).values(adopted()))
+        change(session, update(Clip).where(queued, reusable(Clip)).values(reused()))
         waiting = session.execute(_OF_SHARD, {"shard_id": shard_id}).all()
     return [_leased_clip(row) for row in waiting]
 
@@ -237,7 +237,7 @@ _OF_ARTIFACT = tuple(field.name for field in fields(NewArtifact))
 
 
 def _wanted(which: ColumnElement[bool]) -> Select[Any]:
-    """All that is needed to render these clips, in file order; and whether a take of a clip's recipe is there."""
+    """All that is needed to render these clips, in file order; and whether a render of a clip's recipe is there."""
     clip = Clip.__table__.c  # columns and no attributes: the mapper would walk through every row once more
     return (
         select(
@@ -245,9 +245,9 @@ def _wanted(which: ColumnElement[bool]) -> Select[Any]:
             clip.attempts + 1,
             func.coalesce(clip.rewritten_prompt, clip.prompt),
             *(clip[name] for name in (*_AS_STORED, *SETTINGS)),
-            *(clip.checkpoint, clip.checkpoint_step, clip.checkpoint_of),
+            *(clip.resume_key, clip.resume_step, clip.resume_fingerprint),
             *(source.c[name] for source in _SOURCES for name in _OF_ARTIFACT),
-            exists().where(adoptable(Clip)).label("there"),
+            exists().where(reusable(Clip)).label("there"),
         )
         .outerjoin(_SOURCES[0], _SOURCES[0].c.sha256 == clip.source)
         .outerjoin(_SOURCES[1], _SOURCES[1].c.sha256 == clip.end_source)
@@ -262,13 +262,13 @@ _BY_ID = _wanted(Clip.id == bindparam("clip_id"))
 
 def _leased_clip(row: Row[Any]) -> LeasedClip:
     after = len(_PLAIN) + len(SETTINGS)
-    key, step, of = row[after : after + 3]
+    key, step, fingerprint = row[after : after + 3]
     return LeasedClip(
         **dict(zip(_PLAIN, row, strict=False)),
         settings=ClipSettings(**dict(zip(SETTINGS, row[len(_PLAIN) : after], strict=True))),
         source=_artifact(row, after + 3),
         end_source=_artifact(row, after + 3 + len(_OF_ARTIFACT)),
-        checkpoint=None if key is None else Checkpoint(key=key, step=step, of=of),
+        resume_state=None if key is None else ResumeState(key=key, step=step, fingerprint=fingerprint),
     )
 
 

@@ -38,7 +38,7 @@ class NewClip:
     end_source: str | None = None
     direction: ClipDirection | None = None
     made_frames: int | None = None  # that go through the model, where that is not all of them once
-    fresh: bool = False  # a take that is there already will not do
+    fresh: bool = False  # a cached render will not do
     parents: tuple[tuple[str, EdgeKind], ...] = ()  # clips it is made from, and how
     rejected: str | None = None
 

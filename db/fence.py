@@ -35,8 +35,8 @@ def now() -> ColumnElement[Any]:
     return func.statement_timestamp()
 
 
-# True for the shard's row only while the claim that `of` names still owns it. A cancelled shard stays with its last
-# claim: whoever holds it is told what was cancelled, not that it was stolen.
+# True for the shard's row only while the claim that `held_params` names still owns it. A cancelled shard stays with
+# its last claim, whose holder is told what was cancelled, not that it was stolen.
 HELD = (
     (Shard.id == bindparam("held_shard"))
     & (Shard.attempt == bindparam("held_attempt"))
@@ -44,8 +44,8 @@ HELD = (
 )
 
 
-def of(lease: Lease) -> dict[str, Any]:
-    """What HELD is asked about."""
+def held_params(lease: Lease) -> dict[str, Any]:
+    """Bind parameters of HELD."""
     return {"held_shard": lease.shard_id, "held_attempt": lease.attempt}
 
 
@@ -55,7 +55,7 @@ _HOLD = select(Shard.status).where(HELD).with_for_update(key_share=True)
 
 def hold(session: Session, lease: Lease) -> None:
     """Keeps the shard ours until the end of this transaction: a claim skips or waits for a row that is locked."""
-    if session.execute(_HOLD, of(lease)).one_or_none() is None:
+    if session.execute(_HOLD, held_params(lease)).one_or_none() is None:
         raise lost(lease)
 
 
@@ -69,14 +69,14 @@ class _Locked:
     attempts: int
     recipe: str
     fresh: bool
-    checkpoint: str | None
+    resume_key: str | None
 
 
 def lock_clip(session: Session, lease: Lease, clip_id: str) -> _Locked | None:
     """The clip while it belongs to the leased shard; None once it was cancelled away from it."""
     row = session.execute(
-        select(Clip.status, Clip.attempts, Clip.recipe, Clip.fresh, Clip.checkpoint)
+        select(Clip.status, Clip.attempts, Clip.recipe, Clip.fresh, Clip.resume_key)
         .where(Clip.id == clip_id, Clip.shard_id == lease.shard_id)
         .with_for_update(key_share=True)
     ).one_or_none()
-    return None if row is None else _Locked(row.status, row.attempts, row.recipe or "", row.fresh, row.checkpoint)
+    return None if row is None else _Locked(row.status, row.attempts, row.recipe or "", row.fresh, row.resume_key)

@@ -23,20 +23,20 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from db.artifacts import NewArtifact
-from db.fence import HELD, Lease, hold, lock_clip, lost, now, of
-from db.renders import NO_CHECKPOINT
+from db.fence import HELD, Lease, held_params, hold, lock_clip, lost, now
+from db.renders import NO_RESUME_STATE
 from db.session import UNSYNCED, change
 from db.tables import (
-    MAX_LOSSES,
-    MAX_TRIES,
+    MAX_FAILURES,
+    MAX_LOST_ATTEMPTS,
     Artifact,
     Attempt,
     AttemptStatus,
     Clip,
     ClipStatus,
+    Render,
     Shard,
     ShardStatus,
-    Take,
 )
 from db.usage import end, end_leases
 
@@ -49,12 +49,12 @@ _ERROR_CHARACTERS = 10_000  # a traceback's end is of use, a log is not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
+class ResumeState:
     """Unfinished latents that lie in the store already."""
 
     key: str
     step: int  # denoising steps that they have had
-    of: str  # digest of what must be alike for an engine to go on from there to the same bits
+    fingerprint: str  # of the engine and clip: equal where going on from there comes to the same bits
 
 
 def renew(session: Session, lease: Lease, seconds: float) -> set[str]:
@@ -62,7 +62,9 @@ def renew(session: Session, lease: Lease, seconds: float) -> set[str]:
 
     Raises LeaseLost when the shard is no longer ours.
     """
-    renewed = session.execute(_RENEW, {**of(lease), "by": timedelta(seconds=seconds)}, execution_options=UNSYNCED)
+    renewed = session.execute(
+        _RENEW, {**held_params(lease), "by": timedelta(seconds=seconds)}, execution_options=UNSYNCED
+    )
     if renewed.one_or_none() is None:
         raise lost(lease)
     return set(session.scalars(_CANCELLED, {"shard_id": lease.shard_id}))
@@ -81,7 +83,7 @@ def start_clip(
 ) -> int:
     """Open the clip's next attempt and return its number; 0 when there is nothing to render (cancelled, or ended).
 
-    `resumed_step`: that it goes on from, where an earlier attempt left a checkpoint.
+    `resumed_step`: that it goes on from, where an earlier attempt left a resume state.
     Called twice under one lease it returns the attempt that runs. Raises LeaseLost.
     """
     hold(session, lease)
@@ -112,8 +114,8 @@ def start_clip(
     return number
 
 
-def save_checkpoint(session: Session, lease: Lease, clip_id: str, checkpoint: Checkpoint) -> str | None:
-    """The clip has come so far, and its unfinished latents are stored.
+def save_resume_state(session: Session, lease: Lease, clip_id: str, state: ResumeState) -> str | None:
+    """Record how far the clip has come: its unfinished latents are stored.
 
     Returns the key of an object that nothing refers to now: the one before, or this one itself where the clip no longer
     runs (it was cancelled, or has ended). Raises LeaseLost.
@@ -121,10 +123,10 @@ def save_checkpoint(session: Session, lease: Lease, clip_id: str, checkpoint: Ch
     hold(session, lease)
     clip = lock_clip(session, lease, clip_id)
     if clip is None or clip.status != ClipStatus.RUNNING:
-        return checkpoint.key
-    kept = {"checkpoint": checkpoint.key, "checkpoint_step": checkpoint.step, "checkpoint_of": checkpoint.of}
+        return state.key
+    kept = {"resume_key": state.key, "resume_step": state.step, "resume_fingerprint": state.fingerprint}
     change(session, update(Clip).where(Clip.id == clip_id).values(kept))
-    return clip.checkpoint if clip.checkpoint != checkpoint.key else None
+    return clip.resume_key if clip.resume_key != state.key else None
 
 
 def record_clip(
@@ -135,7 +137,6 @@ def record_clip(
     artifact: NewArtifact,
     seconds: Mapping[str, float],
     trace_id: str | None = None,
-    drift: float | None = None,
     skipped_steps: int | None = None,
     peak_bytes: int | None = None,
 ) -> bool:
@@ -157,31 +158,31 @@ def record_clip(
         "media_type": artifact.media_type,
     }
     change(session, upsert(Artifact).values(stored).on_conflict_do_nothing(index_elements=[Artifact.sha256]))
-    take = upsert(Take).values(recipe=clip.recipe, sha256=artifact.sha256, clip_id=clip_id, created_at=now())
-    if clip.fresh:  # asked for in place of the take there is
-        anew = {name: take.excluded[name] for name in ("sha256", "clip_id", "created_at")}
-        take = take.on_conflict_do_update(index_elements=[Take.recipe], set_=anew)
+    render = upsert(Render).values(recipe=clip.recipe, sha256=artifact.sha256, clip_id=clip_id, created_at=now())
+    if clip.fresh:  # asked for in place of the render there is
+        anew = {name: render.excluded[name] for name in ("sha256", "clip_id", "created_at")}
+        render = render.on_conflict_do_update(index_elements=[Render.recipe], set_=anew)
     else:
-        take = take.on_conflict_do_nothing(index_elements=[Take.recipe])
-    change(session, take)
+        render = render.on_conflict_do_nothing(index_elements=[Render.recipe])
+    change(session, render)
     change(
         session,
         update(Attempt)
         .where(Attempt.clip_id == clip_id, Attempt.status == AttemptStatus.RUNNING)
-        .values(status=AttemptStatus.DONE, finished_at=now(), trace_id=trace_id, drift=drift)
+        .values(status=AttemptStatus.DONE, finished_at=now(), trace_id=trace_id)
         .values(skipped_steps=skipped_steps, peak_bytes=peak_bytes)
         .values({f"{stage}_seconds": spent for stage, spent in seconds.items()}),
     )
     change(
         session,
         update(Clip)
-        .where(Clip.id == clip_id, Take.recipe == Clip.recipe)
+        .where(Clip.id == clip_id, Render.recipe == Clip.recipe)
         .values(
             status=ClipStatus.DONE,
-            artifact=Take.sha256,  # the take's, so that one recipe has one answer whatever happened
+            artifact=Render.sha256,  # the cached one, so that one recipe has one answer whatever happened
             seconds=sum(seconds.values()),
             finished_at=now(),
-            **NO_CHECKPOINT,
+            **NO_RESUME_STATE,
         ),
     )
     return True
@@ -199,7 +200,7 @@ def fail_clip(
     """The running attempt failed. The clip is queued again, quarantined after the third, or failed when `permanent`.
 
     `error_class`: what kind of failure it was, in one word. A clip that is queued again waits a little, and is left to
-    another engine for a while. Where something went wrong before, it begins anew: the fault may lie in its checkpoint.
+    another engine for a while. Where something went wrong before, it begins anew: its resume state may be the fault.
     Returns what became of it; a clip that does not run (cancelled, failed before) is left as it is. Raises LeaseLost.
     """
     error = error.replace("\0", "")[:_ERROR_CHARACTERS] or "failed without a reason"
@@ -217,9 +218,10 @@ def fail_clip(
     )
     failed = update(Clip).where(Clip.id == clip_id).returning(Clip.status)
     if permanent:
-        failed = failed.values(status=ClipStatus.FAILED, error=error, finished_at=now(), **NO_CHECKPOINT)
+        failed = failed.values(status=ClipStatus.FAILED, error=error, finished_at=now(), **NO_RESUME_STATE)
     else:
-        failed = failed.values(_one_more(Clip.tries, MAX_TRIES, error, anew=Clip.tries + Clip.losses > 0))
+        anew = Clip.failures + Clip.lost_attempts > 0
+        failed = failed.values(_one_more(Clip.failures, MAX_FAILURES, error, anew=anew))
     return session.execute(failed, execution_options=UNSYNCED).scalar_one()
 
 
@@ -237,7 +239,7 @@ def complete_shard(session: Session, lease: Lease) -> None:
 def release_shard(session: Session, lease: Lease) -> None:
     """Give the shard back early: the next claim takes it, and no clip is charged with an attempt. Raises LeaseLost.
 
-    Checkpoints stay: whoever claims it goes on from there.
+    Resume states stay: the engine that claims it goes on from there.
     """
     shard = end(session, lease, ShardStatus.QUEUED)
     if shard.running:
@@ -275,8 +277,9 @@ def end_running(session: Session, shard_ids: Sequence[int], outcome: AttemptStat
     if change(session, _END_ATTEMPTS, told):
         changes: dict[str, Any] = {"status": ClipStatus.QUEUED}
         if error is not None:  # whatever it was at may be what ended it: it is planned anew, alone
-            third = Clip.losses + 1 == MAX_LOSSES // 2  # once, since from there on its checkpoints are others
-            changes = {**_one_more(Clip.losses, MAX_LOSSES, error, anew=third), "shard_id": None}
+            # Once, since from there on its resume states are others.
+            third = Clip.lost_attempts + 1 == MAX_LOST_ATTEMPTS // 2
+            changes = {**_one_more(Clip.lost_attempts, MAX_LOST_ATTEMPTS, error, anew=third), "shard_id": None}
         running = Clip.shard_id.in_(shard_ids) & (Clip.status == ClipStatus.RUNNING)
         change(session, update(Clip).where(running).values(changes))
 
@@ -292,14 +295,16 @@ _END_ATTEMPTS = (
 def _one_more(count: Any, most: int, error: str, *, anew: ColumnElement[bool]) -> dict[str, Any]:
     """The clip is queued again, not before a while that doubles every time; or put aside where that makes `most`.
 
-    `count`: of failures, or of losses. A failure is known to be the clip's or its ranks'. A loss says little: engines
-    are killed, hosts vanish, leases run out under clips that have nothing to do with it; so it takes more of them.
-    `anew`: where it leaves its checkpoint behind.
+    `count`: of failures, or of lost attempts. A failure is known to be the clip's or its ranks'. A lost attempt says
+    little: engines are killed, hosts vanish, leases run out under clips that have nothing to do with it; so it takes
+    more of them.
+    `anew`: where it leaves its resume state behind.
     """
     last = count + 1 >= most
-    wait = func.least(BACKOFF * func.power(2.0, Clip.tries + Clip.losses), BACKOFF_MOST) * (0.5 + func.random())
+    before = Clip.failures + Clip.lost_attempts
+    wait = func.least(BACKOFF * func.power(2.0, before), BACKOFF_MOST) * (0.5 + func.random())
     return {
-        **{name: case((anew | last, None), else_=getattr(Clip, name)) for name in NO_CHECKPOINT},
+        **{name: case((anew | last, None), else_=getattr(Clip, name)) for name in NO_RESUME_STATE},
         "not_before": now() + wait * timedelta(seconds=1),
         count.key: count + 1,
         "error": error,

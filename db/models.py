@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from db.session import change
-from db.tables import Artifact, Clip, Model, Request, RequestStatus, Take
+from db.tables import Artifact, Clip, Model, Render, Request, RequestStatus
 
 _NAMING = 0x4E616D65  # advisory lock: "Name"
 
@@ -97,7 +97,10 @@ def remove_model(session: Session, digest: str) -> int:
     others = {file["sha256"] for other in _added(session, Model.digest != digest) for file in other.card[FILES]}
     alone = Artifact.sha256.in_({file["sha256"] for file in files} - others)
     of_clips = or_(*(column == Artifact.sha256 for column in (Clip.source, Clip.end_source, Clip.artifact)))
-    used = select(Clip.id).where(of_clips).exists() | select(Take.recipe).where(Take.sha256 == Artifact.sha256).exists()
+    used = (
+        select(Clip.id).where(of_clips).exists()
+        | select(Render.recipe).where(Render.sha256 == Artifact.sha256).exists()
+    )
     return len(session.scalars(delete(Artifact).where(alone, ~used).returning(Artifact.sha256)).all())
 
 

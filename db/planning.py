@@ -14,7 +14,7 @@ from sqlalchemy import ARRAY, BigInteger, Text, any_, exists, func, insert, lite
 from sqlalchemy.orm import Session, aliased
 
 from db.engines import ALIVE, live_engines
-from db.renders import adoptable, adopted
+from db.renders import reusable, reused
 from db.requests import lock_request
 from db.session import ANALYZE_FROM, change
 from db.tables import (
@@ -52,13 +52,13 @@ class Unplanned:
     strength: float | None
     window: int | None
     made_frames: int | None
-    tries: int  # that failed
-    losses: int  # of the engine that was at it
+    failures: int
+    lost_attempts: int
 
     @property
     def suspect(self) -> bool:
         """Something went wrong with it before: it should be alone in its shard."""
-        return self.tries + self.losses > 0
+        return self.failures + self.lost_attempts > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,26 +81,26 @@ class ShardRow:
     finished_at: datetime | None
 
 
-def adopt_takes(session: Session, request_id: str, *, within: float | None = None) -> int:
-    """Every unplanned clip whose recipe was rendered before is done. Returns how many were.
+def reuse_renders(session: Session, request_id: str, *, within: float | None = None) -> int:
+    """Finish every unplanned clip whose recipe has a cached render. Returns how many there were.
 
     within: only where that was so many seconds ago at most, which spares reading all unplanned clips.
     """
     lock_request(session, request_id)
-    adopt = update(Clip).where(_unplanned(Clip), Clip.request_id == request_id, adoptable(Clip)).values(adopted())
+    reuse = update(Clip).where(_unplanned(Clip), Clip.request_id == request_id, reusable(Clip)).values(reused())
     if within is not None:
         made = aliased(Clip)
         recent = select(made.recipe).where(made.status == ClipStatus.DONE)
         recent = recent.where(made.finished_at > func.statement_timestamp() - timedelta(seconds=within))
-        adopt = adopt.where(Clip.recipe.in_(recent))
-    return change(session, adopt)
+        reuse = reuse.where(Clip.recipe.in_(recent))
+    return change(session, reuse)
 
 
 def unplanned(session: Session, request_id: str, limit: int) -> list[Unplanned]:
     """The next clips to plan, in file order: of each recipe the first one, and only where nobody renders it or has.
 
-    The others wait, and are adopted when the take is there; what failed waits for its next try. Empty until the request
-    is sealed.
+    The others wait, and reuse the render when it is there; what failed waits for its next attempt. Empty until the
+    request is sealed.
     """
     twin = aliased(Clip)
     earlier = exists().where(
@@ -128,23 +128,6 @@ class NewShard:
     partition: str | None = None  # the only one whose engines may claim it
     predicted_seconds: float | None = None  # an engine's for all of `clip_ids`; the shard keeps those of its own clips
     predicted_bytes: int | None = None  # of its fullest rank
-
-
-def create_shard(
-    session: Session,
-    request_id: str,
-    clip_ids: Sequence[str],
-    *,
-    carrier: Mapping[str, str] | None = None,
-    priority: int | None = None,
-    partition: str | None = None,
-    predicted_seconds: float | None = None,
-    predicted_bytes: int | None = None,
-) -> int | None:
-    """One shard, as create_shards makes it; None where none of its clips can be taken."""
-    predicted = {"predicted_seconds": predicted_seconds, "predicted_bytes": predicted_bytes}
-    new = NewShard(clip_ids=clip_ids, partition=partition, **predicted)  # type: ignore[arg-type]
-    return next(iter(create_shards(session, request_id, [new], carrier=carrier, priority=priority)), None)
 
 
 def create_shards(
@@ -249,7 +232,7 @@ def _its_time_has_come() -> Any:
 def _nobody_renders() -> tuple[Any, Any]:
     active = aliased(Clip)
     planned = active.status.in_(ACTIVE) & active.shard_id.is_not(None)
-    return ~exists().where(active.recipe == Clip.recipe, planned), ~exists().where(adoptable(Clip))
+    return ~exists().where(active.recipe == Clip.recipe, planned), ~exists().where(reusable(Clip))
 
 
 def shard_table(session: Session, request_id: str, *, limit: int | None = None) -> list[ShardRow]:

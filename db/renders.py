@@ -1,4 +1,4 @@
-"""Finished renders by recipe: which may be reused in place of rendering again."""
+"""Cached renders by recipe: which may be reused in place of rendering again."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 from sqlalchemy import ColumnElement, or_
 
 from db.fence import now
-from db.tables import ClipStatus, Take
+from db.tables import ClipStatus, Render
 
-NO_CHECKPOINT: dict[str, Any] = {"checkpoint": None, "checkpoint_step": None, "checkpoint_of": None}
+NO_RESUME_STATE: dict[str, Any] = dict.fromkeys(("resume_key", "resume_step", "resume_fingerprint"))
 
 
-def adopted() -> dict[str, Any]:
-    """What a clip becomes when the take of its recipe is there already."""
+def reused() -> dict[str, Any]:
+    """Column values of a clip that is done by the cached render of its recipe."""
     return {
         "status": ClipStatus.DONE,
-        "artifact": Take.sha256,
-        "found": True,
+        "artifact": Render.sha256,
+        "reused": True,
         "error": None,
         "finished_at": now(),
-        **NO_CHECKPOINT,
+        **NO_RESUME_STATE,
     }
 
 
-def adoptable(clip: Any) -> ColumnElement[bool]:
-    """True of a take that does for a clip: of its recipe and, where it is to be fresh, made since it was asked for."""
-    return (Take.recipe == clip.recipe) & or_(~clip.fresh, Take.created_at >= clip.queued_at)
+def reusable(clip: Any) -> ColumnElement[bool]:
+    """True of a render that does for a clip: of its recipe and, where it is to be fresh, made since it was queued."""
+    return (Render.recipe == clip.recipe) & or_(~clip.fresh, Render.created_at >= clip.queued_at)

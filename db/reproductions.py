@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, aliased
 from db.artifacts import NewArtifact
 from db.claim import LeasedClip, clip_to_render
 from db.session import change
-from db.tables import ACTIVE, Artifact, Attempt, Clip, ClipStatus, Engine, Reproduction, Request, Take
+from db.tables import ACTIVE, Artifact, Attempt, Clip, ClipStatus, Engine, Render, Reproduction, Request
 
 
 class NoOriginal(LookupError):
@@ -27,7 +27,7 @@ class Original:
 
     clip_id: str
     artifact: NewArtifact
-    made_for: LeasedClip  # the clip whose rendering it is: another of its recipe where it was found
+    made_for: LeasedClip  # the clip whose rendering it is: another of its recipe where that was reused
     partition: str
     code_version: str
     device: str | None  # None: its engine is no longer in the ledger
@@ -76,8 +76,8 @@ def original(session: Session, clip_id: str) -> Original:
         )
         .select_from(Clip)
         .join(Artifact, Artifact.sha256 == Clip.artifact)
-        .join(Take, Take.recipe == Clip.recipe)
-        .join(maker, maker.id == Take.clip_id)
+        .join(Render, Render.recipe == Clip.recipe)
+        .join(maker, maker.id == Render.clip_id)
         .join(Attempt, (Attempt.clip_id == maker.id) & (Attempt.number == maker.attempts))
         .join(Request, Request.id == maker.request_id)
         .outerjoin(Engine, Engine.id == Attempt.engine)

@@ -15,7 +15,7 @@ from sqlalchemy import Boolean, Row, delete, distinct, func, insert, literal, or
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from db.renders import NO_CHECKPOINT
+from db.renders import NO_RESUME_STATE
 from db.session import ANALYZE_FROM, change
 from db.tables import (
     ACTIVE,
@@ -87,7 +87,7 @@ class Progress:
     status: RequestStatus
     total: int | None  # None while clips are still being added
     counts: Mapping[ClipStatus, int]
-    found: int  # done without rendering
+    reused: int  # done without rendering
     seconds_done: float  # engine seconds of the clips rendered
     mean_seconds: float | None  # of one rendered clip
     first_started: datetime | None
@@ -204,7 +204,7 @@ def seal_request(session: Session, request_id: str, total: int) -> None:
 
 def progress(session: Session, request_id: str) -> Progress:
     """Where the request stands, by the counts that are kept: a million clips are as quick as ten."""
-    summed = [func.sum(getattr(Tally, name)).label(name) for name in ("clips", "found", "rendered", "seconds")]
+    summed = [func.sum(getattr(Tally, name)).label(name) for name in ("clips", "reused", "rendered", "seconds")]
     rows = session.execute(
         select(Tally.status, *summed, func.min(Tally.started_at).label("started"))
         .where(Tally.request_id == request_id)
@@ -227,7 +227,7 @@ def progress(session: Session, request_id: str) -> Progress:
         status=request.status,
         total=request.total,
         counts={status: counted.get(status, 0) for status in ClipStatus},
-        found=sum(int(row.found) for row in rows),
+        reused=sum(int(row.reused) for row in rows),
         seconds_done=seconds,
         mean_seconds=seconds / rendered_clips if rendered_clips else None,
         first_started=min((row.started for row in rows if row.started), default=None),
@@ -244,7 +244,7 @@ def _counted(session: Session, request_id: str) -> dict[ClipStatus, int]:
 
 def compact(session: Session, request_id: str) -> None:
     """Sums up the kept counts of a request, so that few rows answer for many changes. Safe beside writers."""
-    names = ("clips", "found", "rendered", "seconds")
+    names = ("clips", "reused", "rendered", "seconds")
     gone = delete(Tally).where(Tally.request_id == request_id).returning(Tally.__table__).cte("gone")
     summed = select(
         gone.c.request_id, gone.c.status, *(func.sum(gone.c[name]) for name in names), func.min(gone.c.started_at)
@@ -331,7 +331,7 @@ def _queue_again(session: Session, request_id: str, statuses: Sequence[ClipStatu
     queued = (
         update(Clip)
         .where(Clip.request_id == request_id, Clip.status.in_(statuses))
-        .values(status=ClipStatus.QUEUED, tries=0, losses=0, shard_id=None)
+        .values(status=ClipStatus.QUEUED, failures=0, lost_attempts=0, shard_id=None)
         .values(error=None, finished_at=None, not_before=None)
     )
     count = change(session, queued)
@@ -361,7 +361,7 @@ def _end_clips(session: Session, request_id: str) -> int:
     cancelled = (
         update(Clip)
         .where(Clip.request_id == request_id, Clip.status.in_(ACTIVE))
-        .values(status=ClipStatus.CANCELLED, finished_at=func.statement_timestamp(), **NO_CHECKPOINT)
+        .values(status=ClipStatus.CANCELLED, finished_at=func.statement_timestamp(), **NO_RESUME_STATE)
     )
     count = change(session, cancelled)
     if shard_ids:

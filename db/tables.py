@@ -1,7 +1,7 @@
 """The ledger's tables. Every rule that can be a constraint is one, with a line that says what it prevents.
 
 Three rules carry the promise "nothing rendered twice, nothing lost":
-- `clips.recipe` is unique among the clips that are planned or being rendered, and `takes` holds one artifact a recipe;
+- `clips.recipe` is unique among the clips that are planned or being rendered; `renders` holds one artifact a recipe;
 - a shard's `attempt` goes up with every claim, and every write of an engine names the attempt it holds (leases.py);
 - a clip is `done` exactly when it has an artifact, and an artifact row is only written after its bytes are stored.
 """
@@ -38,8 +38,8 @@ from db.settings import ClipSettings
 
 PRIORITIES = (0, 9)  # least and most urgent
 PRIORITY = 5  # of a request that says nothing
-MAX_TRIES = 3  # a clip whose renderings failed this often is poison and is put aside
-MAX_LOSSES = 6  # and so is one whose engines vanished this often: each of them may have had reasons of its own
+MAX_FAILURES = 3  # a clip whose renderings failed this often is poison and is put aside
+MAX_LOST_ATTEMPTS = 6  # and so is one whose engines vanished this often: each of them may have had reasons of its own
 
 
 class RequestStatus(StrEnum):
@@ -338,14 +338,14 @@ class Clip(Base):
     status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
     error: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
-    tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # failed since the last retry
-    losses: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # lost since then
-    found: Mapped[bool] = mapped_column(server_default=text("false"))  # done by a take that was there already
-    fresh: Mapped[bool] = mapped_column(server_default=text("false"))  # a take from before it was queued will not do
+    failures: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # attempts since the last retry
+    lost_attempts: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # with their engine, since then
+    reused: Mapped[bool] = mapped_column(server_default=text("false"))  # done by a cached render
+    fresh: Mapped[bool] = mapped_column(server_default=text("false"))  # a render from before it was queued will not do
     not_before: Mapped[datetime | None]  # a clip that failed waits a little before it is tried again
-    checkpoint: Mapped[str | None]  # object that holds its unfinished latents
-    checkpoint_step: Mapped[int | None]  # denoising steps that they have had
-    checkpoint_of: Mapped[str | None]  # digest of what must be alike for another engine to go on from there
+    resume_key: Mapped[str | None]  # object that holds its resume state: unfinished latents
+    resume_step: Mapped[int | None]  # denoising steps that they have had
+    resume_fingerprint: Mapped[str | None]  # of the kind of engine that goes on from there to the same bits
     seconds: Mapped[float | None]  # engine time of the rendering that made it
     shard_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("shards.id"))
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.sha256"))  # prevents a done clip without bytes
@@ -388,16 +388,16 @@ class Clip(Base):
         CheckConstraint("status not in ('failed', 'quarantined', 'rejected') or error is not null", name="error"),
         # prevents a poison clip from being tried forever, and quarantine without cause
         CheckConstraint(
-            f"tries between 0 and {MAX_TRIES} and losses between 0 and {MAX_LOSSES}"
-            f" and (status = 'quarantined') = (tries = {MAX_TRIES} or losses = {MAX_LOSSES})",
-            name="tries",
+            f"failures between 0 and {MAX_FAILURES} and lost_attempts between 0 and {MAX_LOST_ATTEMPTS}"
+            f" and (status = 'quarantined') = (failures = {MAX_FAILURES} or lost_attempts = {MAX_LOST_ATTEMPTS})",
+            name="failures",
         ),
-        CheckConstraint("not found or status = 'done'", name="found"),
-        # prevents a finished clip from keeping its unfinished latents, and latents that nobody could go on from
+        CheckConstraint("not reused or status = 'done'", name="reused"),
+        # prevents a finished clip from keeping a resume state, and one that nobody could go on from
         CheckConstraint(
-            "(checkpoint is null or status in ('queued', 'running')) and checkpoint_step >= 1"
-            " and num_nulls(checkpoint, checkpoint_step, checkpoint_of) in (0, 3)",
-            name="checkpoint",
+            "(resume_key is null or status in ('queued', 'running')) and resume_step >= 1"
+            " and num_nulls(resume_key, resume_step, resume_fingerprint) in (0, 3)",
+            name="resume",
         ),
         # prevents one recipe from being rendered by two engines
         Index(
@@ -416,7 +416,7 @@ class Clip(Base):
             postgresql_where=text("custom_id is not null and status <> 'rejected'"),
         ),
         # prevents two clips from going on from the same latents
-        Index("uq_clips_checkpoint", "checkpoint", unique=True, postgresql_where=text("checkpoint is not null")),
+        Index("uq_clips_resume_key", "resume_key", unique=True, postgresql_where=text("resume_key is not null")),
         # prevents the planner from reading clips that are planned or finished: what is left, in file order
         Index(
             "ix_clips_unplanned",
@@ -425,7 +425,7 @@ class Clip(Base):
             "sample",
             postgresql_where=text("status = 'queued' and shard_id is null"),
         ),
-        # prevents the search for twins and takes from doing so
+        # prevents the search for twins and cached renders from doing so
         Index(
             "ix_clips_unplanned_recipe",
             "request_id",
@@ -468,8 +468,8 @@ class Tally(Base):
     request_id: Mapped[str]  # of a clip that is there, so a foreign key would only cost time
     status: Mapped[ClipStatus]
     clips: Mapped[int]
-    found: Mapped[int]
-    rendered: Mapped[int]  # done and not found
+    reused: Mapped[int]
+    rendered: Mapped[int]  # done and not reused
     seconds: Mapped[float]  # of the rendered ones
     started_at: Mapped[datetime | None]  # the first of them
 
@@ -499,7 +499,6 @@ class Attempt(Base):
     decode_seconds: Mapped[float | None]
     encode_seconds: Mapped[float | None]
     put_seconds: Mapped[float | None]
-    drift: Mapped[float | None]  # largest difference of the partitioned model from the whole one, where it was measured
     skipped_steps: Mapped[int | None]  # that a step cache answered
     peak_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of memory, on the fullest rank
     trace_id: Mapped[str | None]
@@ -518,10 +517,10 @@ class Attempt(Base):
     )
 
 
-class Take(Base):
-    """Recipe → artifact: a finished rendering, used by every clip that asks for the same pixels."""
+class Render(Base):
+    """Cached render, recipe → artifact: reused by every clip that asks for the same pixels."""
 
-    __tablename__ = "takes"
+    __tablename__ = "renders"
 
     recipe: Mapped[str] = mapped_column(primary_key=True)  # prevents a second rendering of a recipe from counting
     sha256: Mapped[str] = mapped_column(ForeignKey("artifacts.sha256"))
@@ -530,7 +529,7 @@ class Take(Base):
 
     __table_args__ = (
         CheckConstraint(_HEX64.format("recipe"), name="recipe"),
-        Index("ix_takes_sha256", "sha256"),
+        Index("ix_renders_sha256", "sha256"),
     )
 
 

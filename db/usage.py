@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from db.fence import Lease, lost, of
+from db.fence import Lease, held_params, lost
 from db.tables import ShardStatus
 
 _PARTS = 8  # rows in which a tenant's usage of a minute lies
@@ -63,7 +63,7 @@ with ended (id, request_id, ranks, claimed_at, leased_until) as (
 
 def end(session: Session, lease: Lease, status: ShardStatus) -> Row[Any]:
     """Holds the shard, and ends the lease where none of its clips asks for more: it is no longer `open` then."""
-    shard = session.execute(_END_HELD, {**of(lease), "status": str(status)}).one_or_none()
+    shard = session.execute(_END_HELD, {**held_params(lease), "status": str(status)}).one_or_none()
     if shard is None:
         raise lost(lease)
     return shard

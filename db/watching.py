@@ -123,7 +123,7 @@ def measured_costs(
     """The median engine time for each shape and partition, over the newest clips that this model rendered on a device.
 
     `device`: cpu or cuda; with `compiled` only engines that compile, else only those that do not. Clips of which a step
-    cache answered some steps, or that went on from a checkpoint, took less than their shape does, and are left out.
+    cache answered some steps, or that went on from a resume state, took less than their shape does, and are left out.
     """
     shape = ("width", "height", "frames", "steps", "guidance", "mode", "strength", "window", "made_frames")
     taken = {stage: func.coalesce(getattr(Attempt, f"{stage}_seconds"), 0.0).label(stage) for stage in STAGES}
@@ -132,7 +132,7 @@ def measured_costs(
         .join(Request, Request.id == Clip.request_id)
         .join(Attempt, (Attempt.clip_id == Clip.id) & (Attempt.status == AttemptStatus.DONE))
         .join(Engine, Engine.id == Attempt.owner)
-        .where(Request.model_digest == model_digest, Clip.status == ClipStatus.DONE, ~Clip.found, Clip.seconds > 0)
+        .where(Request.model_digest == model_digest, Clip.status == ClipStatus.DONE, ~Clip.reused, Clip.seconds > 0)
         .where(func.split_part(Engine.device, " ", 1) == device, Engine.device.contains("compiled") == compiled)
         .where(func.coalesce(Attempt.skipped_steps, 0) == 0, Attempt.resumed_step.is_(None))
         .order_by(Clip.finished_at.desc())

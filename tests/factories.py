@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import text
@@ -14,7 +14,7 @@ from db.claim import LeasedClip, claim_shard
 from db.clips import NewClip, add_clips
 from db.fence import Lease
 from db.leases import complete_shard, expire_leases, fail_clip, record_clip, release_shard, start_clip
-from db.planning import create_shard, unplanned
+from db.planning import NewShard, create_shards, unplanned
 from db.requests import NewRequest, open_request, seal_request
 from db.settings import SETTINGS, ClipSettings
 
@@ -87,6 +87,20 @@ def opened(session: Session, clips: Sequence[NewClip], key: str = "batch", **cha
     return request
 
 
+def create_shard(
+    session: Session,
+    request: str,
+    clip_ids: Sequence[str],
+    *,
+    carrier: Mapping[str, str] | None = None,
+    priority: int | None = None,
+    **planned: Any,
+) -> int | None:
+    """One shard of these clips; None where none of them can be taken. `planned`: the rest of NewShard."""
+    shard = NewShard(clip_ids=clip_ids, **planned)
+    return next(iter(create_shards(session, request, [shard], carrier=carrier, priority=priority)), None)
+
+
 def planned(session: Session, request: str, *, size: int = 100) -> list[int]:
     """All that can be planned put into shards of `size` clips; their ids."""
     shards: list[int] = []
@@ -116,7 +130,7 @@ def clear(session: Session) -> None:
     """An empty ledger again, for the next example of a law."""
     for table in (
         "edges",
-        "takes",
+        "renders",
         "attempts",
         "clips",
         "shards",

@@ -38,7 +38,7 @@ def demo() -> None:
         rows = list(_clip_files(settings, request_id, folder))
         typer.echo("")
         show_rows(rows, ["clip", "prompt", "status", "seconds", "file"], "table")
-        found = sum(row["found"] for row in rows)
+        found = sum(row["reused"] for row in rows)
         if found == len(rows) or not submitted[1]:
             typer.echo(f"All {len(rows)} clips were found: nothing was rendered.")
         typer.echo(f"Clips          {folder}")
@@ -59,7 +59,7 @@ def _clip_files(settings: Settings, request_id: str, folder: Path) -> Iterator[d
                 "clip": Path(clip["file"]).stem if clip["file"] else clip["custom_id"] or clip["clip_id"],
                 "prompt": clip["prompt"],
                 "status": clip["status"],
-                "found": bool(clip["found"]),
+                "reused": bool(clip["reused"]),
                 "seconds": round(clip["seconds"], 2) if clip["seconds"] is not None else None,
                 "file": clip["file"],
             }

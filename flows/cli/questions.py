@@ -34,8 +34,9 @@ def history(
 ) -> None:
     """List clips, newest first. JSON and CSV hold every column unless --columns says otherwise."""
     within = _duration(since) if since else None
-    from db.history import COLUMNS, find_clips
+    from db.history import find_clips
     from db.tables import ClipStatus
+    from db.view import COLUMNS
     from flows.clients.ledger import reading
     from flows.show import show_rows
 
@@ -58,7 +59,7 @@ def history(
             since=within,
             limit=limit,
         )
-    show_rows((asdict(row) for row in found), wanted, format)
+    show_rows((row.columns() for row in found), wanted, format)
 
 
 def _duration(text: str) -> Any:
@@ -84,7 +85,7 @@ def show(clip: Annotated[str, typer.Argument(help="Clip id.")], format: Format =
         story = show_clip(session, clip)
     if story is None:
         fail(f"no clip {clip!r} in the ledger: `rushes history` lists those there are", BAD_INPUT)
-    row = asdict(story.clip)
+    row = story.clip.columns()
     row["link"] = settings.open_store().link(story.clip.object_key) if story.clip.object_key else None
     attempts = [asdict(attempt) for attempt in story.attempts]
     parents = [{"clip": parent, "kind": kind} for parent, kind in story.parents]

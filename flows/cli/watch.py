@@ -107,8 +107,8 @@ def eta(now: Progress) -> float | None:
 
 def _counts(now: Progress) -> str:
     parts = [f"{count} {status.value}" for status, count in now.counts.items() if count]
-    if now.found:
-        parts.append(f"{now.found} of them found")
+    if now.reused:
+        parts.append(f"{now.reused} of them found")
     return ", ".join(parts)
 
 

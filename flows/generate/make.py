@@ -80,5 +80,5 @@ def make_clips(
 
     before = reuse_cached(ledgers, request_id)
     progress = watch(settings, ledgers, request_id, source, page=page, engines=engines)
-    cache_hits = before.counts[ClipStatus.DONE] + progress.found - before.found
+    cache_hits = before.counts[ClipStatus.DONE] + progress.reused - before.reused
     return publish(ledgers, store, page, progress, cache_hits)

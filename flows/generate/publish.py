@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import islice
 from typing import BinaryIO
 
@@ -54,7 +53,7 @@ def publish_manifest(session: Session, store: Store, request_id: str) -> str:
     """requests/<id>/manifest.jsonl: one line a clip, in the order of the prompt file, with all that `history` says."""
     with spooled() as file:
         for row in history.clips_of(session, request_id):
-            file.write(json.dumps(asdict(row), default=str, separators=(",", ":")).encode() + b"\n")
+            file.write(json.dumps(row.columns(), default=str, separators=(",", ":")).encode() + b"\n")
         file.seek(0)
         return store.put_at(f"requests/{request_id}/manifest.jsonl", file, "application/x-ndjson").key
 
@@ -74,8 +73,8 @@ def publish_sheet(session: Session, store: Store, request_id: str) -> str | None
     for row in islice(history.clips_of(session, request_id), SHEET_CLIPS):
         frames = decode_frames(store.get(row.object_key), 5) if row.object_key else ()
         note = (
-            f"{row.width}x{row.height}, {row.frames} frame{'s' * (row.frames != 1)}"
-            if row.object_key
+            f"{made.width}x{made.height}, {made.frames} frame{'s' * (made.frames != 1)}"
+            if row.object_key and (made := row.settings)
             else f"{row.status}: {row.error or ''}"
         )
         rows.append(SheetRow(clip_id=row.custom_id or row.clip_id, prompt=row.prompt, frames=frames, note=note))

@@ -16,7 +16,7 @@ from db import requests
 from db.artifacts import add_artifacts
 from db.clips import NewClip, add_clips
 from db.models import register_model
-from db.planning import adopt_takes
+from db.planning import reuse_renders
 from db.requests import NewRequest, OpenedRequest, Progress, open_request, request_by, seal_request
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
@@ -246,7 +246,7 @@ def reuse_cached(ledgers: sessionmaker[Session], request_id: str) -> Progress:
     """Where the request stands before this run renders anything: what it made earlier is done, and what others made."""
 
     def reuse(session: Session) -> Progress:
-        adopt_takes(session, request_id)
+        reuse_renders(session, request_id)
         return requests.progress(session, request_id)
 
     return Ledger(ledgers).write(reuse)

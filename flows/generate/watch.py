@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import requests, watching
 from db.leases import expire_owner
-from db.planning import NewShard, adopt_takes, create_shards, unbind_shards, unplanned
+from db.planning import NewShard, create_shards, reuse_renders, unbind_shards, unplanned
 from db.requests import Progress, compact
 from db.tables import ClipStatus
 from flows.clients.ledger import Ledger
@@ -63,7 +63,7 @@ def watch(
     every_take = time.monotonic() + EVERY_TAKE
 
     def look(session: Session) -> Progress:
-        adopt_takes(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
+        reuse_renders(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
         planner.plan(session)
         compact(session, request_id)
         return requests.progress(session, request_id)

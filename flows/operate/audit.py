@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from db.artifacts import known_keys
-from db.audit import checkpoints, contradictions
+from db.audit import contradictions, resume_keys
 from db.tables import Artifact
 from infra.store.contract import Listed, NoSuchKey, Store
 
@@ -25,7 +25,7 @@ BATCH = 500  # rows of one statement
 # Bytes are stored before their row is written, so young bytes may have none yet; a cancel or a kill leaves such behind.
 # Maintenance deletes objects of this age that no row knows. Checkpoints are many, and of no use to another clip.
 ORPHAN_AGE = {"blobs/": timedelta(days=1), "checkpoints/": timedelta(hours=1)}
-REFERENCES = {"blobs/": known_keys, "checkpoints/": checkpoints}  # which of some keys rows refer to
+REFERENCES = {"blobs/": known_keys, "checkpoints/": resume_keys}  # which of some keys rows refer to
 OVERDUE = timedelta(hours=1)  # for which maintenance, which comes every ten minutes, may be late
 
 
@@ -94,12 +94,12 @@ def _draw(session: Session, count: int) -> set[str]:
 
 def _checkpoints(session: Session, store: Store, report: AuditReport) -> Iterator[Breach]:
     """Breaches of clips whose checkpoint is not there, unless they have finished or moved on meanwhile."""
-    named = checkpoints(session)
+    named = resume_keys(session)
     session.rollback()
     report.rows += len(named)
     gone = {key for key in named if not store.exists(key)}
     if gone:
-        gone = checkpoints(session, sorted(gone))
+        gone = resume_keys(session, sorted(gone))
         session.rollback()
     for key in sorted(gone):
         yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object")

@@ -11,15 +11,16 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from db.history import HistoryRow, history, rows_of
+from db.history import rows_of
 from db.tables import ClipStatus
+from db.view import HistoryRow, history
 from flows.show import plain
 from infra.files import atomic_path
 from infra.store.contract import NoSuchKey, Store
@@ -62,7 +63,7 @@ def export(
             else:
                 file = name
                 on_clip(name)
-            line = {**{key: plain(value) for key, value in asdict(row).items()}, "file": file}
+            line = {**{key: plain(value) for key, value in row.columns().items()}, "file": file}
             manifest.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     return done
 

@@ -17,17 +17,17 @@ from sqlalchemy.orm import Session
 
 from db import artifacts
 from db.artifacts import NewArtifact
-from db.audit import checkpoints
+from db.audit import resume_keys
 from db.claim import LeasedClip
 from db.fence import Lease, LeaseLost
 from db.leases import (
-    Checkpoint,
+    ResumeState,
     complete_shard,
     fail_clip,
     record_clip,
     release_shard,
     renew,
-    save_checkpoint,
+    save_resume_state,
     start_clip,
 )
 from flows.clients.ledger import Ledger
@@ -175,11 +175,11 @@ class Shard:
 
     def with_resume_state(self, clip: LeasedClip, spec: ClipSpec) -> ClipSpec:
         """The clip with what an earlier attempt left, if it can be had and comes to the same bits on this engine."""
-        if clip.checkpoint is None:
+        if clip.resume_state is None:
             return spec
-        key = clip.checkpoint.key
+        key = clip.resume_state.key
         self.objects.add(key)
-        if clip.checkpoint.of != self.worker.renderer.fingerprint(spec):
+        if clip.resume_state.fingerprint != self.worker.renderer.fingerprint(spec):
             log.info("clip %s begins anew: its checkpoint %s is of another kind of engine", clip.clip_id, key)
             return spec
         try:
@@ -264,8 +264,8 @@ class Shard:
         try:
             self.worker.store.put_at(key, clip.data)
             with self.worker.ledgers.begin() as session:
-                kept = Checkpoint(key=key, step=clip.step, of=clip.fingerprint)
-                save_checkpoint(session, self.lease, clip.clip_id, kept)
+                kept = ResumeState(key=key, step=clip.step, fingerprint=clip.fingerprint)
+                save_resume_state(session, self.lease, clip.clip_id, kept)
         except Exception as error:
             log.warning("checkpoint %s was not kept: %s", key, error)
         else:
@@ -277,7 +277,7 @@ class Shard:
             return
         try:
             with self.worker.ledgers() as session:
-                gone = self.objects - checkpoints(session, sorted(self.objects))
+                gone = self.objects - resume_keys(session, sorted(self.objects))
             for key in gone:
                 self.worker.store.delete(key)
             self.objects -= gone

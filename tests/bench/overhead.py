@@ -31,7 +31,7 @@ QUERY = """
 select count(*) as clips, extract(epoch from max(finished_at) - min(started_at)) as seconds,
        sum(text_seconds) as text, sum(denoise_seconds) as denoise, sum(decode_seconds) as decode,
        sum(encode_seconds) as encode, sum(put_seconds) as put
-from history where status = 'done' and not found"""
+from history where status = 'done' and not reused"""
 
 
 @dataclass(frozen=True, slots=True)

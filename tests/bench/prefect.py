@@ -35,7 +35,7 @@ from prefect.states import Completed
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.planning import adopt_takes, shard_table, unplanned
+from db.planning import reuse_renders, shard_table, unplanned
 from db.requests import progress
 from db.session import connect, sessions
 from flows.clients.ledger import prepare_ledger
@@ -119,7 +119,7 @@ def _record(session: Session, values: Mapping[str, Any]) -> None:
                   statement_timestamp(), statement_timestamp(), :each
            from clips c join shards s on s.id = c.shard_id
            where s.id = :shard and s.attempt = :attempt and c.status = 'queued'""",
-        """insert into takes (recipe, sha256, clip_id) select c.recipe, :sha256, c.id
+        """insert into renders (recipe, sha256, clip_id) select c.recipe, :sha256, c.id
            from clips c join shards s on s.id = c.shard_id
            where s.id = :shard and s.attempt = :attempt and c.status = 'queued' on conflict do nothing""",
         """update clips c set status = 'done', artifact = :sha256, attempts = c.attempts + 1, seconds = :each,
@@ -290,8 +290,8 @@ def _watch(client: SyncPrefectClient, ledgers: sessionmaker[Session], request: M
 def _looks(request_id: str) -> dict[str, Callable[[Session], object]]:
     """What `generate` asks again and again."""
     return {
-        "every 5 minutes: all takes to adopt": lambda session: adopt_takes(session, request_id),
-        "every second: new takes to adopt": lambda session: adopt_takes(session, request_id, within=121),
+        "every 5 minutes: all renders to reuse": lambda session: reuse_renders(session, request_id),
+        "every second: new takes to adopt": lambda session: reuse_renders(session, request_id, within=121),
         "every second: clips to plan": lambda session: unplanned(session, request_id, limit=50_000),
         "every second: progress": lambda session: progress(session, request_id),
         f"every 5 seconds: the newest {TABLE_ROWS} shards": lambda session: shard_table(

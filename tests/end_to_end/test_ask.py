@@ -56,11 +56,11 @@ def test_sql(stack: Stack, runs: dict[str, str]) -> None:
     request = stack.request_of(runs["prefect"])
     query = f"select status, count(*) from history where request_id = '{request}' group by 1"
     assert listed(stack, "sql", query) == [{"status": "done", "count": 4}]
-    assert "read-only" in stack.rushes("sql", "delete from takes", code=2)
-    assert "permission denied" in stack.rushes("sql", "select * from takes", code=2)
+    assert "read-only" in stack.rushes("sql", "delete from renders", code=2)
+    assert "permission denied" in stack.rushes("sql", "select * from renders", code=2)
     asked_by = "select distinct session_user::text as login, current_user::text as role from history"
     assert listed(stack, "sql", asked_by) == [{"login": "reader", "role": "rushes_reader"}]
-    assert stack.sql("select count(*) from takes")[0]["count"] > 0
+    assert stack.sql("select count(*) from renders")[0]["count"] > 0
 
 
 def test_requests_and_the_parts(stack: Stack, runs: dict[str, str]) -> None:

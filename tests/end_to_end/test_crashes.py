@@ -14,7 +14,7 @@ from tests.end_to_end.stack import LONG, SLOW, Stack, assert_as_if_undisturbed, 
 pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
 
 CLIPS = 3
-UNDER_WAY = "select id, checkpoint_step as step from clips where request_id = %s and checkpoint_step >= 10"
+UNDER_WAY = "select id, resume_step as step from clips where request_id = %s and resume_step >= 10"
 
 
 def submit_batch(stack: Stack, **settings: Any) -> tuple[str, str]:
@@ -49,7 +49,7 @@ def assert_complete(stack: Stack, request: str, before: dict[str, dict[str, Any]
     tried = [attempt["clip_id"] for attempt in stack.attempts(request)]
     assert all(tried.count(clip_id) == 1 for clip_id in before), "a clip that was done was tried again"
     assert len(tried) <= CLIPS + 2, "only what was under way was begun again: one clip on the ranks, one being stored"
-    takes = stack.sql("select * from takes where recipe = any(%s)", [clip["recipe"] for clip in clips])
+    takes = stack.sql("select * from renders where recipe = any(%s)", [clip["recipe"] for clip in clips])
     assert {take["recipe"]: take["sha256"] for take in takes} == {clip["recipe"]: clip["sha256"] for clip in clips}
     for clip in clips:
         assert hashlib.sha256(stack.blob(clip["object_key"]).read_bytes()).hexdigest() == clip["sha256"]

@@ -56,7 +56,7 @@ def more(stack: Stack, made: list[dict[str, Any]], tmp_path_factory: pytest.Temp
     (request,) = set(re.findall(r"req_[0-9a-f]{12}", said))
     clips = More(*stack.clips(request))
     found = clips.found
-    assert found["found"] and found["attempts"] == 0 and found["sha256"] == made[0]["sha256"]
+    assert found["reused"] and found["attempts"] == 0 and found["sha256"] == made[0]["sha256"]
     assert clips.cached["skipped_steps"] > 0
     return clips
 

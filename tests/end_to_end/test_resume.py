@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
 
 MEDIUM, FILM = LONG | {"steps": 60}, LONG | {"frames": 65, "steps": 120}  # some seconds, and half a minute
-UNDER_WAY = "select 1 from clips where request_id = %s and checkpoint_step >= %s"
+UNDER_WAY = "select 1 from clips where request_id = %s and resume_step >= %s"
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,14 @@ def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(keeps: Sta
     assert (given_way["status"], given_way["error"], went_on["status"]) == ("released", None, "done")
     (clip,) = keeps.clips(low_request)
     assert 10 <= clip["resumed_step"] == went_on["resumed_step"]
-    (tried,) = keeps.sql("select tries from clips where id = %s", clip["clip_id"])
-    assert tried["tries"] == 0, "to give way is no try"
+    (tried,) = keeps.sql("select failures from clips where id = %s", clip["clip_id"])
+    assert tried["failures"] == 0, "to give way is no try"
     assert_as_if_undisturbed(keeps, clip)
 
 
 # --- told to stop -----------------------------------------------------------------------------------------------------
 
-STEP = "select coalesce(max(checkpoint_step), 0) as step from clips where request_id = %s"
+STEP = "select coalesce(max(resume_step), 0) as step from clips where request_id = %s"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def assert_went_on(stack: Stack, request: str, kept: list[int]) -> None:
     assert kept[0] > 0 and kept == sorted(set(kept))
     assert len({attempt["owner"] for attempt in attempts}) == len(attempts)
     (clip,) = stack.clips(request)
-    assert stack.sql("select tries from clips where id = %s", clip["clip_id"]) == [{"tries": 0}]
+    assert stack.sql("select failures from clips where id = %s", clip["clip_id"]) == [{"failures": 0}]
     assert_as_if_undisturbed(stack, clip)
 
 

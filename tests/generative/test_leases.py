@@ -39,16 +39,27 @@ from db.leases import (
     renew,
     start_clip,
 )
-from db.planning import adopt_takes, create_shard, unplanned
+from db.planning import reuse_renders, unplanned
 from db.requests import cancel_request, finish_request, open_request, progress, retry_request
 from db.tables import TERMINAL, ClipStatus, RequestStatus
-from tests.factories import ENGINE, MODEL, artifact_of, clear, new_clip, new_request, opened, pass_time, run_out
+from tests.factories import (
+    ENGINE,
+    MODEL,
+    artifact_of,
+    clear,
+    create_shard,
+    new_clip,
+    new_request,
+    opened,
+    pass_time,
+    run_out,
+)
 
 Result = TypeVar("Result")
 
 FORSAKEN = """
-select 'a take that no clip was rendered for: ' || t.recipe from takes t left join clips c on c.id = t.clip_id
-where c.status <> 'done' or c.found
+select 'a take that no clip was rendered for: ' || t.recipe from renders t left join clips c on c.id = t.clip_id
+where c.status <> 'done' or c.reused
 """
 
 
@@ -120,7 +131,7 @@ class Studio(RuleBasedStateMachine):
     @rule(request=requests, size=st.integers(1, 3))
     def plan(self, request: str, size: int) -> None:
         with self.ledger.begin() as session:
-            adopt_takes(session, request)
+            reuse_renders(session, request)
             while clips := unplanned(session, request, size):
                 assert not {clip.recipe for clip in clips} & set(self.rendered)
                 planned = create_shard(session, request, [clip.clip_id for clip in clips])
@@ -219,11 +230,11 @@ class Studio(RuleBasedStateMachine):
     @rule(claim=claims)
     def release(self, claim: Claim) -> None:
         with self.ledger.begin() as session:
-            tries = session.scalar(text("select sum(tries + losses) from clips"))
+            tries = session.scalar(text("select sum(failures + lost_attempts) from clips"))
         self.write(claim, lambda session: release_shard(session, claim.lease))
         self.let_go(claim)
         with self.ledger.begin() as session:
-            assert session.scalar(text("select sum(tries + losses) from clips")) == tries
+            assert session.scalar(text("select sum(failures + lost_attempts) from clips")) == tries
 
     def holds(self, claim: Claim) -> bool:
         return self.holders.get(claim.lease.shard_id) == claim.lease.attempt
@@ -254,7 +265,7 @@ class Studio(RuleBasedStateMachine):
         with self.ledger.begin() as session:
             assert list(contradictions(session)) == []
             assert session.scalars(text(FORSAKEN)).all() == []
-            takes = {take.recipe: take.clip_id for take in session.execute(text("select recipe, clip_id from takes"))}
+            takes = {take.recipe: take.clip_id for take in session.execute(text("select recipe, clip_id from renders"))}
         assert takes == self.rendered
 
     def teardown(self) -> None:

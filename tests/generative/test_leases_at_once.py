@@ -17,7 +17,7 @@ from db.audit import contradictions
 from db.claim import claim_shard
 from db.fence import Lease, LeaseLost
 from db.leases import (
-    Checkpoint,
+    ResumeState,
     complete_shard,
     expire_leases,
     expire_owner,
@@ -25,12 +25,12 @@ from db.leases import (
     record_clip,
     release_shard,
     renew,
-    save_checkpoint,
+    save_resume_state,
     start_clip,
 )
-from db.planning import adopt_takes, create_shard, unplanned
+from db.planning import reuse_renders, unplanned
 from db.requests import cancel_request, finish_request, progress, retry_request
-from db.tables import MAX_LOSSES, ClipStatus, RequestStatus
+from db.tables import MAX_LOST_ATTEMPTS, ClipStatus, RequestStatus
 from tests.factories import (
     ENGINE,
     MODEL,
@@ -38,6 +38,7 @@ from tests.factories import (
     batch,
     claim,
     clear,
+    create_shard,
     digest,
     new_clip,
     opened,
@@ -120,7 +121,7 @@ def test_an_engine_that_missed_a_cancel_and_a_retry_cannot_write_into_the_new_at
 
 
 def everything(session: Session) -> list[str]:
-    tables = ("requests", "shards", "clips", "attempts", "artifacts", "takes")
+    tables = ("requests", "shards", "clips", "attempts", "artifacts", "renders")
     return [str(row) for table in tables for row in session.execute(text(f"select * from {table} order by 1, 2"))]
 
 
@@ -136,13 +137,13 @@ def test_a_clip_under_which_engine_after_engine_dies_is_quarantined_at_last(ledg
         assert [clip.clip_id for clip in clips] == [other.clip_id]
         assert render(session, lease, other.clip_id)
         complete_shard(session, lease)
-    for attempt in range(2, MAX_LOSSES + 1):
+    for attempt in range(2, MAX_LOST_ATTEMPTS + 1):
         with ledger.begin() as session:
             expire_leases(session)
             assert unplanned(session, request, 5) == []  # it waits, a second or longer
             pass_time(session, 91)
             (waiting,) = unplanned(session, request, 5)
-            assert (waiting.tries, waiting.losses, waiting.suspect) == (0, attempt - 1, True)
+            assert (waiting.failures, waiting.lost_attempts, waiting.suspect) == (0, attempt - 1, True)
             planned(session, request)
             lease, (clip,) = claim(session, f"engine-{attempt}")
             assert (clip.clip_id, clip.attempt_no) == (poison.clip_id, attempt)
@@ -153,7 +154,7 @@ def test_a_clip_under_which_engine_after_engine_dies_is_quarantined_at_last(ledg
         assert claim_shard(session, "last", seconds=60, model_digest=MODEL) is None
         assert statuses(session, request) == ["quarantined", "done"]
         attempts = text("select status::text from attempts where clip_id = :id order by number")
-        assert session.scalars(attempts, {"id": f"{request}-000000-0"}).all() == ["lost"] * MAX_LOSSES
+        assert session.scalars(attempts, {"id": f"{request}-000000-0"}).all() == ["lost"] * MAX_LOST_ATTEMPTS
         error = session.scalar(text("select error from history where status = 'quarantined'"))
         assert error == "the engine died or stalled while rendering this clip"
         assert finish_request(session, request) == RequestStatus.COMPLETED_WITH_GAPS
@@ -214,7 +215,7 @@ def test_failures_and_losses_are_counted_apart(ledger: Ledger, fates: str, end: 
             return
         assert retry_request(session, request) == 1
         (waiting,) = unplanned(session, request, 5)
-        assert (waiting.tries, waiting.losses, waiting.suspect) == (0, 0, False), "all tries anew"
+        assert (waiting.failures, waiting.lost_attempts, waiting.suspect) == (0, 0, False), "all tries anew"
 
 
 def test_a_checkpoint_outlives_bad_luck_and_is_left_behind_where_it_may_be_the_fault(ledger: Ledger) -> None:
@@ -225,22 +226,22 @@ def test_a_checkpoint_outlives_bad_luck_and_is_left_behind_where_it_may_be_the_f
             for fate in fates:
                 lease, (clip,) = claim(session)
                 start_clip(session, lease, clip.clip_id, **ENGINE)
-                point = Checkpoint(key=f"checkpoints/{key}/{len(kept)}", step=1 + len(kept), of="alike")
-                save_checkpoint(session, lease, clip.clip_id, point)
+                point = ResumeState(key=f"checkpoints/{key}/{len(kept)}", step=1 + len(kept), fingerprint="alike")
+                save_resume_state(session, lease, clip.clip_id, point)
                 if fate == "f":
                     fail_clip(session, lease, clip.clip_id, "no")
                     complete_shard(session, lease)
                 else:
                     run_out(session, lease.shard_id)
                     expire_leases(session)
-                kept.append(session.scalar(text("select checkpoint from clips")) is not None)
+                kept.append(session.scalar(text("select resume_key from clips")) is not None)
                 pass_time(session, 91)
                 planned(session, request)
             clear(session)
         return kept
 
     assert kept_after("failures", "ff") == [True, False]
-    assert kept_after("losses", "lllll") == [True, True, False, True, True]
+    assert kept_after("lost_attempts", "lllll") == [True, True, False, True, True]
     assert kept_after("both", "lf") == [True, False]
 
 
@@ -372,7 +373,7 @@ def test_engines_planners_and_people_at_once_neither_block_nor_break_each_other(
     def planner(request: str) -> None:
         while not over.is_set():
             with ledger.begin() as session:
-                adopt_takes(session, request)
+                reuse_renders(session, request)
                 clips = [clip.clip_id for clip in unplanned(session, request, 12)]
                 for start in range(0, len(clips), 4):
                     create_shard(session, request, clips[start : start + 4])
@@ -416,4 +417,4 @@ def test_engines_planners_and_people_at_once_neither_block_nor_break_each_other(
             assert finish_request(session, request) == ended
         assert sorted(rendered) == sorted(set(rendered)), "a recipe was rendered twice"
         assert len(rendered) == 30
-        assert session.scalar(text("select count(*) from clips where not found")) == 30
+        assert session.scalar(text("select count(*) from clips where not reused")) == 30

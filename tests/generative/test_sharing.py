@@ -17,16 +17,16 @@ from db.clips import add_clips
 from db.engines import register_engine
 from db.fence import Lease, LeaseLost
 from db.leases import (
-    Checkpoint,
+    ResumeState,
     complete_shard,
     expire_leases,
     fail_clip,
     record_clip,
     release_shard,
-    save_checkpoint,
+    save_resume_state,
     start_clip,
 )
-from db.planning import adopt_takes, unplanned
+from db.planning import reuse_renders, unplanned
 from db.requests import QuotaExceeded, cancel_request, open_request, seal_request
 from db.tenants import set_tenant, tenants
 from tests.documents import QUESTIONS
@@ -145,41 +145,41 @@ def test_as_many_leases_give_way_as_shards_of_a_higher_priority_wait(ledger: Led
 
 
 def test_a_checkpoint_goes_from_engine_to_engine_and_ends_with_the_clip(ledger: Ledger) -> None:
-    def at(step: int) -> Checkpoint:
-        return Checkpoint(key=f"checkpoints/{step}", step=step, of="alike")
+    def at(step: int) -> ResumeState:
+        return ResumeState(key=f"checkpoints/{step}", step=step, fingerprint="alike")
 
     with ledger.begin() as session:
         request = batch(session, "batch", 1)
         lease, (clip,) = claim(session)
-        assert clip.checkpoint is None
-        assert save_checkpoint(session, lease, clip.clip_id, at(1)) == "checkpoints/1"  # it has not been started
+        assert clip.resume_state is None
+        assert save_resume_state(session, lease, clip.clip_id, at(1)) == "checkpoints/1"  # it has not been started
         start_clip(session, lease, clip.clip_id, **ENGINE)
-        assert save_checkpoint(session, lease, clip.clip_id, at(2)) is None
-        assert save_checkpoint(session, lease, clip.clip_id, at(4)) == "checkpoints/2"
+        assert save_resume_state(session, lease, clip.clip_id, at(2)) is None
+        assert save_resume_state(session, lease, clip.clip_id, at(4)) == "checkpoints/2"
         release_shard(session, lease)
         with pytest.raises(LeaseLost):
-            save_checkpoint(session, lease, clip.clip_id, at(6))
+            save_resume_state(session, lease, clip.clip_id, at(6))
         lease, (clip,) = claim(session, "b")
-        assert clip.checkpoint == at(4)
+        assert clip.resume_state == at(4)
         start_clip(session, lease, clip.clip_id, resumed_step=4, host="b", **ENGINE)
         run_out(session, lease.shard_id)
         assert expire_leases(session) == 1
         pass_time(session, 61)
         planned(session, request)
         lease, (clip,) = claim(session, "c")
-        assert clip.checkpoint == at(4)  # the engine was lost, its work was not
+        assert clip.resume_state == at(4)  # the engine was lost, its work was not
         start_clip(session, lease, clip.clip_id, **ENGINE)
         fail_clip(session, lease, clip.clip_id, "again", error_class="rank_died")
         complete_shard(session, lease)
         pass_time(session, 61)
         planned(session, request)
         lease, (clip,) = claim(session, "d")
-        assert clip.checkpoint is None  # something went wrong twice: the fault may lie in it
+        assert clip.resume_state is None  # something went wrong twice: the fault may lie in it
         start_clip(session, lease, clip.clip_id, **ENGINE)
-        save_checkpoint(session, lease, clip.clip_id, at(8))
+        save_resume_state(session, lease, clip.clip_id, at(8))
         record_clip(session, lease, clip.clip_id, artifact=artifact_of("x"), seconds={"denoise": 1.0})
         complete_shard(session, lease)
-        assert session.scalar(text("select count(*) from clips where checkpoint is not null")) == 0
+        assert session.scalar(text("select count(*) from clips where resume_key is not null")) == 0
         told = session.execute(text("select host, resumed_step, error_class from attempts order by number")).all()
         assert [tuple(row) for row in told] == [
             *[(None, None, None), ("b", 4, "engine_lost")],
@@ -204,7 +204,7 @@ def test_a_clip_that_failed_is_left_to_another_engine_where_there_is_one(ledger:
             complete_shard(session, lease)
             pass_time(session, 61)
             (waiting,) = unplanned(session, request, 5)
-            assert waiting.tries == number + 1
+            assert waiting.failures == number + 1
             planned(session, request)
         assert claim_shard(session, "a", seconds=60, model_digest=MODEL) is None
         assert claim(session, "b")[1][0].clip_id == waiting.clip_id
@@ -242,7 +242,7 @@ def test_what_is_to_be_fresh_is_rendered_again_and_once(ledger: Ledger) -> None:
     def ask(session: Session, key: str, fresh: bool) -> str:
         twice = [new_clip(0, recipe="same", fresh=fresh), new_clip(1, recipe="same", fresh=fresh)]
         request = opened(session, twice, key=key)
-        adopt_takes(session, request)
+        reuse_renders(session, request)
         return request
 
     def work_off(session: Session, content: str) -> list[str]:
@@ -256,14 +256,14 @@ def test_what_is_to_be_fresh_is_rendered_again_and_once(ledger: Ledger) -> None:
         old = ask(session, "old", fresh=False)
         planned(session, old)
         assert work_off(session, "old") == [f"{old}-000000-0"]
-        adopt_takes(session, old)
+        reuse_renders(session, old)
     with ledger.begin() as session:
         again = ask(session, "again", fresh=True)
         assert statuses(session, again) == ["queued", "queued"]
         planned(session, again)
     with ledger.begin() as session:
         assert work_off(session, "new") == [f"{again}-000000-0"]
-        adopt_takes(session, again)
+        reuse_renders(session, again)
         assert statuses(session, again) == ["done", "done"]
     with ledger.begin() as session:
         third = ask(session, "third", fresh=False)
@@ -271,7 +271,7 @@ def test_what_is_to_be_fresh_is_rendered_again_and_once(ledger: Ledger) -> None:
         made = {row.clip_id: row.sha256 for row in session.execute(text("select clip_id, sha256 from history"))}
         assert {made[f"{old}-00000{n}-0"] for n in (0, 1)} == {artifact_of("old").sha256}
         assert {made[f"{each}-00000{n}-0"] for each in (again, third) for n in (0, 1)} == {artifact_of("new").sha256}
-        assert session.scalar(text("select count(*) from history where not found")) == 2
+        assert session.scalar(text("select count(*) from history where not reused")) == 2
         assert list(contradictions(session)) == []
         twice = QUESTIONS["Was anything rendered twice? (no rows: nothing was)"]
         assert session.execute(text(twice)).all() == [], "nothing was that nobody asked for"

@@ -36,11 +36,11 @@ TAMPER = {
     "a clip was finished twice": "insert into attempts (clip_id, number, shard_id, shard_attempt, owner, engine,"
     " partition, code_version, status, finished_at) select clip_id, 2, shard_id, shard_attempt, owner, engine,"
     " partition, code_version, status, finished_at from attempts where status = 'done' limit 1",
-    "a done clip has other bytes than its recipe's take": "delete from takes",
+    "a done clip has other bytes than its recipe's render": "delete from renders",
     "an attempt runs and its clip does not, or the other way": "update attempts set status = 'lost',"
     " finished_at = now() where status = 'running'",
     "a clip has another number of attempts than it counts": "update clips set attempts = 7 where status = 'done'",
-    "a clip counts more failures and losses than it has attempts that ended so": "update clips set losses = 1"
+    "a clip counts more failures and lost attempts than it has attempts that ended so": "update clips set lost_attempts = 1"
     " where status = 'queued'",
     "an unfinished clip lies in a shard that is over": "update shards set status = 'cancelled', owner = null,"
     " leased_until = null, finished_at = now() where status = 'leased'",
@@ -109,7 +109,7 @@ def test_maintenance_sweeps_old_checkpoints_of_no_clip(ledger: sessionmaker[Sess
         os.utime(tmp_path / key, (0, time.time() - 3600 * hours))
     with ledger.begin() as session:
         run = opened(session, [new_clip(0)])
-        kept = "update clips set checkpoint = 'checkpoints/a/1-4', checkpoint_step = 4, checkpoint_of = 'x'"
+        kept = "update clips set resume_key = 'checkpoints/a/1-4', resume_step = 4, resume_fingerprint = 'x'"
         session.execute(text(kept + " where request_id = :id"), {"id": run})
     assert sweep_orphans(ledger, store) == (1, len(b"latents"))
     assert [item.key for item in store.list("checkpoints/")] == ["checkpoints/a/1-4", "checkpoints/b/1-2"]
@@ -122,7 +122,7 @@ def test_checkpoints_are_looked_for(ledger: sessionmaker[Session], tmp_path: Pat
         os.utime(tmp_path / key, (0, 0))
     with ledger.begin() as session:
         run = opened(session, [new_clip(0), new_clip(1)])
-        name = "update clips set checkpoint = :key, checkpoint_step = 2, checkpoint_of = 'x' where request_id = :id"
+        name = "update clips set resume_key = :key, resume_step = 2, resume_fingerprint = 'x' where request_id = :id"
         for index, key in enumerate(("checkpoints/kept", "checkpoints/gone")):
             session.execute(text(name + " and index = :at"), {"key": key, "id": run, "at": index})
     with ledger() as session:

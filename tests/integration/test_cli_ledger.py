@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from db.artifacts import NewArtifact
 from db.claim import claim_shard
 from db.leases import complete_shard, fail_clip, record_clip, start_clip
-from db.planning import adopt_takes
+from db.planning import reuse_renders
 from db.requests import finish_request
 from flows.cli.main import app
 from infra.store.folder import FolderStore
@@ -266,7 +266,7 @@ def test_watch_reports_a_request_that_has_ended(made: Made) -> None:
     assert f"{made.request} completed with gaps: 6 done, 1 failed, 1 rejected; 2.00 engine seconds" in said
     with made.ledger.begin() as session:
         again = opened(session, [new_clip(0)], key="again")  # of a recipe that has been rendered
-        assert adopt_takes(session, again) == 1
+        assert reuse_renders(session, again) == 1
         finish_request(session, again)
     assert "again" in rushes("requests")
     assert f"{again} completed: 1 done, 1 of them found" in rushes("watch", "again")

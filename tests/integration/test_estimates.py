@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.engines import register_engine
 from db.leases import record_clip, start_clip
-from db.planning import create_shard, unplanned
+from db.planning import unplanned
 from flows.generate.estimates import Estimate, as_duration, estimate
 from flows.generate.forecast import Forecast, forecast
 from flows.library.models import card_of
@@ -18,7 +18,7 @@ from flows.plan.shards import START_SECONDS
 from flows.request.form import GenerationRequest
 from flows.settings import Settings
 from model.loading.card import ModelCard
-from tests.factories import ENGINE, artifact_of, claim, new_clip, opened
+from tests.factories import ENGINE, artifact_of, claim, create_shard, new_clip, opened
 
 SHAPE: dict[str, Any] = {"width": 64, "height": 64, "frames": 17, "steps": 25, "guidance": 4.0}
 TOOK = 2.0  # seconds of an engine, for each clip that is done

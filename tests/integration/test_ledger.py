@@ -27,7 +27,7 @@ from db.engines import close_engine, closed_engines, engine_heartbeat, live_engi
 from db.history import clips_of, show_clip
 from db.leases import complete_shard, fail_clip, record_clip, renew, start_clip
 from db.models import record_scores, register_model
-from db.planning import adopt_takes, create_shard, shard_table, unbind_shards, unplanned
+from db.planning import reuse_renders, shard_table, unbind_shards, unplanned
 from db.requests import (
     RequestNotFound,
     RequestNotReady,
@@ -41,13 +41,13 @@ from db.requests import (
     seal_request,
 )
 from db.session import connect
-from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, ClipStatus, EdgeKind, RequestStatus, ShardStatus
 from db.watching import measured_costs, open_shards
 from tests.factories import (
     ENGINE,
     MODEL,
     artifact_of,
+    create_shard,
     digest,
     new_clip,
     new_request,
@@ -190,9 +190,9 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
         (row,) = clips_of(session, request)
         planned(session, request)
         _, (leased,) = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
-    same = set(NewClip.__slots__) - {"settings", "rejected", "parents", "source", "end_source"}
+    same = set(NewClip.__slots__) - {"rejected", "parents", "source", "end_source"}
     assert {name: getattr(row, name) for name in same} == {name: getattr(clip, name) for name in same}
-    assert leased.settings == clip.settings == ClipSettings(**{name: getattr(row, name) for name in SETTINGS})
+    assert row.settings == leased.settings == clip.settings
     assert (row.source_sha256, row.end_source_sha256) == (clip.source, clip.end_source)
     assert (leased.source, leased.end_source) == (artifact_of("a"), artifact_of("b"))
     assert (leased.mode, leased.settings.window, leased.settings.step_cache) == (ClipMode.CONNECT, 17, 0.1)
@@ -210,7 +210,11 @@ def test_what_a_step_cache_skipped_is_kept(ledger: Ledger) -> None:
             took = {"seconds": {"denoise": float(spent)}, "skipped_steps": skipped}
             assert record_clip(session, lease, clip.clip_id, artifact=artifact_of(clip.clip_id), **took)
         rows = sorted(clips_of(session, request), key=lambda row: row.index)
-    assert [(row.step_cache, row.skipped_steps) for row in rows] == [(0.2, 0), (1.0, 2), (None, None)]
+    assert [(row.settings and row.settings.step_cache, row.skipped_steps) for row in rows] == [
+        (0.2, 0),
+        (1.0, 2),
+        (None, None),
+    ]
 
 
 def test_a_rejected_line_is_kept_and_never_planned(ledger: Ledger) -> None:
@@ -219,7 +223,7 @@ def test_a_rejected_line_is_kept_and_never_planned(ledger: Ledger) -> None:
         request = opened(session, [new_clip(0, custom_id="twice"), bad])
         assert [clip.index for clip in unplanned(session, request, 10)] == [0]
         (row,) = clips_of(session, request, statuses=[ClipStatus.REJECTED])
-        assert (row.error, row.line, row.width) == ("prompts.jsonl:2: prompt is blank", 2, None)
+        assert (row.error, row.line, row.settings) == ("prompts.jsonl:2: prompt is blank", 2, None)
 
 
 def test_twenty_thousand_clips_stream_through(database: Engine, ledger: Ledger) -> None:
@@ -240,7 +244,7 @@ def test_twenty_thousand_clips_stream_through(database: Engine, ledger: Ledger) 
         assert sum(1 for _ in clips_of(session, request)) == 20_000
         # The planner's tick on a request that is nearly done reads what is left, not what is done.
         session.execute(text("insert into artifacts select recipe, recipe, 1, 'video/mp4' from clips"))
-        session.execute(text("insert into takes select recipe, recipe, id from clips where index < 19_900"))
+        session.execute(text("insert into renders select recipe, recipe, id from clips where index < 19_900"))
         done = "update clips set status = 'done', artifact = recipe, finished_at = now() where index < 19_900"
         session.execute(text(done))
     with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -333,19 +337,19 @@ def test_twins_wait_for_the_first_and_are_adopted(ledger: Ledger) -> None:
         planned(session, request)
         assert unplanned(session, request, 10) == []
         assert unplanned(session, other, 10) == []  # somebody renders it
-        assert adopt_takes(session, request) == 0
+        assert reuse_renders(session, request) == 0
         leased = claim_shard(session, "a", seconds=60, model_digest=MODEL)
         assert leased is not None
         lease, (first, _) = leased
         assert render(session, lease, first.clip_id)
         assert unplanned(session, other, 10) == []  # somebody has rendered it
-        assert adopt_takes(session, request, within=60) == 1
+        assert reuse_renders(session, request, within=60) == 1
         session.execute(text("update clips set finished_at = finished_at - interval '100 seconds'"))
-        assert adopt_takes(session, other, within=60) == 0, "that was longer ago"
-        assert adopt_takes(session, other, within=120) == 1
+        assert reuse_renders(session, other, within=60) == 0, "that was longer ago"
+        assert reuse_renders(session, other, within=120) == 1
         (mine, twin), (theirs,) = list(clips_of(session, request))[:2], list(clips_of(session, other))
         assert mine.sha256 == twin.sha256 == theirs.sha256 == artifact_of(first.clip_id).sha256
-        assert (mine.found, twin.found, theirs.found) == (False, True, True)
+        assert (mine.reused, twin.reused, theirs.reused) == (False, True, True)
         assert (twin.attempts, twin.seconds, twin.engine) == (0, None, None)
 
 
@@ -397,11 +401,11 @@ def test_a_shard_keeps_what_was_predicted_and_history_has_it_beside_what_came(le
             done = {"artifact": artifact_of(clip.clip_id), "seconds": {"denoise": 3.0}, "peak_bytes": 4 << 30}
             assert record_clip(session, lease, clip.clip_id, **done)
         complete_shard(session, lease)
-        adopt_takes(session, request)
+        reuse_renders(session, request)
         rows = {row.index: row for row in clips_of(session, request)}
     assert [(rows[k].predicted_seconds, rows[k].seconds) for k in (0, 1)] == [(2.0, 3.0)] * 2  # the twin stayed out
     assert [(rows[k].predicted_bytes, rows[k].peak_bytes) for k in (0, 1)] == [(5 << 30, 4 << 30)] * 2
-    assert rows[2].found and rows[2].predicted_seconds is None
+    assert rows[2].reused and rows[2].predicted_seconds is None
 
 
 def test_a_shard_of_a_partition_waits_for_its_engines_until_it_is_unbound(ledger: Ledger) -> None:
@@ -477,7 +481,7 @@ def test_a_clip_planned_before_its_take_was_there_is_not_rendered(ledger: Ledger
             {"sha": artifact.sha256},
         )
         session.execute(
-            text("insert into takes (recipe, sha256, clip_id) select recipe, :sha, id from clips where index = 0"),
+            text("insert into renders (recipe, sha256, clip_id) select recipe, :sha, id from clips where index = 0"),
             {"sha": artifact.sha256},
         )
         leased = claim_shard(session, "a", seconds=60, model_digest=MODEL)  # closes the first shard, takes the second
@@ -509,7 +513,7 @@ def test_progress_and_shards_tell_where_a_request_stands(ledger: Ledger) -> None
             "running": 1,
             "queued": 3,
         }
-        assert (now.total, now.waiting, now.found, now.seconds_done, now.mean_seconds) == (6, 4, 0, 4.0, 2.0)
+        assert (now.total, now.waiting, now.reused, now.seconds_done, now.mean_seconds) == (6, 4, 0, 4.0, 2.0)
         assert (now.engines, now.finished) == (1, False)
         assert now.first_started is not None and now.first_started <= now.now
         first, second = shard_table(session, request)
@@ -522,9 +526,9 @@ def test_progress_and_shards_tell_where_a_request_stands(ledger: Ledger) -> None
         for clip in leased:
             render(session, lease, clip.clip_id)
         complete_shard(session, lease)
-        adopt_takes(session, request)
+        reuse_renders(session, request)
         end = progress(session, request)
-        assert (end.finished, end.found, end.mean_seconds) == (True, 1, 2.0)
+        assert (end.finished, end.reused, end.mean_seconds) == (True, 1, 2.0)
         assert (end.counts[ClipStatus.DONE], end.counts[ClipStatus.FAILED]) == (5, 1)
     with ledger.begin() as session, pytest.raises(RequestNotFound, match="req_nothing"):
         progress(session, "req_nothing")
@@ -661,7 +665,7 @@ def test_cancel_reaches_every_clip_and_the_engine_that_renders(ledger: Ledger) -
         assert statuses(session, request) == ["done", "cancelled", "cancelled", "cancelled"]
         assert [row.status for row in shard_table(session, request)] == [ShardStatus.CANCELLED] * 2
         assert session.scalars(text("select status::text from attempts order by 1")).all() == ["cancelled", "done"]
-        assert session.scalar(text("select count(*) from takes")) == 1
+        assert session.scalar(text("select count(*) from renders")) == 1
         assert claim_shard(session, "b", seconds=60, model_digest=MODEL) is None
         assert finish_request(session, request) == RequestStatus.CANCELLED
 
@@ -736,7 +740,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with ledger.begin() as session:  # waits for nothing: the dead process' locks are gone with its connection
         session.execute(text("set local lock_timeout = '5s'"))
-        for table in ("artifacts", "takes"):
+        for table in ("artifacts", "renders"):
             assert session.scalar(text(f"select count(*) from {table}")) == 0
         assert statuses(session, request) == ["running"]
         assert record_clip(session, lease, clip.clip_id, artifact=artifact_of("x"), seconds={})
@@ -761,7 +765,7 @@ select 'clip-' || n, 'req_000000000001', n, 0, 'custom-' || n, 'a ball', 64, 48,
 from generate_series(0, 2) as n;
 insert into attempts (clip_id, number, shard_id, shard_attempt, owner, engine, partition, code_version)
 values ('clip-0', 1, 1, 1, 'a', 'e', 'p', '1');
-insert into takes (recipe, sha256, clip_id) values ('{digest("r9")}', '{digest("a")}', 'clip-0');
+insert into renders (recipe, sha256, clip_id) values ('{digest("r9")}', '{digest("a")}', 'clip-0');
 insert into datasets (id, key, name, source, fps, captions)
 values ('set_000000000001', 'k', 'n', 'file:///v', 8, 'files');
 insert into dataset_clips (dataset_id, index, file, sha256, start, width, height, frames, caption)
@@ -781,8 +785,8 @@ REFUSED = {
     "ck_tenants_quota": "update tenants set max_clips = -1",
     "fk_usage_tenant": "update usage set tenant = 'nobody'",
     "ck_usage_gpu_seconds": "update usage set gpu_seconds = -1",
-    "ck_clips_checkpoint": "update clips set checkpoint = 'key' where id = 'clip-0'",
-    "uq_clips_checkpoint": "update clips set checkpoint = 'key', checkpoint_step = 1, checkpoint_of = 'x'",
+    "ck_clips_resume": "update clips set resume_key = 'key' where id = 'clip-0'",
+    "uq_clips_resume_key": "update clips set resume_key = 'key', resume_step = 1, resume_fingerprint = 'x'",
     "ck_attempts_error_class": "update attempts set status = 'failed', finished_at = now()",
     "ck_requests_priority": "update requests set priority = 10",
     "ck_requests_id": "insert into requests select 'by hand', 'two', name, tenant, model, model_digest, settings,"
@@ -809,8 +813,8 @@ REFUSED = {
     "ck_clips_running": "update clips set status = 'running', shard_id = null",
     "ck_clips_finished": "update clips set status = 'cancelled'",
     "ck_clips_error": "update clips set status = 'failed', finished_at = now()",
-    "ck_clips_tries": "update clips set tries = 3",
-    "ck_clips_found": "update clips set found = true",
+    "ck_clips_failures": "update clips set failures = 3",
+    "ck_clips_reused": "update clips set reused = true",
     "uq_clips_recipe_active": "update clips set shard_id = 1 where id = 'clip-2'",
     "uq_clips_custom_id": "update clips set custom_id = 'custom-0' where id = 'clip-1'",
     "fk_attempts_clip_id": "update attempts set clip_id = 'unknown'",
@@ -819,10 +823,10 @@ REFUSED = {
     "ck_attempts_finished": "update attempts set status = 'lost'",
     "uq_attempts_running": "insert into attempts select clip_id, 2, shard_id, shard_attempt, owner, engine, partition,"
     " code_version from attempts",
-    "fk_takes_sha256": "update takes set sha256 = 'unknown'",
-    "fk_takes_clip_id": "update takes set clip_id = 'unknown'",
-    "ck_takes_recipe": "update takes set recipe = 'abc'",
-    "pk_takes": f"insert into takes (recipe, sha256, clip_id) values ('{digest('r9')}', '{digest('a')}', 'clip-1')",
+    "fk_renders_sha256": "update renders set sha256 = 'unknown'",
+    "fk_renders_clip_id": "update renders set clip_id = 'unknown'",
+    "ck_renders_recipe": "update renders set recipe = 'abc'",
+    "pk_renders": f"insert into renders (recipe, sha256, clip_id) values ('{digest('r9')}', '{digest('a')}', 'clip-1')",
     "fk_edges_child": "insert into edges values ('unknown', 'clip-0', 'extend')",
     "fk_edges_parent": "insert into edges values ('clip-0', 'unknown', 'extend')",
     "ck_edges_loop": "insert into edges values ('clip-0', 'clip-0', 'extend')",

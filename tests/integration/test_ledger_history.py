@@ -12,12 +12,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.claim import claim_shard
 from db.clips import add_clips
-from db.history import COLUMNS, SqlFailed, find_clips, run_sql, show_clip
+from db.history import SqlFailed, find_clips, run_sql, show_clip
 from db.leases import STAGES, complete_shard, fail_clip, record_clip, start_clip
-from db.planning import adopt_takes
+from db.planning import reuse_renders
 from db.requests import request_id
 from db.session import connect, sessions
 from db.tables import AttemptStatus, ClipStatus, EdgeKind
+from db.view import COLUMNS
 from tests.documents import QUESTIONS
 from tests.factories import ENGINE, MODEL, artifact_of, new_clip, opened, planned
 
@@ -68,10 +69,10 @@ def rendered(ledger: Ledger) -> None:
                     stored = artifact_of(clip.clip_id)
                     trace = {"trace_id": "clip-trace"} if index == 1 else {}
                     assert record_clip(
-                        session, lease, clip.clip_id, artifact=stored, seconds=seconds, drift=1e-6, **trace
+                        session, lease, clip.clip_id, artifact=stored, seconds=seconds, peak_bytes=7, **trace
                     )
             complete_shard(session, lease)
-            adopt_takes(session, request)
+            reuse_renders(session, request)
     with ledger.begin() as session:
         assert add_clips(session, request, clips) == 0  # again: no clip and no parent comes twice
 
@@ -85,7 +86,7 @@ def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -
     assert story is not None and parent is not None
     clip = story.clip
     assert (clip.request_name, clip.tenant, clip.model, clip.model_digest) == ("dailies", "studio", "mini", MODEL)
-    assert (clip.status, clip.error, clip.attempts, clip.found) == (ClipStatus.DONE, None, 2, False)
+    assert (clip.status, clip.error, clip.attempts, clip.reused) == (ClipStatus.DONE, None, 2, False)
     assert (clip.engine, clip.partition, clip.code_version) == ("engine-1", "cfg1xsp1xtp2", "1.0")
     stages = [getattr(clip, f"{stage}_seconds") for stage in STAGES]
     assert (stages, clip.seconds) == ([0.5, 1.5, 2.5, 3.5, 4.5], 12.5)
@@ -101,7 +102,7 @@ def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -
         (1, AttemptStatus.FAILED, "a rank hung"),
         (2, AttemptStatus.DONE, None),
     ]
-    assert story.attempts[1].drift == 1e-6
+    assert story.attempts[1].peak_bytes == 7
 
 
 def test_clips_are_found_by_what_people_remember(dailies: Engine) -> None:
@@ -156,7 +157,7 @@ def test_each_question_has_its_answer() -> None:
 def test_a_rendering_done_twice_would_show(database: Engine, ledger: Ledger) -> None:
     rendered(ledger)
     with ledger.begin() as session:
-        session.execute(text("update clips set found = false where found"))
+        session.execute(text("update clips set reused = false where reused"))
     question = next(question for question in QUESTIONS if "twice" in question)
     ((_, renderings, clips),) = run_sql(database, QUESTIONS[question]).rows
     assert (renderings, clips) == (2, [f"{REQUEST}-000001-0", f"{REQUEST}-000002-0"])

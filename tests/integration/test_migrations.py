@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -16,11 +15,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import to_instance
 
-from db.history import COLUMNS
-from db.models import register_model
-from db.session import connect, downgrade, sessions, upgrade
+from db.session import connect, downgrade, upgrade
 from db.tables import Base
-from tests.factories import MODEL, claim, new_clip, opened, planned, suffer
+from db.view import COLUMNS
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,43 +68,12 @@ def test_up_down_and_up_again(empty_database_url: str) -> None:
     engine.dispose()
 
 
-def test_failures_and_losses_are_told_apart_by_the_attempts_there_are(empty_database_url: str) -> None:
-    """Down they become one count, of which nothing is put aside; up again they are two, as the last attempts ended."""
-    fates = {"lf": (1, 1), "llll": (0, 4), "fff": (3, 0), "rl": (0, 1), "r": (0, 0)}
-    joined = {"lf": 2, "llll": 2, "fff": 3, "rl": 1, "r": 0}
-    apart = fates | {"llll": (0, 2)}
-    engine = connect(empty_database_url)
-    upgrade(empty_database_url)
-
-    def counted(*columns: str) -> dict[str, Any]:
-        query = text(f"select custom_id, {', '.join(columns)} from clips")
-        with engine.connect() as connection:
-            rows = {name: tuple(counts) for name, *counts in connection.execute(query).tuples()}
-        return {name: row if len(row) > 1 else row[0] for name, row in rows.items()}
-
-    with sessions(engine).begin() as session:
-        register_model(session, MODEL, "mini", "/weights", {})
-        for name in fates:
-            request = opened(session, [new_clip(0, recipe=name, custom_id=name)], key=name)
-            for fate in name:
-                planned(session, request)
-                lease, (clip,) = claim(session)
-                suffer(session, lease, clip, fate)
-            session.execute(text("update shards set status = 'done', finished_at = now() where status = 'queued'"))
-    assert counted("tries", "losses") == fates
-    downgrade(empty_database_url, "0010-1")
-    assert counted("tries") == joined
-    upgrade(empty_database_url)
-    assert counted("tries", "losses") == apart
-    engine.dispose()
-
-
 def test_the_view_has_the_columns_that_are_documented(database: Engine) -> None:
     described = "select column_name, data_type from information_schema.columns where table_name = 'history'"
     with database.connect() as connection:
         there = [tuple(row) for row in connection.execute(text(f"{described} order by ordinal_position"))]
     dialect = postgresql.dialect()
-    assert there == [(name, to_instance(kind).compile(dialect).lower()) for name, (kind, _) in COLUMNS.items()]
+    assert there == [(name, to_instance(column.kind).compile(dialect).lower()) for name, column in COLUMNS.items()]
 
 
 def test_the_command_line_upgrades_from_nothing_and_two_starters_take_turns(

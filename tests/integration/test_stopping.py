@@ -73,7 +73,7 @@ def test_an_engine_whose_ranks_hang_is_ended_all_the_same(
     with ledger() as session:
         row = "select status::text, owner, leased_until from shards"
         assert session.execute(text(row)).one() == ("queued", None, None)
-        clips = "select status::text, tries, losses from clips"
+        clips = "select status::text, failures, lost_attempts from clips"
         assert session.execute(text(clips)).one() == ("queued", 0, 0)
         assert session.scalar(text("select status::text from attempts")) == "released"
         assert session.scalar(text("select closed_at is not null from engines"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from typer.main import get_command
 
-from db.history import COLUMNS
+from db.view import COLUMNS
 from flows.cli.main import app
 from flows.settings import PREFIX, SECRETS, Settings
 from tests.documents import DOCUMENTS, QUESTIONS, ROOT, sql_questions
