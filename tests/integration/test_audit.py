@@ -40,8 +40,8 @@ TAMPER = {
     "an attempt runs and its clip does not, or the other way": "update attempts set status = 'lost',"
     " finished_at = now() where status = 'running'",
     "a clip has another number of attempts than it counts": "update clips set attempts = 7 where status = 'done'",
-    "a clip counts more failures and lost attempts than it has attempts that ended so": "update clips set lost_attempts = 1"
-    " where status = 'queued'",
+    "a clip counts more failures and lost attempts than it has attempts that ended so": "update clips"
+    " set lost_attempts = 1 where status = 'queued'",
     "an unfinished clip lies in a shard that is over": "update shards set status = 'cancelled', owner = null,"
     " leased_until = null, finished_at = now() where status = 'leased'",
     "a clip runs in a shard that nobody leases": "update shards set status = 'queued', owner = null,"
