@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.fence import Lease
 from db.leases import complete_shard, expire_leases, expire_owner, fail_clip, release_shard, start_clip
-from db.planning import adopt_takes
+from db.planning import reuse_renders
 from db.requests import cancel_request, retry_request
-from db.tables import MAX_LOSSES, MAX_TRIES, AttemptStatus, ClipStatus, ShardStatus
+from db.tables import MAX_FAILURES, MAX_LOST_ATTEMPTS, AttemptStatus, ClipStatus, ShardStatus
 from tests.documents import transitions
 from tests.factories import ENGINE, claim, new_clip, opened, pass_time, planned, render, run_out
 
@@ -62,15 +62,15 @@ def ends_well(session: Session) -> None:
     lease, (clip,) = claim(session)
     render(session, lease, clip.clip_id)
     complete_shard(session, lease)
-    assert adopt_takes(session, opened(session, [new_clip(0, recipe="well")], "the same")) == 1
+    assert reuse_renders(session, opened(session, [new_clip(0, recipe="well")], "the same")) == 1
 
 
 def fails(session: Session) -> None:
     request, lease, clip = under_way(session, "fails")
-    for number in range(MAX_TRIES):
+    for number in range(MAX_FAILURES):
         fail_clip(session, lease, clip, "no")
         complete_shard(session, lease)
-        if number < MAX_TRIES - 1:
+        if number < MAX_FAILURES - 1:
             lease, clip = replanned(session, request)
     assert retry_request(session, request) == 1
     lease, clip = replanned(session, request)
@@ -83,7 +83,7 @@ def loses_its_engines(session: Session) -> None:
     request, lease, _ = under_way(session, "lost")
     run_out(session, lease.shard_id)
     assert expire_leases(session) == 1
-    for _ in range(MAX_LOSSES - 1):
+    for _ in range(MAX_LOST_ATTEMPTS - 1):
         lease, _ = replanned(session, request)
         assert expire_owner(session, lease.owner) == 1
 
