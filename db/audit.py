@@ -1,4 +1,4 @@
-"""What can never be true of a sound ledger: one query a rule, each returning what breaks it.
+"""Rules that a sound ledger never breaks: one query a rule, each returning what breaks it.
 
 Every transition of the ledger is one transaction, so these hold at any moment, while engines run too.
 """

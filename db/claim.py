@@ -227,7 +227,7 @@ def _clips_to_render(session: Session, shard_id: int) -> list[LeasedClip]:
 
 
 def clip_to_render(session: Session, clip_id: str) -> LeasedClip:
-    """All that is needed to render this clip, whatever became of it."""
+    """All that is needed to render this clip, in any state."""
     return _leased_clip(session.execute(_BY_ID, {"clip_id": clip_id}).one())
 
 

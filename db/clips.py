@@ -120,7 +120,7 @@ class FinishedClip:
 
 
 def clip_by(session: Session, clip_id: str) -> FinishedClip | None:
-    """What is known of a clip as a source; None when there is no such clip, or none that was accepted."""
+    """A clip as a source; None when there is no such clip, or none that was accepted."""
     row = session.execute(
         select(Clip.status, *(getattr(Clip, name) for name in SETTINGS), *_ARTIFACT)
         .outerjoin(Artifact, Artifact.sha256 == Clip.artifact)

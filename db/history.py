@@ -62,7 +62,7 @@ class ClipStory:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What run_sql found."""
+    """The answer of run_sql."""
 
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]

@@ -271,7 +271,7 @@ _LEAVE = update(Clip).where(Clip.shard_id == bindparam("left"), Clip.status == C
 
 
 def end_running(session: Session, shard_ids: Sequence[int], outcome: AttemptStatus) -> None:
-    """What runs in these shards does so no longer: attempts end, clips are queued again or, at last, quarantined."""
+    """Ends what runs in these shards: attempts end, clips are queued again or, at last, quarantined."""
     error = "the engine died or stalled while rendering this clip" if outcome == AttemptStatus.LOST else None
     told = {"outcome": outcome, "why": error, "kind": error and ENGINE_LOST, "shard_ids": list(shard_ids)}
     if change(session, _END_ATTEMPTS, told):

@@ -119,7 +119,7 @@ FILES = "files"  # in a card: what of the model lies in the store
 def register_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
     """Note the weights of this digest; said again it refreshes where they lie and adds to what is known of them.
 
-    Weights that lie in the store (db/models.py) keep the name they were added under, whatever their folder is called.
+    Weights that lie in the store (db/models.py) keep the name they were added under, not their folder's.
     """
     known = upsert(Model).values(digest=digest, name=name, path=path, card=dict(card))
     stays = case((Model.card.has_key(FILES), Model.name), else_=known.excluded.name)

@@ -56,7 +56,7 @@ class NewReproduction(Comparison):
 
 
 def original(session: Session, clip_id: str) -> Original:
-    """What was stored for a clip, with the settings of the clip that it was rendered for. Raises NoOriginal."""
+    """The stored render of a clip, with the settings of the clip that it was rendered for. Raises NoOriginal."""
     status = session.scalar(select(Clip.status).where(Clip.id == clip_id))
     if status is None:
         raise NoOriginal(f"no clip {clip_id!r} in the ledger: `rushes history` lists those there are")

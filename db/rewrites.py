@@ -1,4 +1,4 @@
-"""What prompts were rewritten to, so that the same words become the same words again, whoever asks and whenever.
+"""Prompts and what they were rewritten to, so that the same words become the same words again.
 
 An endpoint may answer the same question twice in two ways, and a model's rewriter may round otherwise on another
 machine: the first answer to be recorded is the one that all clips get.
@@ -21,7 +21,7 @@ from db.tables import Rewrite
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """What is to be rewritten, and by whom."""
+    """A prompt to be rewritten, and its rewriter."""
 
     rewriter: str
     prompt: str

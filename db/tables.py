@@ -81,7 +81,7 @@ class AttemptStatus(StrEnum):
 
 
 class ClipMode(StrEnum):
-    """What a clip is made from, beside its words."""
+    """The kind of a clip by its sources beside its words."""
 
     TEXT_TO_VIDEO = "text-to-video"
     IMAGE = "image"  # a single frame, from words alone
@@ -598,7 +598,7 @@ class Edge(Base):
 
 
 class Rewrite(Base):
-    """What a rewriter made of a prompt."""
+    """A prompt as a rewriter wrote it."""
 
     __tablename__ = "rewrites"
 
@@ -617,7 +617,7 @@ class Rewrite(Base):
 
 
 class Dataset(Base):
-    """What models are trained on: the clips of the world or of a folder, with captions. Sealed, it never changes.
+    """Training data of models: the clips of the world or of a folder, with captions. Sealed, it never changes.
 
     New captions make a new data set whose `parent` keeps the old ones.
     """

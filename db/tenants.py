@@ -27,7 +27,7 @@ def clips_waiting(session: Session, tenant: str, *, apart_from: str = "") -> int
 
 
 def gpu_seconds_of(session: Session, tenant: str, seconds: float) -> float:
-    """What a tenant's leases took that ended within the last `seconds`."""
+    """GPU-seconds of a tenant's leases that ended within the last `seconds`."""
     since = func.statement_timestamp() - timedelta(seconds=seconds)
     used = select(func.sum(Usage.gpu_seconds)).where(Usage.tenant == tenant, Usage.minute > since)
     return session.scalar(used) or 0.0

@@ -35,7 +35,7 @@ _PARENT = "(select edge.parent from edges edge where edge.child = clip.id order 
 
 @dataclass(frozen=True, slots=True)
 class ViewColumn:
-    """What a column of the view means, what it selects, and its SQL type."""
+    """A column of the view: its meaning, the expression that it selects, its SQL type."""
 
     means: str
     sql: str = ""  # empty: the column of `clips` that has its name

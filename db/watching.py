@@ -1,4 +1,4 @@
-"""What those who watch over requests ask the ledger: which are open, whose leases live, what clips cost so far."""
+"""Questions of those who watch over requests: which are open, whose leases live, what clips cost so far."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def lease_owners(session: Session) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What clips of some shape took of engines of one partition: medians, in seconds."""
+    """The cost of clips of some shape on engines of one partition: medians, in seconds."""
 
     width: int
     height: int

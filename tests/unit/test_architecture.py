@@ -91,3 +91,19 @@ def own(row: str) -> list[str]:
 def beside(row: str) -> list[str]:
     """Files that a row of the map names beside its room, in the package itself."""
     return re.findall(r"`([a-z][a-z0-9_]*)`", row.partition("Beside it")[2])
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Every docstring of the packages, with its place."""
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = getattr(node, "name", "the module")
+                yield f"{path.relative_to(REPOSITORY)}: {name}", ast.get_docstring(node) or ""
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    said = list(docstrings())
+    assert len(said) > 1000
+    dialect = re.compile(r"\AWhat\b|\b(?:who|what|whom)ever\b", re.I)
+    assert [place for place, text in said if dialect.search(text)] == []
