@@ -107,3 +107,15 @@ def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
     assert len(said) > 1000
     dialect = re.compile(r"\AWhat\b|\b(?:who|what|whom)ever\b", re.I)
     assert [place for place, text in said if dialect.search(text)] == []
+
+
+def test_the_first_reading_names_what_is_there() -> None:
+    (reading,) = re.findall(r"^## A first reading\n(.*?)^## ", ARCHITECTURE, re.M | re.S)
+    found = 0
+    for path, names in re.findall(r"`([\w/]+\.py)`((?:(?!`[\w/]+\.py`).)*)", reading, re.S):
+        source = (REPOSITORY / path).read_text()
+        for name in re.findall(r"`([A-Z]\w*\.\w+|\w+)`", names):
+            found += 1
+            for part in name.split("."):
+                assert re.search(rf"^ *(def |class )?{part}\b( =|\(|:)", source, re.M), f"{path} has no {name}"
+    assert found > 5
