@@ -201,7 +201,7 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
         try:
             found[name[: -len(kind)]] = source = find(kind, value)
             if source and kind != "clip" and (kind == "image") != (source.fps == 0):
-                raise BadSource("is a picture: name it as image" if source.fps == 0 else "is a video: name it as video")
+                raise BadSource(_misnamed(source))
         except BadSource as error:
             faults.append(Fault(name, f"{name}={_show(value)} {error}"))
             continue
@@ -227,6 +227,15 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
         size.frames = size.frames or defaults.frames
         return conditions, (), []
     return _plan(conditions, values.get("overlap"), size, defaults)
+
+
+def _misnamed(source: Source) -> str:
+    """The words on a picture that is named as a video, or the other way round."""
+    if source.fps == 0:
+        return "is a picture: name it as image"
+    if source.media_type.startswith("image/"):
+        return f"is an animation of {source.frames} frames: name it as video, or save the frame you want"
+    return "is a video: name it as video"
 
 
 def _misfit(source: Source, defaults: Defaults) -> bool:

@@ -17,7 +17,6 @@ It knows neither the ledger nor the model's weights: `Defaults` says which sizes
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ def read_prompts(
     if format is PromptsFormat.AUTO:
         format, lines = sniff(lines)
     read = {PromptsFormat.JSONL: read_jsonl, PromptsFormat.CSV: read_csv, PromptsFormat.TEXT: read_text}[format]
-    ids = _FirstSeen()
+    ids: dict[str, int] = {}
     index = -1
     for index, record in enumerate(read(lines, source)):
         yield _settle(index, record, defaults, ids, find)
@@ -167,8 +166,12 @@ def check_defaults(defaults: Defaults) -> list[str]:
     return [fault.message for fault in faults]
 
 
-def _settle(index: int, record: Record, defaults: Defaults, ids: _FirstSeen, find: Find) -> Prompt | BadLine:
-    """One line's values with the defaults filled in, or all that is wrong with them."""
+def _settle(index: int, record: Record, defaults: Defaults, ids: dict[str, int], find: Find) -> Prompt | BadLine:
+    """One line's values with the defaults filled in, or all that is wrong with them.
+
+    `ids` has the line on which each custom_id came first, under the id's 64-bit hash: some 100 bytes an id of any
+    length, and of a million different ones two are called equal with a chance of 3e-8. It is added to.
+    """
     given = record.given or JSON
     values = {key: value for key, value in record.values.items() if value is not None}
     faults = list(record.faults)
@@ -182,8 +185,8 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: _FirstSeen, fin
         faults += more
         faults += unknown_keys(values)
     if custom_id is not None:
-        before = ids.first(custom_id, record.line)
-        if before is not None:
+        before = ids.setdefault(hash(custom_id), record.line)
+        if before != record.line:
             faults.append(Fault("custom_id", f"custom_id={shown_value(custom_id)} is already the id of line {before}"))
     size = Size(
         width=settings.get("width", defaults.width),
@@ -212,48 +215,3 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: _FirstSeen, fin
         shapes=shapes,
         **decided,
     )
-
-
-class _FirstSeen:
-    """On which line each custom_id came first, for millions of them: 25 MB a million.
-
-    An open-addressing table of 64-bit hashes (Python's keyed hash of a text), instead of a dict of texts at six times
-    the memory. Two different ids of one hash would be called duplicates; among a million ids the chance is 3e-8.
-    """
-
-    def __init__(self) -> None:
-        self._used = 0
-        self._resize(1 << 10)
-
-    def first(self, key: str, line: int) -> int | None:
-        """The line that brought `key` before, or None, and then `line` is remembered."""
-        place, found = self._find(hash(key) & 0xFFFF_FFFF_FFFF_FFFF or 1)
-        if found:
-            return self._lines[place]
-        self._hashes[place] = hash(key) & 0xFFFF_FFFF_FFFF_FFFF or 1
-        self._lines[place] = line
-        self._used += 1
-        if self._used * 3 > len(self._hashes) * 2:
-            self._grow()
-        return None
-
-    def _find(self, digest: int) -> tuple[int, bool]:
-        mask, hashes = len(self._hashes) - 1, self._hashes
-        place = digest & mask
-        while there := hashes[place]:
-            if there == digest:
-                return place, True
-            place = (place + 1) & mask
-        return place, False
-
-    def _grow(self) -> None:
-        hashes, lines = self._hashes, self._lines
-        self._resize(2 * len(hashes))
-        for digest, line in zip(hashes, lines, strict=True):
-            if digest:
-                place, _ = self._find(digest)
-                self._hashes[place], self._lines[place] = digest, line
-
-    def _resize(self, size: int) -> None:
-        self._hashes = array("Q", [0]) * size
-        self._lines = array("I", [0]) * size

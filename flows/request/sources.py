@@ -21,10 +21,11 @@ from flows.request.files import BadUri, InStore, locate
 from flows.request.lines import BadFile
 from flows.request.modes import BadSource, Source
 from infra.store.contract import BLOBS, NoSuchKey, Store
-from model.media.decode import MAX_BYTES, probe
+from model.media.decode import MAX_BYTES, Media, pixels_in, probe
 from model.media.errors import BadMedia
 
 Sessions = sessionmaker[Session]
+MAX_PIXELS = 2**34  # that the files of one request may decode to: some minutes of one core
 
 
 class Sources:
@@ -34,6 +35,8 @@ class Sources:
         """`read(key, name)` gives the bytes of an image or a video and their key in the store, '' if not there yet."""
         self.ledgers, self.read = ledgers, read
         self.found: dict[tuple[bool, str], Source | BadSource | None] = {}
+        self.probed: dict[str, Media] = {}  # by sha256
+        self.pixels = 0  # that decoding all files gives, each once
 
     def find(self, kind: str, name: str) -> Source | None:
         """The source that a line's `image`, `video` or `clip` names; None for a clip without a ledger to look in.
@@ -84,12 +87,12 @@ class Sources:
 
     def _file(self, kind: str, name: str) -> Source:
         data, key = self.read(kind, name)
-        try:
-            media = probe(data)
-        except BadMedia as error:
-            raise BadSource(str(error)) from None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 not in self.probed:
+            self.probed[sha256] = self._probe(data)
+        media = self.probed[sha256]
         return Source(
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256=sha256,
             key=key,
             bytes=len(data),
             media_type=media.media_type,
@@ -98,6 +101,20 @@ class Sources:
             frames=media.frames,
             fps=media.fps,
         )
+
+    def _probe(self, data: bytes) -> Media:
+        """Decodes a file, unless its headers say that the request's files are too much work together."""
+        try:
+            pixels = self.pixels + pixels_in(data)
+            if pixels > MAX_PIXELS:
+                raise BadSource(
+                    f"brings the request's sources to {pixels:,} pixels of all their frames, the most is "
+                    f"{MAX_PIXELS:,}: use shorter or smaller ones, or several requests"
+                )
+            self.pixels = pixels
+            return probe(data)
+        except BadMedia as error:
+            raise BadSource(str(error)) from None
 
 
 def of_run(ledgers: Sessions, store: Store, folder: Path, files: Mapping[str, str]) -> Sources:

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flows.request import sources
 from flows.request.form import Defaults, GenerationRequest, Mode, PromptLine, PromptsFormat, request_key
 from flows.request.modes import BadSource, Source
 from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts, strange_shapes
 from flows.request.recipe import Prompt, recipe
+from model.media.encode import encode_png
 from tests.unit.test_prompts import DEFAULTS as PLAIN
 from tests.unit.test_request import CARD
 
@@ -24,8 +27,9 @@ PICTURE = Source(
     sha256="1" * 64, key="blobs/1", bytes=9, media_type="image/png", width=600, height=400, frames=1, fps=0.0
 )
 VIDEO = replace(PICTURE, sha256="2" * 64, media_type="video/mp4", frames=50, fps=24.0)
+GIF = replace(VIDEO, sha256="4" * 64, media_type="image/gif")
 CLIP = replace(VIDEO, sha256="3" * 64, width=96, height=64, frames=17, fps=8.0, clip_id="req_1-000000-0")
-KNOWN = {"image": {"ball.png": PICTURE}, "video": {"walk.mp4": VIDEO}, "clip": {"c": CLIP, "d": CLIP}}
+KNOWN = {"image": {"ball.png": PICTURE}, "video": {"walk.mp4": VIDEO, "spin.gif": GIF}, "clip": {"c": CLIP, "d": CLIP}}
 
 
 def find(kind: str, name: str) -> Source | None:
@@ -82,6 +86,10 @@ def one(**values: Any) -> Prompt:
         ({"mode": "extend", "clip": "x"}, "clip=x is not in the store"),
         ({"mode": "extend", "video": "ball.png"}, "video=ball.png is a picture: name it as image"),
         ({"mode": "edit", "image": "walk.mp4"}, "image=walk.mp4 is a video: name it as video"),
+        (
+            {"mode": "edit", "image": "spin.gif"},
+            "image=spin.gif is an animation of 50 frames: name it as video, or save the frame you want",
+        ),
         ({"mode": "image", "frames": 17}, "frames=17 must be 1 with mode=image"),
         (
             {"mode": "image-to-video", "image": "ball.png", "frames": 1},
@@ -290,3 +298,18 @@ def test_sources_are_looked_up_only_where_a_line_names_one() -> None:
 
     checked = check_prompts(lines(*plain()), source="p", format=PromptsFormat.JSONL, defaults=DEFAULTS, find=refuse)
     assert (checked.prompts, checked.bad) == (3, 0)
+
+
+def test_the_sources_of_a_request_are_bounded_together_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_PIXELS", 25_000)
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 100, 100, 3), np.uint8)
+    files = {name: encode_png(picture, {}) for name, picture in zip("abc", pictures, strict=True)}
+    files |= {"again": files["a"], "c": files["c"][:2000], "small": encode_png(pictures[2, :64, :64], {})}
+    request = sources.Sources(None, lambda _, name: (files[name], ""))
+    for name in ("a", "b", "again"):  # the same bytes count once
+        assert request.find("image", name) is not None
+    said = r"brings the request's sources to 30,000 pixels of all their frames, the most is 25,000: use shorter or"
+    for _ in range(2):
+        with pytest.raises(BadSource, match=said):  # told by its header: what follows it is missing
+            request.find("image", "c")
+    assert request.find("image", "small") is not None
