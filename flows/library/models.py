@@ -64,7 +64,7 @@ class BrokenModel(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class ModelFile:
     """A file of a model."""
 
     name: str  # below the model's folder, with slashes
@@ -73,13 +73,13 @@ class File:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Added:
+class AddedModel:
     """A model in store and ledger."""
 
     name: str
     card: ModelCard
     parameters: int  # of its transformers
-    files: tuple[File, ...]
+    files: tuple[ModelFile, ...]
     sent: int  # files that were not in the store as the ledger says; all of them for a new model
     already: bool  # it was added before
 
@@ -110,7 +110,7 @@ def add(
     *,
     loras: Sequence[Lora] = (),
     weights: str | None = None,
-) -> Added:
+) -> AddedModel:
     """Check a model folder, put its files into the store and record it under a name: its own if none is given.
 
     With adapters or `weights` it is a variant of the base that is added, and the base may be any model that is known.
@@ -125,7 +125,7 @@ def add(
         return _add(settings, Path(folder), name or card.name, passing=True)
 
 
-def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = False) -> Added:
+def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = False) -> AddedModel:
     """Add a folder. One that is `passing` is not recorded as the model's place: the engines' cache is."""
     checked, card = check_folder(path), find_model(path.resolve())
     if passing:
@@ -137,14 +137,14 @@ def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = Fa
             check_name(session, called, card.digest)
         store = settings.open_store()
         stored = _mend(store, path, before) if before else _put(store, path)
-        files = _files(before) if before else tuple(File(n, s.sha256, s.bytes) for n, s in stored.items())
+        files = _files(before) if before else tuple(ModelFile(n, s.sha256, s.bytes) for n, s in stored.items())
         if _digest(files) != card.digest:
             raise BadCheckpoint(f"{path} changed while it was being added: nothing was recorded; add it again")
         known = {FILES: [asdict(file) for file in files], "parameters": checked.parameters}
         with ledgers.begin() as session:
             add_model(session, card.digest, called, str(card.path), card.to_json() | known)
             add_artifacts(session, (NewArtifact(**asdict(each)) for each in stored.values()))
-    return Added(
+    return AddedModel(
         name=called,
         card=card,
         parameters=checked.parameters,
@@ -360,7 +360,7 @@ def _fetched(settings: Settings, row: ModelRow) -> ModelCard:
     return replace(card, name=row.name)
 
 
-def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
+def _fetch(store: Store, row: ModelRow, file: ModelFile, target: Path) -> None:
     """Fetch one file and prove it by its digest; an error leaves nothing of it. Raises BrokenModel."""
     if target.is_file() and target.stat().st_size == file.bytes:  # it got its name after it was proven
         return
@@ -381,12 +381,12 @@ def _fetch(store: Store, row: ModelRow, file: File, target: Path) -> None:
         raise BrokenModel(f"{file.name} of model {row.name} is not in the store ({key}): {mend}") from None
 
 
-def _files(row: ModelRow) -> tuple[File, ...]:
+def _files(row: ModelRow) -> tuple[ModelFile, ...]:
     """The files of a model that was added.
 
     Raises BrokenModel for a list that does not give the model's digest, or leads out of a folder.
     """
-    files = tuple(File(**said) for said in row.card[FILES])
+    files = tuple(ModelFile(**said) for said in row.card[FILES])
     inside = all(
         not PurePosixPath(file.name).is_absolute() and ".." not in PurePosixPath(file.name).parts for file in files
     )
@@ -398,10 +398,10 @@ def _files(row: ModelRow) -> tuple[File, ...]:
     return files
 
 
-def _digest(files: Iterable[File]) -> str:
+def _digest(files: Iterable[ModelFile]) -> str:
     """The digest of a model with these files."""
     return digest_of((file.name, file.sha256) for file in files if not _is_beside(file))
 
 
-def _is_beside(file: File) -> bool:
+def _is_beside(file: ModelFile) -> bool:
     return file.name.split("/")[0] in BESIDE
