@@ -14,7 +14,7 @@ from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.options import FormCommand, PlanCommand, given_fields
 
 if TYPE_CHECKING:
-    from flows.request.submit import Good
+    from flows.request.submit import CheckedFile
     from flows.settings import Settings
     from model.loading.card import ModelCard
 
@@ -50,7 +50,7 @@ def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple
     """
     from flows.library.models import card_of
     from flows.request.lines import BadFile
-    from flows.request.read import strange_shapes
+    from flows.request.read import untrained_shapes
     from flows.request.submit import check_file, readable
     from flows.request.submit import submit as send
 
@@ -69,7 +69,7 @@ def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple
             errors = f"{counted(checked.faults, 'error')} in {checked.bad} of {lines}"
             hint = "" if skip_invalid or not checked.prompts else "; --skip-invalid goes on without these lines"
             fail(f"{errors}: nothing was submitted{hint}", BAD_INPUT)
-        if warning := strange_shapes(card, checked.shapes):
+        if warning := untrained_shapes(card, checked.shapes):
             typer.echo(f"rushes: warning: {warning}", err=True)
         finished = _finished(settings, good.request_id)
         if finished:
@@ -85,7 +85,7 @@ def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple
     return sent.request_id, sent.flow_run_id
 
 
-def _tell_deadline(settings: Settings, card: ModelCard, good: Good) -> None:
+def _tell_deadline(settings: Settings, card: ModelCard, good: CheckedFile) -> None:
     """Before anybody waits: when all will be done, and whether that is in time."""
     if settings.database_url is None:  # the run's page says it
         return

@@ -31,7 +31,7 @@ from flows.request.files import open_file
 from flows.request.form import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat
 from flows.request.read import read_prompts
 from flows.request.recipe import Prompt
-from flows.request.submit import looking
+from flows.request.submit import lazy_lookup
 from flows.settings import Settings
 from model.loading.card import WAN, WAN_EXPERTS, WAN_TI2V, ModelCard, ModelNotFound
 
@@ -86,7 +86,7 @@ def forecast(
     defaults = GenerationRequest(**options, prompts_format=format, prompts_uri="store:prompts/unknown").resolve(card)
     clips: Counter[Work] = Counter()
     bad = 0
-    with open_file(path) as file, looking(settings, path.parent, {}) as find:
+    with open_file(path) as file, lazy_lookup(settings, path.parent, {}) as find:
         for line in read_prompts(file, source=path.name, format=format, defaults=defaults, find=find):
             if isinstance(line, Prompt):
                 clips[_work(line)] += line.samples

@@ -23,7 +23,7 @@ from flows.library.models import BrokenModel
 from flows.request.files import BadUri
 from flows.request.form import GenerationRequest
 from flows.request.lines import BadFile
-from flows.request.read import check_defaults, strange_shapes
+from flows.request.read import check_defaults, untrained_shapes
 from flows.request.rewriting import RewriterFailed, rewriter_of
 from flows.settings import Settings
 from infra.store.contract import NoSuchKey, Store
@@ -68,7 +68,7 @@ def make_clips(
         return refuse(page, [str(error)], reason="QuotaExceeded")
     request_id = opened.id
     page.info(f"request {request_id}: {source.checked.clips} clips asked for by {source.name}")
-    if warning := strange_shapes(source.card, source.checked.shapes):
+    if warning := untrained_shapes(source.card, source.checked.shapes):
         page.warn(warning)
     if opened.created:
         query = f"select status, count(*) from history where request_id = '{request_id}' group by 1"

@@ -31,7 +31,7 @@ from flows.request.modes import Conditions
 from flows.request.read import BadLine, Checked, check_prompts, read_prompts
 from flows.request.recipe import Prompt, recipe
 from flows.request.rewriting import Rewriter, rewrite_all, with_new_words
-from flows.request.sources import Sources, of_run
+from flows.request.sources import Sources, for_run
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from infra.tracing import carrier, current_trace_id
@@ -40,7 +40,7 @@ from model.loading.card import TRANSFORMER, ModelCard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class RequestFile:
     """A prompt file that was found, digested and checked."""
 
     name: str  # for messages: prompts.jsonl
@@ -55,7 +55,9 @@ class Source:
     fresh: bool = False  # what was rendered before will not do
 
 
-def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest) -> Source:
+def find_source(
+    settings: Settings, ledgers: sessionmaker[Session], store: Store, request: GenerationRequest
+) -> RequestFile:
     """Finds the prompts, puts inline ones into the store (so that every request can be read again), checks all of them.
 
     Raises BadUri, BadFile, NoSuchKey, ModelNotFound and BrokenModel.
@@ -74,10 +76,10 @@ def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store
         name = request.name or "prompts" if uri.startswith("store:") else name
     with open_source(settings, store, uri) as stream:
         sha256, _ = digest_stream(stream)
-    sources = of_run(ledgers, store, settings.prompts, request.files)
+    sources = for_run(ledgers, store, settings.prompts, request.files)
     with open_source(settings, store, uri) as stream:
         checked = check_prompts(stream, source=name, format=request.format, defaults=defaults, find=sources.find)
-    return Source(
+    return RequestFile(
         name=name,
         uri=uri,
         sha256=sha256,
@@ -91,7 +93,7 @@ def find_source(settings: Settings, ledgers: sessionmaker[Session], store: Store
     )
 
 
-def too_large(settings: Settings, source: Source) -> list[str]:
+def too_large(settings: Settings, source: RequestFile) -> list[str]:
     """Why clips cannot be rendered on the GPUs that the plan may use, a line for every such shape."""
     if settings.partition != AUTO or not (source.card.path / TRANSFORMER).is_dir():
         return []  # a fixed partition is the operator's word; of a model that is elsewhere the engine will say
@@ -116,7 +118,7 @@ def record(
     settings: Settings,
     ledgers: sessionmaker[Session],
     store: Store,
-    source: Source,
+    source: RequestFile,
     request: GenerationRequest,
     rewriter: Rewriter | None,
     *,
@@ -178,18 +180,18 @@ def record(
 
 
 def forecast(
-    settings: Settings, ledgers: sessionmaker[Session], source: Source, request: GenerationRequest
+    settings: Settings, ledgers: sessionmaker[Session], source: RequestFile, request: GenerationRequest
 ) -> Estimate:
     with ledgers() as session:
         return estimate(session, settings, source.card, source.defaults, source.checked.shapes, request.priority)
 
 
-def lines_of(stream: BinaryIO, source: Source, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
+def lines_of(stream: BinaryIO, source: RequestFile, request: GenerationRequest) -> Iterator[Prompt | BadLine]:
     find = source.sources.find
     return read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults, find=find)
 
 
-def clips_of(line: Prompt | BadLine, source: Source, rewritten: str | None = None) -> Iterator[NewClip]:
+def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None = None) -> Iterator[NewClip]:
     """The rows of one line of the file: a clip for each sample, or one rejected row."""
     if isinstance(line, BadLine):
         yield NewClip(

@@ -18,7 +18,7 @@ from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort
 from flows.generate.estimates import cost_model
 from flows.generate.page import ROUND, Page, Report
-from flows.generate.request import Source
+from flows.generate.request import RequestFile
 from flows.library.models import gpus_of
 from flows.plan import shards
 from flows.settings import AUTO, Settings
@@ -51,7 +51,7 @@ def watch(
     settings: Settings,
     ledgers: sessionmaker[Session],
     request_id: str,
-    source: Source,
+    source: RequestFile,
     *,
     page: Page,
     engines: EnginePool,
@@ -108,7 +108,7 @@ class Planner:
         settings: Settings,
         ledgers: sessionmaker[Session],
         request_id: str,
-        source: Source,
+        source: RequestFile,
         page: Page,
         engines: EnginePool,
     ) -> None:

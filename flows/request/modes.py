@@ -22,7 +22,7 @@ class BadSource(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class MediaSource:
     """A picture, a video or a clip of history that a clip is made from."""
 
     sha256: str
@@ -41,10 +41,10 @@ class Source:
 
 
 # (image, video or clip; its name) -> what it names; None where it cannot be looked at from here. Raises BadSource.
-Find = Callable[[str, str], Source | None]
+Find = Callable[[str, str], MediaSource | None]
 
 
-def nowhere(kind: str, name: str) -> Source | None:
+def nowhere(kind: str, name: str) -> MediaSource | None:
     """Looks nothing up: the run of the request will."""
     return None
 
@@ -61,8 +61,8 @@ class Conditions:
     """A line's mode with all that belongs to it. Sources that could not be looked at are only named in `identity`."""
 
     mode: Mode = Mode.TEXT_TO_VIDEO
-    source: Source | None = None
-    end_source: Source | None = None
+    source: MediaSource | None = None
+    end_source: MediaSource | None = None
     direction: Direction | None = None
     strength: float | None = None
     overlap: int | None = None
@@ -192,7 +192,7 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
         idle = [_idle(values["overlap"])] if "overlap" in values else []
         return PLAIN if size.frames > 1 else STILL, (f"{size.width}x{size.height}x{size.frames}",), idle
     faults: list[Fault] = []
-    found: dict[str, Source | None] = {}
+    found: dict[str, MediaSource | None] = {}
     identity: list[str] = []
     for name in SOURCES:
         if (value := values.get(name)) is None:
@@ -229,7 +229,7 @@ def settle(values: dict[str, Any], size: Size, defaults: Defaults, find: Find) -
     return _plan(conditions, values.get("overlap"), size, defaults)
 
 
-def _misnamed(source: Source) -> str:
+def _misnamed(source: MediaSource) -> str:
     """The words on a picture that is named as a video, or the other way round."""
     if source.fps == 0:
         return "is a picture: name it as image"
@@ -238,7 +238,7 @@ def _misnamed(source: Source) -> str:
     return "is a video: name it as video"
 
 
-def _misfit(source: Source, defaults: Defaults) -> bool:
+def _misfit(source: MediaSource, defaults: Defaults) -> bool:
     return bool(source.width % defaults.multiple or source.height % defaults.multiple)
 
 

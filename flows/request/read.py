@@ -73,7 +73,7 @@ def read_prompts(
     if format is PromptsFormat.AUTO:
         format, lines = sniff(lines)
     read = {PromptsFormat.JSONL: read_jsonl, PromptsFormat.CSV: read_csv, PromptsFormat.TEXT: read_text}[format]
-    ids: dict[str, int] = {}
+    ids: dict[int, int] = {}
     index = -1
     for index, record in enumerate(read(lines, source)):
         yield _settle(index, record, defaults, ids, find)
@@ -147,7 +147,7 @@ def check_prompts(
     )
 
 
-def strange_shapes(card: ModelCard, shapes: Mapping[str, int]) -> str:
+def untrained_shapes(card: ModelCard, shapes: Mapping[str, int]) -> str:
     """A warning about clips of shapes that the model was not trained for; '' where there are none."""
     strange = {shape: count for shape, count in shapes.items() if card.trained and shape not in card.trained}
     if not strange:
@@ -166,7 +166,7 @@ def check_defaults(defaults: Defaults) -> list[str]:
     return [fault.message for fault in faults]
 
 
-def _settle(index: int, record: Record, defaults: Defaults, ids: dict[str, int], find: Find) -> Prompt | BadLine:
+def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int], find: Find) -> Prompt | BadLine:
     """One line's values with the defaults filled in, or all that is wrong with them.
 
     `ids` has the line on which each custom_id came first, under the id's 64-bit hash: some 100 bytes an id of any

@@ -19,7 +19,7 @@ from db.clips import clip_by
 from db.tables import ACTIVE
 from flows.request.files import BadUri, InStore, locate
 from flows.request.lines import BadFile
-from flows.request.modes import BadSource, Source
+from flows.request.modes import BadSource, MediaSource
 from infra.store.contract import BLOBS, NoSuchKey, Store
 from model.media.decode import MAX_BYTES, Media, pixels_in, probe
 from model.media.errors import BadMedia
@@ -34,11 +34,11 @@ class Sources:
     def __init__(self, ledgers: Sessions | None, read: Callable[[str, str], tuple[bytes, str]]) -> None:
         """`read(key, name)` gives the bytes of an image or a video and their key in the store, '' if not there yet."""
         self.ledgers, self.read = ledgers, read
-        self.found: dict[tuple[bool, str], Source | BadSource | None] = {}
+        self.found: dict[tuple[bool, str], MediaSource | BadSource | None] = {}
         self.probed: dict[str, Media] = {}  # by sha256
         self.pixels = 0  # that decoding all files gives, each once
 
-    def find(self, kind: str, name: str) -> Source | None:
+    def find(self, kind: str, name: str) -> MediaSource | None:
         """The source that a line's `image`, `video` or `clip` names; None for a clip without a ledger to look in.
 
         Raises BadSource.
@@ -56,13 +56,15 @@ class Sources:
 
     def artifacts(self) -> list[NewArtifact]:
         """The files among what was found, as the ledger wants to know of them."""
-        kept = {source.sha256: source for source in self.found.values() if isinstance(source, Source) and source.key}
+        kept = {
+            source.sha256: source for source in self.found.values() if isinstance(source, MediaSource) and source.key
+        }
         return [
             NewArtifact(sha256=each.sha256, key=each.key, bytes=each.bytes, media_type=each.media_type)
             for each in kept.values()
         ]
 
-    def _clip(self, name: str) -> Source | None:
+    def _clip(self, name: str) -> MediaSource | None:
         if self.ledgers is None:
             return None
         with self.ledgers() as session:
@@ -73,7 +75,7 @@ class Sources:
             rest = "its request must finish first" if clip.status in ACTIVE else "it has no frames"
             raise BadSource(f"is {clip.status}, not done: {rest} (clips of one request cannot be made from each other)")
         made = clip.settings
-        return Source(
+        return MediaSource(
             sha256=clip.artifact.sha256,
             key=clip.artifact.key,
             bytes=clip.artifact.bytes,
@@ -85,13 +87,13 @@ class Sources:
             clip_id=clip.clip_id,
         )
 
-    def _file(self, kind: str, name: str) -> Source:
+    def _file(self, kind: str, name: str) -> MediaSource:
         data, key = self.read(kind, name)
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 not in self.probed:
             self.probed[sha256] = self._probe(data)
         media = self.probed[sha256]
-        return Source(
+        return MediaSource(
             sha256=sha256,
             key=key,
             bytes=len(data),
@@ -117,7 +119,7 @@ class Sources:
             raise BadSource(str(error)) from None
 
 
-def of_run(ledgers: Sessions, store: Store, folder: Path, files: Mapping[str, str]) -> Sources:
+def for_run(ledgers: Sessions, store: Store, folder: Path, files: Mapping[str, str]) -> Sources:
     """The sources of a request that is being run: what is not in the store under its digest is put there."""
 
     def read(kind: str, name: str) -> tuple[bytes, str]:
@@ -137,7 +139,9 @@ def of_run(ledgers: Sessions, store: Store, folder: Path, files: Mapping[str, st
     return Sources(ledgers, read)
 
 
-def of_submitter(ledgers: Sessions | None, store: Callable[[], Store], folder: Path, files: dict[str, Path]) -> Sources:
+def for_submitter(
+    ledgers: Sessions | None, store: Callable[[], Store], folder: Path, files: dict[str, Path]
+) -> Sources:
     """The sources of a file that is being submitted: names are paths beside it. Fills `files` with those."""
 
     def read(kind: str, name: str) -> tuple[bytes, str]:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from flows.request.files import open_file, prompts_key
 from flows.request.form import FORMAT_OF_ENDING, MAX_FILES, GenerationRequest, PromptsFormat, request_id, request_key
 from flows.request.lines import CHUNK, BadFile
-from flows.request.modes import Find, nowhere
-from flows.request.modes import Source as MadeFrom
+from flows.request.modes import Find, MediaSource, nowhere
 from flows.request.read import Checked, check_defaults, check_prompts
 from flows.settings import Settings
 
@@ -34,7 +33,7 @@ MEDIA_TYPE = {PromptsFormat.CSV: "text/csv", PromptsFormat.JSONL: "application/x
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Good:
+class CheckedFile:
     """A prompt file that was read to its end."""
 
     source: str  # for messages
@@ -76,7 +75,7 @@ def check_file(
     card: ModelCard,
     report: Callable[[str], None],
     settings: Settings | None = None,
-) -> Good:
+) -> CheckedFile:
     """Reads and checks the whole file. `options` are fields of GenerationRequest; `report` gets every error.
 
     `settings` say where the clips and stored objects are that lines may name; without a ledger the run checks those.
@@ -95,7 +94,7 @@ def check_file(
     if not path.exists():
         raise BadFile(f"{source}: no such file")
     files: dict[str, Path] = {}
-    with open_file(path) as file, looking(settings, Path(source).parent, files) as find:
+    with open_file(path) as file, lazy_lookup(settings, Path(source).parent, files) as find:
         stream = _Hashing(file)
         checked = check_prompts(
             cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report, find=find
@@ -114,7 +113,7 @@ def check_file(
         made_from=checked.made_from,
         rewriter=card.rewriter,
     )
-    return Good(
+    return CheckedFile(
         source=source,
         path=path,
         sha256=sha256,
@@ -126,15 +125,15 @@ def check_file(
 
 
 @contextmanager
-def looking(settings: Settings | None, folder: Path, files: dict[str, Path]) -> Generator[Find]:
+def lazy_lookup(settings: Settings | None, folder: Path, files: dict[str, Path]) -> Generator[Find]:
     """Looks up what lines are made from, for as long as the block; loads what that needs at the first one."""
     with ExitStack() as open_things:
         found: list[Find] = []
 
-        def find(kind: str, name: str) -> MadeFrom | None:
+        def find(kind: str, name: str) -> MediaSource | None:
             if not found:
                 from flows.clients.ledger import database
-                from flows.request.sources import of_submitter
+                from flows.request.sources import for_submitter
 
                 assert settings is not None
                 ledgers = None
@@ -142,7 +141,7 @@ def looking(settings: Settings | None, folder: Path, files: dict[str, Path]) -> 
                     from db.session import sessions
 
                     ledgers = sessions(open_things.enter_context(database(settings)))
-                found.append(of_submitter(ledgers, settings.open_store, folder, files).find)
+                found.append(for_submitter(ledgers, settings.open_store, folder, files).find)
             return found[0](kind, name)
 
         yield find if settings else nowhere
@@ -167,7 +166,7 @@ class _Hashing:
         return data
 
 
-def submit(settings: Settings, good: Good) -> Submitted:
+def submit(settings: Settings, good: CheckedFile) -> Submitted:
     """Stores the file and creates the flow run, or joins the run that is already making this request.
 
     Raises NotRunning, StoreUnavailable, PrefectUnavailable, PrefectRefused.
@@ -261,7 +260,7 @@ def store_sources(settings: Settings, files: dict[str, Path]) -> dict[str, str]:
     return {name: store.put(path, guess_type(name)[0] or OCTETS).key for name, path in files.items()}
 
 
-def store_file(settings: Settings, good: Good) -> None:
+def store_file(settings: Settings, good: CheckedFile) -> None:
     """Puts the file under its digest, unless it is there."""
     store = settings.open_store()
     key = prompts_key(good.sha256)

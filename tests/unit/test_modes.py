@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from flows.request import sources
 from flows.request.form import Defaults, GenerationRequest, Mode, PromptLine, PromptsFormat, request_key
-from flows.request.modes import BadSource, Source
-from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts, strange_shapes
+from flows.request.modes import BadSource, MediaSource
+from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts, untrained_shapes
 from flows.request.recipe import Prompt, recipe
 from model.media.encode import encode_png
 from tests.unit.test_prompts import DEFAULTS as PLAIN
 from tests.unit.test_request import CARD
 
 DEFAULTS = replace(PLAIN, window=17)
-PICTURE = Source(
+PICTURE = MediaSource(
     sha256="1" * 64, key="blobs/1", bytes=9, media_type="image/png", width=600, height=400, frames=1, fps=0.0
 )
 VIDEO = replace(PICTURE, sha256="2" * 64, media_type="video/mp4", frames=50, fps=24.0)
@@ -32,7 +32,7 @@ CLIP = replace(VIDEO, sha256="3" * 64, width=96, height=64, frames=17, fps=8.0, 
 KNOWN = {"image": {"ball.png": PICTURE}, "video": {"walk.mp4": VIDEO, "spin.gif": GIF}, "clip": {"c": CLIP, "d": CLIP}}
 
 
-def find(kind: str, name: str) -> Source | None:
+def find(kind: str, name: str) -> MediaSource | None:
     for kinds in KNOWN.values():
         if name in kinds and (kind != "clip" or name in KNOWN["clip"]):
             return kinds[name]
@@ -279,8 +279,8 @@ def test_a_clip_that_cannot_be_looked_up_here_is_left_to_the_run() -> None:
 
 def test_shapes_that_the_model_does_not_know_are_warned_of() -> None:
     card = replace(CARD, trained=("64x64x17", "64x64x1"))
-    assert strange_shapes(card, {"64x64x17": 3}) == strange_shapes(CARD, {"128x128x17": 1}) == ""
-    assert strange_shapes(card, {"64x64x17": 3, "128x128x17": 1, "64x64x9": 2}) == (
+    assert untrained_shapes(card, {"64x64x17": 3}) == untrained_shapes(CARD, {"128x128x17": 1}) == ""
+    assert untrained_shapes(card, {"64x64x17": 3, "128x128x17": 1, "64x64x9": 2}) == (
         "mini was not trained for 128x128x17 (1 clip), 64x64x9 (2 clips): expect less of them; "
         "it knows 64x64x17, 64x64x1"
     )
@@ -288,7 +288,7 @@ def test_shapes_that_the_model_does_not_know_are_warned_of() -> None:
 
 
 def test_sources_are_looked_up_only_where_a_line_names_one() -> None:
-    def refuse(kind: str, name: str) -> Source | None:
+    def refuse(kind: str, name: str) -> MediaSource | None:
         raise AssertionError(name)
 
     def plain() -> Iterator[dict[str, Any]]:
