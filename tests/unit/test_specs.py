@@ -51,7 +51,7 @@ def leased(mode: ClipMode, source: str | None = None, end: str | None = None, **
         "end_source": artifact(end),
         **changes,
     }
-    settings = ClipSettings(**{name: values.pop(name) for name in SETTINGS})
+    settings = ClipSettings(**{name: values.pop(name) for name in SETTINGS if name in values})
     return LeasedClip(settings=settings, **values)
 
 
