@@ -141,7 +141,7 @@ def _help(name: str, field: FieldInfo | None, limits: Limits) -> str:
 
 
 def _shown(limits: Limits) -> str:
-    """Bounds in words; '' where there are none, and no upper one that nobody reaches."""
+    """Bounds in words; '' where there are none. An upper one beyond 10^9 is not worth a word."""
     least = f"above {limits.above:g}" if limits.above is not None else ""
     least = f"{limits.low:g}" if limits.low is not None else least
     if limits.high is None or limits.high >= 10**9:

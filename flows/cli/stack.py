@@ -24,9 +24,9 @@ def up() -> None:
 
 def start_stack(settings: Settings) -> Stack:
     from flows.clients.ledger import prepare_ledger
-    from infra.stack import up as stack_up
+    from infra.stack.up import up as bring_up
 
-    stack = stack_up.up(
+    stack = bring_up(
         settings.home,
         repo=working_folder(settings),
         migrate=prepare_ledger,
@@ -63,10 +63,10 @@ def _take_up(settings: Settings, stack: Stack) -> None:
 @app.command(rich_help_panel=STACK)
 def down() -> None:
     """Stop the local stack. Nothing is left running; what was rendered stays."""
-    from infra.stack import down as stack_down
+    from infra.stack.down import down as end_stack
 
     settings = current_settings()
-    stopped = stack_down.down(settings.home, say=typer.echo)
+    stopped = end_stack(settings.home, say=typer.echo)
     typer.echo(f"Stopped: {', '.join(stopped)}" if stopped else f"No stack was running under {settings.home}")
 
 
@@ -74,9 +74,9 @@ def down() -> None:
 def status(format: Format = "table") -> None:
     """Show which parts of the local stack run. Exit code 1 if one does not."""
     from flows.show import show_rows
-    from infra.stack import up as stack_up
+    from infra.stack.up import status as status_of
 
-    now = stack_up.status(current_settings().home)
+    now = status_of(current_settings().home)
     rows = [{"part": p.name, "state": "running" if p.running else "stopped", "detail": p.detail} for p in now.parts]
     rows.append({"part": "flow runs", "state": str(now.flow_runs), "detail": "processes that execute one now"})
     show_rows(rows, ["part", "state", "detail"], format)
@@ -86,21 +86,21 @@ def status(format: Format = "table") -> None:
 @app.command(rich_help_panel=STACK)
 def doctor(format: Format = "table") -> None:
     """Check every part (settings, ledger, store, Prefect, workers, model) and say how to mend what is wrong."""
-    from flows.operate import checks as look
+    from flows.operate import checks
     from flows.show import show_rows
-    from infra.stack import doctor as stack_doctor
+    from infra.stack.doctor import doctor as examine
 
     settings = current_settings()
-    checks = stack_doctor.doctor(
+    seen = examine(
         settings.home,
-        schema=look.schema,
-        store=lambda: look.store(settings),
-        weights=lambda: look.weights(settings),
+        schema=checks.schema,
+        store=lambda: checks.store(settings),
+        weights=lambda: checks.weights(settings),
     )
     rows = [
         {"check": "ok" if check.ok else "wrong", "part": check.name, "detail": check.detail, "mend": check.mend}
-        for check in checks
+        for check in seen
     ]
     show_rows(rows, ["check", "part", "detail", "mend"], format)
-    if not all(check.ok for check in checks):
+    if not all(check.ok for check in seen):
         raise typer.Exit(FAILED)

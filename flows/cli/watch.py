@@ -38,7 +38,7 @@ def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> E
     """Shows progress until the request `name` (id, name or flow run) and its flow run have ended.
 
     A request that is not in the ledger yet is waited for, if `flow_run_id` says who will open it. Raises
-    RequestNotFound for one that nobody will open, NotRunning.
+    RequestNotFound for one that will never be opened, NotRunning.
     """
     from flows.clients.ledger import find_request
 

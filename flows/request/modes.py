@@ -68,7 +68,7 @@ class Conditions:
     overlap: int | None = None
     window: int | None = None  # where the clip is joined to a source or made in several windows
     made_frames: int | None = None  # frames that go through the model, where these are not its own ones, once
-    identity: tuple[str, ...] = ()  # of its sources: the same whoever looks
+    identity: tuple[str, ...] = ()  # of its sources: the same on every machine
 
     def recipe(self) -> dict[str, Any]:
         """The part that determines pixels; empty for a clip that is made at once from words alone."""
@@ -173,7 +173,7 @@ class Size:
 
     width: int
     height: int
-    frames: int | None  # None: nobody asked
+    frames: int | None  # None: not asked for
     fps: int
     asked: bool  # for this width or height
 
@@ -299,7 +299,7 @@ def _plan(conditions: Conditions, asked: int | None, size: Size, defaults: Defau
 
 
 def _length(mode: Mode, before: int, after: int, span: int, overlap: int, defaults: Defaults) -> int:
-    """Frames of a clip when nobody says: with one more window where something is added to a source."""
+    """Frames of a clip that asks for no length: with one more window where something is added to a source."""
     step = defaults.frame_step
     bridge = max(step, span - min(overlap, before) - step * max(1, overlap // step))
     if mode is Mode.EDIT:
