@@ -161,8 +161,8 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
     return Answer(columns, rows[:limit], limit is not None and len(rows) > limit)
 
 
-# The role to ask as, if there is one to change to. A superuser (the embedded database's own is one) could reach the
-# server's files even from a read-only query, so it never stays what it is.
+# The role to ask as, if there is one to change to. A superuser could reach the server's files even from a read-only
+# query, so it never stays what it is.
 _ASKED_AS = f"""
 select rolname from pg_roles
 where rolname = '{READER}' and pg_has_role(oid, case when current_setting('server_version_num')::int >= 160000

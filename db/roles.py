@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 APP, READER = "rushes_app", "rushes_reader"
 
 # Statements, one a row, that give the roles what they lack. Views and the schema's version are nobody's to write.
+# A database may be closed to the public.
 _LACKING = f"""
 with relations as (
     select oid, relkind, relname, relkind = 'v' or relname = 'alembic_version' as read_only
@@ -28,6 +29,9 @@ with relations as (
     select '{APP}' as role, oid, unnest(array['insert', 'update', 'delete']) as privilege
     from relations where read_only
 )
+select format('grant connect on database %I to %I', current_database(), rolname)
+from pg_roles where rolname in ('{APP}', '{READER}') and not has_database_privilege(oid, current_database(), 'connect')
+union all
 select format('grant usage on schema public to %I', rolname)
 from pg_roles where rolname in ('{APP}', '{READER}') and not has_schema_privilege(oid, 'public', 'usage')
 union all

@@ -41,6 +41,7 @@ AUTO = "auto"  # the partition that follows the plan
 SECRETS = (  # never shown
     "database_url",
     "reader_url",
+    "prefect_database_url",
     "store_access_key",
     "store_secret_key",
     "prefect_auth",
@@ -79,6 +80,12 @@ class Settings(BaseSettings):
     prefect_api_url: str | None = Field(default=None, description="http://host:port/api")
     prefect_ui_url: str | None = Field(
         default=None, description="Where people see Prefect; default: the API without /api"
+    )
+    prefect_database_url: str | None = Field(
+        default=None,
+        repr=False,
+        description="Where the embedded Prefect server keeps its tables, if not in the embedded Postgres:"
+        " postgresql+asyncpg://user:password@host/db",
     )
     prefect_auth: SecretStr | None = Field(default=None, description="user:password, if the Prefect server asks for it")
     prompts_folder: Path | None = Field(
@@ -146,6 +153,16 @@ class Settings(BaseSettings):
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
             return f"postgresql+psycopg://{rest}"  # what psql prints and what SQLAlchemy needs are both accepted
         raise ValueError("must begin with postgresql+psycopg://")
+
+    @field_validator("prefect_database_url")
+    @classmethod
+    def _prefect_database_is_postgres(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, separator, rest = value.partition("://")
+        if scheme in ("postgres", "postgresql", "postgresql+asyncpg") and separator:
+            return f"postgresql+asyncpg://{rest}"
+        raise ValueError("must begin with postgresql+asyncpg://")
 
     @field_validator("store_url")
     @classmethod

@@ -1,10 +1,13 @@
-"""Commands that ask the ledger: history, show, sql, audit, reproduce."""
+"""Commands that ask the ledger: history, show, sql, psql, audit, reproduce."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -135,6 +138,39 @@ def sql(
     show_rows((dict(zip(columns, row, strict=True)) for row in answer.rows), columns, format)
     if answer.truncated:
         typer.echo(f"rushes: only the first {len(answer.rows)} rows are shown: --limit says how many", err=True)
+
+
+@app.command(
+    rich_help_panel=QUESTIONS,
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": ["--help"],
+    },
+)
+def psql(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[PSQL OPTION]...", help='As psql takes them: -c "select 1"')
+    ] = None,
+) -> None:
+    """Open psql on the ledger, by the login of those who ask: it reads `history`. Its exit code is psql's.
+
+    With the embedded Postgres it is the psql that comes with it (its lines can
+    be edited where rlwrap is installed), else the one on the PATH.
+    """
+    from infra.stack.home import POSTGRES
+    from infra.stack.postgres import client_command, client_program, running_postgres
+
+    settings = current_settings()
+    url = settings.reader
+    own, installed = running_postgres(settings.home / POSTGRES), shutil.which("psql")
+    embedded = own is not None and f"@127.0.0.1:{own.port}/" in url
+    program = client_program("psql") if embedded or installed is None else Path(installed)
+    command, environment = client_command(program, url, *(arguments or ()))
+    editor = shutil.which("rlwrap") if embedded and sys.stdin.isatty() else None
+    command = [editor, *command] if editor else command
+    sys.stdout.flush()
+    os.execve(command[0], command, {**os.environ, **environment})
 
 
 def _distinct(columns: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ def start_stack(settings: Settings) -> Stack:
         repo=working_folder(settings),
         migrate=prepare_ledger,
         engines=settings.most_engines,
+        prefect_database=settings.prefect_database_url,
         say=typer.echo,
     )
     _take_up(settings, stack)

@@ -16,18 +16,15 @@ from typing import Any, cast
 
 import httpx
 
+from infra.stack.prefect import NOT_NOW
+
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-# Says nothing about what was asked, which is asked again: on SQLite it is 503 whenever two of its transactions meet.
-NOT_NOW = (408, 429, 500, 502, 503, 504)
-FAULTS = 3  # times that a 500 is asked again: it may be a lack of connections while SQLite waits, or a fault that stays
+FAULTS = 5  # times that a 500 is asked again, in some 3 s: its Postgres may be restarting, or it is a fault that stays
 # The question arrived, or may have, and the answer is lost; every request here may be made twice.
 LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadTimeout, httpx.WriteTimeout)
 TAKEN = timedelta(minutes=2)  # that a run may be with a worker before it runs; after that the worker has died
-# Seconds that it is asked again. Twenty submitters at once on a busy machine need ten; but after two transactions have
-# met, a server on SQLite may stand still for the minute that SQLite waits for a lock: collecting the garbage of the
-# failed one, its event loop waits for a connection that waits for the lock of a third, which waits for the event loop.
-PATIENCE = 180.0
-TIMEOUT = httpx.Timeout(90.0, connect=15.0)  # seconds; the first one outlasts such a minute
+PATIENCE = 30.0  # seconds that it is asked again: as long as a person would wait
+TIMEOUT = httpx.Timeout(30.0, connect=15.0)  # seconds
 QUIET = 10.0  # seconds after which a person is told what is waited for
 TRACE_LABEL = "__OTEL_TRACEPARENT"  # where Prefect carries the submitter's trace to the run
 

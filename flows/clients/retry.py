@@ -15,7 +15,7 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from db.session import is_away
-from flows.clients.prefect import NOT_NOW
+from infra.stack.prefect import NOT_NOW
 from infra.store.contract import StoreUnavailable
 
 OUTAGE_SECONDS = 900.0  # a restart takes less, and what is away for longer needs a person

@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import psycopg
 
+from infra.stack.databases import LEDGER
 from infra.stack.deploy import read_deployments
-from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, SOON_SECONDS, T
+from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, T
 from infra.stack.postgres import running_postgres
 from infra.stack.prefect import Api, api_of
 from infra.stack.processes import Member, part_of, process_family
@@ -50,10 +51,10 @@ def doctor(
     family = process_family(home)
     postgres = running_postgres(home / POSTGRES)
     server = part_of(family, SERVER)
-    api = Api(api_of(server.port), patience=SOON_SECONDS) if server else None
+    api = Api(api_of(server.port)) if server else None
 
     def in_ledger() -> str:
-        return schema(_running(postgres).url)
+        return schema(_running(postgres).url_of(LEDGER.name))
 
     def in_postgres() -> str:
         with psycopg.connect(_running(postgres).libpq_url, connect_timeout=5) as connection:

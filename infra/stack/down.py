@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from infra.stack.home import (
     POOLS,
     POSTGRES,
     SERVER,
-    SOON_SECONDS,
     Say,
     StackFailed,
     locked,
@@ -49,7 +47,7 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
     postgres = running_postgres(home / POSTGRES)
     ran = tuple(p for p in PARTS if part_of(family, p) or (p == POSTGRES and postgres))
     server = part_of(family, SERVER)
-    api = Api(api_of(server.port), patience=SOON_SECONDS) if server is not None else None
+    api = Api(api_of(server.port)) if server is not None else None
     if api is not None and not api.healthy():
         api = None
     under_way: dict[str, list[dict[str, Any]]] = {}
@@ -65,11 +63,9 @@ def _end(home: Path, say: Say) -> tuple[str, ...]:
         with _prefect_may_fail(say):
             for pool, runs in under_way.items():
                 settle_runs(api, pool, runs)
-    with ThreadPoolExecutor(1) as beside:
-        stopping = beside.submit(stop_postgres, home / POSTGRES)
-        end_processes([m.process for m in process_family(home)], grace=5.0)
+    end_processes([m.process for m in process_family(home)], grace=5.0)
     try:
-        stopping.result()
+        stop_postgres(home / POSTGRES)  # last: the Prefect server writes until it ends
     except PostgresFailed as error:
         raise StackFailed(str(error)) from error
     left = process_family(home)

@@ -24,7 +24,6 @@ POOLS = (CONTROL, GPU)
 LOCK_SECONDS = 300.0
 GRACE_SECONDS = 15.0  # what engines get to keep clips that are under way and to give back their shards
 HEARTBEAT_SECONDS = 30.0  # between two signs of life of a worker; Prefect's default
-SOON_SECONDS = 30.0  # what one answer may take where the stack is only looked at, or ended with or without it
 LOG_BYTES = 16 * 2**20  # a longer log is moved aside at the next start
 Say = Callable[[str], None]
 T = TypeVar("T")

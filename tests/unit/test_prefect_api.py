@@ -108,7 +108,7 @@ def test_who_waits_long_is_told_once(
     server.to_do = ["busy"] * 5
     with PrefectApi(server.url) as api:
         api.submit("generate/default", {})
-    assert caplog.messages == ["the Prefect server is too busy (503): asking again, for 180 s at most"]
+    assert caplog.messages == ["the Prefect server is too busy (503): asking again, for 30 s at most"]
 
 
 def test_a_refusal_is_one(server: Server) -> None:
