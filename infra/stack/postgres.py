@@ -166,7 +166,7 @@ def client_command(program: Path, url: str, *options: str) -> tuple[list[str], d
     """
     parts = conninfo_to_dict(url.replace("+psycopg", "", 1))
     password = parts.pop("password", None)
-    return [str(program), f"--dbname={make_conninfo(**parts)}", *options], {"PGPASSWORD": str(password or "")}
+    return [str(program), f"--dbname={make_conninfo('', **parts)}", *options], {"PGPASSWORD": str(password or "")}
 
 
 # What a folder remembers

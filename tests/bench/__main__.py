@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import tests.bench.model_engine
+from tests.bench import beside as bench_beside
 from tests.bench import ledger as bench_ledger
 from tests.bench import overhead as bench_overhead
 from tests.bench import planner as bench_planner
@@ -15,6 +16,7 @@ BENCHES = {
     **bench_overhead.BENCHES,
     **bench_planner.BENCHES,
     **bench_ledger.BENCHES,
+    **bench_beside.BENCHES,
     **bench_prefect.BENCHES,
 }
 

@@ -69,11 +69,11 @@ def _measured(home: Path, url: str, clips: int, past: int, workers: int, seconds
     yield "| what | measured | target |"
     yield "|---|---|---|"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # a process's peak is its own
-        opened = apart.submit(_open, str(home), url, clips).result()
+        opened = apart.submit(open_request, str(home), url, clips).result()
     yield f"| read, check and open {clips:,} prompts | {opened.seconds:.0f} s | 120 s |"
     yield f"| peak memory of that process | {opened.peak / 1e6:.0f} MB | 500 MB |"
     with ledgers.begin() as session:
-        digest = _shards(session, opened.request_id)
+        digest = make_shards(session, opened.request_id)
     _vacuum(engine)
     yield from _claims(url, digest, workers, seconds, f"{clips:,} clips queued")
     for first in range(0, past, PART):
@@ -112,7 +112,7 @@ def _p95(ledgers: sessionmaker[Session], ask: Callable[[Session], object], round
     return quantiles(taken, n=20)[-1]
 
 
-def _open(home: str, url: str, clips: int) -> Opened:
+def open_request(home: str, url: str, clips: int) -> Opened:
     """In a process of its own: what the flow `generate` does before anything is planned."""
     from flows.generate.request import find_source, record
 
@@ -130,7 +130,7 @@ def _open(home: str, url: str, clips: int) -> Opened:
     return Opened(time.monotonic() - began, peak, opened.id)
 
 
-def _shards(session: Session, request_id: str) -> str:
+def make_shards(session: Session, request_id: str) -> str:
     """Puts all clips into shards, by the database itself; the digest of their model."""
     session.execute(text("select setval(pg_get_serial_sequence('shards', 'id'), 1)"))
     made = """
@@ -191,14 +191,14 @@ def _past(session: Session, digest: str, first: int, count: int, all_of_them: in
 
 def _claims(url: str, digest: str, workers: int, seconds: float, what: str) -> Iterator[str]:
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        each = [pool.submit(_work, url, digest, workers // PROCESSES, seconds, k) for k in range(PROCESSES)]
+        each = [pool.submit(claim_and_release, url, digest, workers // PROCESSES, seconds, k) for k in range(PROCESSES)]
         taken = sorted(spent for future in each for spent in future.result())
     rate, p99 = len(taken) / seconds, 1000 * quantiles(taken, n=100)[-1]
     yield f"| claims of {workers} engines, {what} | {rate:.0f} shards/s | 500 |"
     yield f"| the slowest of a hundred claims | {p99:.0f} ms | 50 ms |"
 
 
-def _work(url: str, digest: str, threads: int, seconds: float, process: int) -> list[float]:
+def claim_and_release(url: str, digest: str, threads: int, seconds: float, process: int) -> list[float]:
     """In a process of its own: threads that claim, sleep and give back; the seconds of each claim."""
     taken: list[float] = []
     ready = threading.Barrier(threads)

@@ -1,6 +1,6 @@
 """Measures what a request of a million prompts leaves in Prefect, and what watching it costs; prints Markdown.
 
-Everything is real (the embedded stack with its Prefect server on SQLite, the flows behind their deployments, shards and
+Everything is real (the embedded stack, the flows behind their deployments, shards and
 leases) but the ranks: an engine sleeps two seconds a shard, whatever is in it, and records all clips of it in three
 statements, as one file that they share. So a million clips take as long as a thousand task runs may, and Prefect sees
 what it would see of clips that are rendered. All of it lies in a folder that is removed after.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import sqlite3
 import sys
 import tempfile
 import time
@@ -20,13 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import numpy as np
 import psutil
+import psycopg
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State
@@ -44,8 +43,10 @@ from flows.render.engine import run_engine
 from flows.render.flow import TaskRuns
 from flows.render.shard import Shard
 from flows.settings import Settings, load_settings
+from infra.stack.databases import PREFECT
 from infra.stack.down import down
-from infra.stack.home import DEPLOYMENTS, SERVER, Stack
+from infra.stack.home import DEPLOYMENTS, POSTGRES, Stack
+from infra.stack.postgres import running_postgres
 from infra.stack.prefect import BEAT_SECONDS
 from infra.stack.processes import RUN
 from infra.stack.up import up
@@ -154,26 +155,25 @@ def render(model: str | None = None, linger: float | None = None, partition: str
 class Kept:
     """What Prefect's database holds."""
 
-    bytes: int  # of its files
+    bytes: int  # in all
     of: dict[str, int]  # bytes of tables and their indexes, by kind
     rows: dict[str, int]
 
     @classmethod
-    def of_file(cls, path: Path) -> Kept:
-        """As it is with nothing left in the write-ahead log."""
-        with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
-            database.execute("pragma wal_checkpoint(truncate)")
-            pages = database.execute(
-                "select coalesce(s.tbl_name, d.name), sum(d.pgsize)"
-                " from dbstat d left join sqlite_schema s on s.name = d.name group by 1"
+    def of_database(cls, url: str) -> Kept:
+        with psycopg.connect(url) as database:
+            (size,) = _one(database, "select pg_database_size(current_database())")
+            tables = database.execute(
+                "select relname::text, pg_total_relation_size(oid) from pg_class"
+                " where relkind = 'r' and relnamespace = 'public'::regnamespace"
             ).fetchall()
-            names = [name for (name,) in database.execute("select name from sqlite_schema where type = 'table'")]
-            rows = {name: database.execute(f'select count(*) from "{name}"').fetchone()[0] for name in names}
-        sizes: Counter[str] = Counter()
-        for table, size in pages:
-            sizes[next((kind for kind, name in KINDS.items() if re.fullmatch(name, table)), "the rest")] += size
-        files = (path.with_name(path.name + end) for end in ("", "-wal"))
-        return cls(sum(file.stat().st_size for file in files if file.exists()), dict(sizes), rows)
+            rows = {name: _one(database, f'select count(*) from "{name}"')[0] for name, _ in tables}
+        sizes: Counter[str] = Counter({"the rest": size - sum(size for _, size in tables)})
+        for table, size_of_table in tables:
+            sizes[next((kind for kind, name in KINDS.items() if re.fullmatch(name, table)), "the rest")] += (
+                size_of_table
+            )
+        return cls(size, dict(sizes), rows)
 
 
 @dataclass(slots=True)
@@ -209,19 +209,22 @@ def _measured(home: Path, stack: Stack, clips: int) -> Iterator[str]:
     with prompts.open("w") as file:
         for k in range(clips):
             file.write(json.dumps({"prompt": f"a red ball slides to the left on grass, take {k}"}) + "\n")
-    path = home / SERVER / "prefect.db"
+    server = running_postgres(home / POSTGRES)
+    if server is None:
+        raise RuntimeError(f"no Postgres runs in {home / POSTGRES}")
+    url = server.url_of(PREFECT.name).replace("+psycopg", "")
     engine = connect(stack.database_url)
     with SyncPrefectClient(stack.prefect_api_url) as client:
-        before = Kept.of_file(path)
+        before = Kept.of_database(url)
         watched = _watch(client, sessions(engine), {"prompts_uri": "prompts.jsonl", "rewrite": False})
     with engine.connect() as connection:
         (row,) = connection.execute(text(TIMES)).mappings().all()
     engine.dispose()
     if row["done"] != clips:
         raise RuntimeError(f"{row['done']} of {clips} clips are done: nothing can be said")
-    _settled(path)
-    after = Kept.of_file(path)
-    runs = _task_runs(path)
+    _settled(url)
+    after = Kept.of_database(url)
+    runs = _task_runs(url)
     yield f"| {clips:,} prompts | measured | target |"
     yield "|---|---|---|"
     yield f"| in all | {watched.seconds:.0f} s | |"
@@ -242,7 +245,7 @@ def _measured(home: Path, stack: Stack, clips: int) -> Iterator[str]:
         yield f"| … of it {kind} | {(after.of[kind] - before.of.get(kind, 0)) / 1e6:.2f} MB | |"
     for table in ("events", "log", "artifact"):
         yield f"| rows in `{table}` | {after.rows[table] - before.rows[table]:,} more | |"
-    said, beat, row = _events(path)
+    said, beat, row = _events(url)
     for kind in ("task-run", "flow-run", "artifact"):
         count, size = said.get(kind, (0, 0))
         yield f"| events of {kind}s, and what they say | {count:,}: {size / 1e6:.2f} MB | |"
@@ -311,45 +314,51 @@ def _peak_of(flow_run: str) -> int:
     return peak
 
 
-def _events(path: Path) -> tuple[dict[str, tuple[int, int]], float, float]:
+def _events(url: str) -> tuple[dict[str, tuple[int, int]], float, float]:
     """Events by what they are of, and those that changed a table, with the bytes of what they say.
 
     Then what a heartbeat takes, and what any event takes beside what it says: entries of related resources and indexes.
     """
-    said = "length(payload) + length(related) + length(resource)"
-    with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
+    said = "length(payload::text) + length(related::text) + length(resource::text)"
+    with psycopg.connect(url) as database:
         found = database.execute(f"select event, count(*), sum({said}) from events group by 1").fetchall()
-        table = "event = 'prefect.artifact.updated' and length(payload) > 200"
-        (tables,) = database.execute(f"select count(*), coalesce(sum({said}), 0) from events where {table}").fetchall()
-    by: dict[str, tuple[int, int]] = {"table": tables}
+        table = "event = 'prefect.artifact.updated' and length(payload::text) > 200"
+        tables = _one(database, f"select count(*), coalesce(sum({said}), 0) from events where {table}")
+    by: dict[str, tuple[int, int]] = {"table": (tables[0], tables[1])}
     for event, count, size in found:
         kind = "artifact" if "artifact" in event else event.split(".")[1]
         by[kind] = (by.get(kind, (0, 0))[0] + count, by.get(kind, (0, 0))[1] + size)
     count, size = sum(count for _, count, _ in found), sum(size for *_, size in found)
-    beside = max(0, Kept.of_file(path).of["events"] - size) / max(1, count)
+    beside = max(0, Kept.of_database(url).of["events"] - size) / max(1, count)
     beats = next(((count, size) for event, count, size in found if event == HEARTBEAT), (1, 0))
     return by, beats[1] / beats[0] + beside, beside
 
 
-def _settled(path: Path) -> None:
+def _settled(url: str) -> None:
     """Waits until Prefect's recorders have written what they were told."""
     counted, same = -1, 0
     while same < 5:
-        with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
-            query = "select (select count(*) from task_run) + (select count(*) from events where event <> ?)"
-            (now,) = database.execute(query, (HEARTBEAT,)).fetchone()
+        with psycopg.connect(url) as database:
+            query = "select (select count(*) from task_run) + (select count(*) from events where event <> %s)"
+            (now,) = _one(database, query, HEARTBEAT)
         same, counted = same + 1 if now == counted else 0, now
         time.sleep(1)
 
 
-def _task_runs(path: Path) -> list[list[float]]:
+def _task_runs(url: str) -> list[list[float]]:
     """When each task run began, in seconds, by flow run."""
     found: dict[str, list[float]] = {}
-    with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
+    with psycopg.connect(url) as database:
         query = "select flow_run_id, start_time from task_run where start_time is not null order by start_time"
         for run, at in database.execute(query):
-            found.setdefault(run, []).append(datetime.fromisoformat(at).timestamp())
+            found.setdefault(str(run), []).append(at.timestamp())
     return list(found.values())
+
+
+def _one(database: psycopg.Connection, query: str, *values: str) -> tuple[Any, ...]:
+    row = database.execute(query.encode(), values).fetchone()
+    assert row is not None, query
+    return row
 
 
 def _most(runs: Sequence[Sequence[float]], seconds: float) -> int:

@@ -107,7 +107,7 @@ class Stack:
         url = self.info()["prefect_api_url"]
         answer = wait_for(
             lambda: self._ask(method, url + path, body),
-            "the server, which on SQLite says 503, or 500, when two of its transactions meet",
+            "the server, which says 500 or 503 while its Postgres restarts",
         )
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text[:1000]}"
         return answer.json() if answer.content else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-from contextlib import closing
+import uuid
 from typing import Any
 
+import psycopg
 import pytest
 
+from infra.stack.postgres import running_postgres
 from tests.end_to_end.stack import LONG, SLOW, Stack, assert_as_if_undisturbed, wait_for
 
 pytestmark = [pytest.mark.xdist_group("stack two"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -127,12 +128,8 @@ def test_runs_that_a_worker_took_and_never_began(stack: Stack) -> None:
 
 def an_hour_ago(stack: Stack, *runs: str) -> None:
     """They came into their state an hour before."""
-    with closing(sqlite3.connect(stack.home / "prefect" / "prefect.db", timeout=60)) as database:
-        for run in runs:
-            changed = database.execute(
-                "update flow_run_state set timestamp = strftime('%Y-%m-%d %H:%M:%f000', timestamp, '-1 hour')"
-                " where flow_run_id = ?",
-                [run],
-            )
-            assert changed.rowcount == 1
-        database.commit()
+    server = running_postgres(stack.home / "postgres")
+    assert server is not None
+    earlier = "update flow_run_state set timestamp = timestamp - interval '1 hour' where flow_run_id = any(%s)"
+    with psycopg.connect(server.url_of("prefect").replace("+psycopg", "")) as database:
+        assert database.execute(earlier, [[uuid.UUID(run) for run in runs]]).rowcount == len(runs)

@@ -22,7 +22,7 @@ import pytest
 from infra.stack.doctor import Check, doctor
 from infra.stack.down import down
 from infra.stack.home import PARTS, Stack, StackFailed
-from infra.stack.postgres import is_running
+from infra.stack.postgres import PostgresFailed, is_running, running_postgres
 from infra.stack.up import status, up
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -97,6 +97,11 @@ def test_everything_is_there(stack: Stack) -> None:
     with psycopg.connect(told["database_url"].replace("+psycopg", "")) as connection:
         connection.execute("select from migrated")
     assert {d["name"] for d in api(stack, "/deployments/filter")} == {"default", "engine"}
+    server = running_postgres(stack.home / "postgres")
+    assert server is not None and server.port == told["ports"]["postgres"]
+    with psycopg.connect(server.url_of("prefect").replace("+psycopg", "")) as connection:
+        assert connection.execute("select count(*) from deployment").fetchone() == (2,)
+    assert server.password_of("prefect") not in (stack.home / "stack.json").read_text()
     assert {p["name"]: p["concurrency_limit"] for p in api(stack, "/work_pools/filter")} == {"control": 8, "gpu": 2}
     assert httpx.get(stack.prefect_ui_url, follow_redirects=True).text.lower().startswith("<!doctype html")
     assert status(stack.home).running
@@ -157,13 +162,23 @@ def test_doctor_finds_nothing_wrong_and_then_what_is(stack: Stack, repo: Path) -
 
 
 def test_two_homes_run_side_by_side_and_down_ends_one(
-    stack: Stack, start: Callable[..., Stack], tmp_path: Path
+    stack: Stack, start: Callable[..., Stack], tmp_path: Path, empty_database_url: str
 ) -> None:
-    """Work is under way at `down`: an engine with its rank ends, a request goes on after the next `up`."""
+    """Work is under way at `down`: an engine with its rank ends, a request goes on after the next `up`.
+
+    The other one's Prefect lives on another Postgres, and an earlier version left a database of its own there.
+    """
     home, note, pid = tmp_path / "home", tmp_path / "note", tmp_path / "pid"
+    elsewhere = {"prefect_database": empty_database_url.replace("+psycopg", "+asyncpg")}
+    (home / "prefect").mkdir(parents=True)
+    (home / "prefect" / "prefect.db").write_text("flow runs of long ago")
+    told: list[str] = []
     stranger = subprocess.Popen(["sleep", "600"], env={**os.environ, "RUSHES_HOME": str(home)})
     try:
-        other = start(home)
+        other = start(home, **elsewhere, say=told.append)
+        assert [line for line in told if "prefect.db is an earlier version's: its flow runs are not taken over" in line]
+        with psycopg.connect(empty_database_url.replace("+psycopg", "")) as connection:
+            assert connection.execute("select count(*) from deployment").fetchone() == (2,)
         assert not set(other.ports.values()) & set(stack.ports.values())
         request = submit(other, "nap/default", note=str(note), seconds=300)
         engine = submit(other, "brood/engine", note=str(pid))
@@ -178,7 +193,8 @@ def test_two_homes_run_side_by_side_and_down_ends_one(
         assert down(home) == ()
         assert status(stack.home).running
 
-        again = start(home)
+        again = start(home, **elsewhere)
+        assert (home / "prefect" / "prefect.db").read_text() == "flow runs of long ago"
         assert again.ports == other.ports
         assert state(again, engine) == "CRASHED"
         wait_for(lambda: len(note.read_text().splitlines()) == 2, "the request to be taken up again")
@@ -187,6 +203,17 @@ def test_two_homes_run_side_by_side_and_down_ends_one(
         stranger.kill()
         stranger.wait()
         down(home)
+    assert_nothing_runs(home)
+
+
+def test_an_earlier_versions_home_is_refused(start: Callable[..., Stack], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "postgres" / "data").mkdir(parents=True)
+    (home / "postgres" / "data" / "PG_VERSION").write_text("18\n")
+    (home / "postgres" / "server.json").write_text('{"name": "rushes-0", "password": "x", "port": 1}')
+    with pytest.raises(PostgresFailed, match="was made by an earlier version of Rushes"):
+        start(home)
+    assert {path.name for path in (home / "postgres").rglob("*")} == {"data", "PG_VERSION", "server.json", "lock"}
     assert_nothing_runs(home)
 
 
@@ -218,7 +245,7 @@ def test_an_interrupted_start_leaves_nothing(how: signal.Signals, repo: Path, tm
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path.cwd()) as starting:
         assert starting.stdout is not None
         assert starting.stdout.readline() == b"migrating\n"
-        assert processes(home), "the server should be starting"
+        wait_for(lambda: processes(home), "the server to be started")
         starting.send_signal(how)
         assert starting.wait(60) != 0
     assert_nothing_runs(home)
@@ -228,12 +255,7 @@ def test_an_interrupted_start_leaves_nothing(how: signal.Signals, repo: Path, tm
 
 
 def api(stack: Stack, path: str, method: str = "POST", **body: Any) -> Any:
-    until = time.monotonic() + 120
-    while True:  # when two transactions of Prefect's SQLite meet it says 503, and may stand still for a minute
-        answer = httpx.request(method, stack.prefect_api_url + path, json=None if method == "GET" else body, timeout=90)
-        if answer.status_code not in (500, 503) or time.monotonic() > until:
-            break
-        time.sleep(0.3)
+    answer = httpx.request(method, stack.prefect_api_url + path, json=None if method == "GET" else body, timeout=120)
     answer.raise_for_status()
     return answer.json() if answer.content else None
 
