@@ -24,7 +24,7 @@ LEDGER = Database(name="rushes", makes_roles=True)
 # its last half second. Twice its pool: when it is killed and started anew, the server still holds what it left behind.
 PREFECT = Database(name="prefect", most_connections=2 * PREFECT_POOL + 5, settings={"synchronous_commit": "off"})
 
-# Counted at a request with its engine: 10 connections, 7 to 9 of them Prefect's. The most there can be are 35 of Prefect
+# Counted at a request with its engine: 10 connections, 7 to 9 of them Prefect's. At most there can be 35 of Prefect
 # and 15 (SQLAlchemy's pools) of each process of ours: with 8 flow runs of the control pool and 9 engines 290.
 POSTGRES_SETTINGS = {"max_connections": "300"}
 
