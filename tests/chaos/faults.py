@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 import psycopg
 
+from infra.stack.postgres import running_postgres
 from infra.store.s3 import S3Store
 from tests.collector import Collector
 from tests.end_to_end.stack import Stack, wait_for
@@ -154,18 +155,27 @@ class FaultRig:
 
     def leaks(self) -> list[str]:
         """Where secrets can be read that belong nowhere but into the environment and the stack's own file."""
-        passwords = [urlsplit(self.stack.info()[name]).password or "" for name in ("database_url", "reader_url")]
-        secrets = [self.server.secret_key, PLANTED, *passwords]
+        postgres = running_postgres(self.stack.home / "postgres")
+        assert postgres is not None
+        passwords = [postgres.password_of(login) for login in ("rushes", "reader", "prefect")]
+        assert passwords[0] == urlsplit(self.stack.info()["database_url"]).password
+        secrets = [self.server.secret_key, PLANTED, urlsplit(postgres.url).password or "", *passwords]
         assert all(len(secret) >= 16 for secret in secrets)
         home, places = self.stack.home, dict[str, bytes]()
-        for file in (*(home / "logs").rglob("*"), *(home / "prefect").rglob("*")):  # parameters, logs, artifacts
+        for file in (*(home / "logs").rglob("*"), *(home / "prefect").rglob("*")):
             if file.is_file():
                 places[str(file.relative_to(home))] = file.read_bytes()
-        for table in self.stack.sql("select tablename from pg_tables where schemaname = 'public'"):
-            rows = self.stack.sql(f'select t::text as row from "{table["tablename"]}" t')
-            places[table["tablename"]] = "\n".join(row["row"] for row in rows).encode()
+        for database in ("rushes", "prefect"):  # Prefect's holds parameters, logs and artifacts
+            with psycopg.connect(postgres.url_of(database).replace("+psycopg", "")) as session:
+                for (table,) in session.execute(
+                    "select tablename from pg_tables where schemaname = 'public'"
+                ).fetchall():
+                    rows = session.execute(f'select t::text from "{table}" t'.encode()).fetchall()
+                    places[f"{database}.{table}"] = "\n".join(row for (row,) in rows).encode()
         places["traces"] = "".join(str(span) for _, span in self.collector.spans).encode()
-        assert {"logs/gpu.log", "prefect/prefect.db", "attempts"} <= places.keys() and places["traces"]
+        assert {"logs/gpu.log", "rushes.attempts", "prefect.log", "prefect.artifact"} <= places.keys() and places[
+            "traces"
+        ]
         return [f"{place}: {secret}" for place, data in places.items() for secret in secrets if secret.encode() in data]
 
     @property

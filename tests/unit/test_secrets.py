@@ -14,6 +14,7 @@ PLANTED = "planted-7c1f"
 VALUES = {
     "database_url": f"postgresql+psycopg://me:{PLANTED}@127.0.0.1/ledger",
     "reader_url": f"postgresql+psycopg://me:{PLANTED}@127.0.0.1/ledger",
+    "prefect_database_url": f"postgresql+asyncpg://me:{PLANTED}@127.0.0.1/prefect",
     "prefect_auth": f"me:{PLANTED}",
 }
 
