@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from db.session import connect, sessions
-from flows.clients.ledger import settle
+from flows.clients.ledger import prepare_ledger
 from infra.stack.databases import PREFECT, prefect_url
 from infra.stack.down import down
 from infra.stack.postgres import start_postgres, stop_postgres
@@ -52,7 +52,7 @@ def beside_bench() -> Iterator[str]:
 
 def _measured(home: Path, what: str, place: str | None) -> Iterator[str]:
     try:
-        stack = up(home, repo=Path(__file__).parents[2], migrate=settle, prefect_database=place)
+        stack = up(home, repo=Path(__file__).parents[2], migrate=prepare_ledger, prefect_database=place)
         engine = connect(stack.database_url)
         opened = open_request(str(home / "bench"), stack.database_url, CLIPS)
         with sessions(engine).begin() as session:

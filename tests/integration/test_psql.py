@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from flows.clients.ledger import settle
+from flows.clients.ledger import prepare_ledger
 from infra.stack.databases import LEDGER
 from infra.stack.home import POSTGRES, READER
 from infra.stack.postgres import client_program, start_postgres, stop_postgres
@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         server = start_postgres(home / POSTGRES, settings={"fsync": "off"}, databases=(LEDGER,))
         url, reader = server.url_of(LEDGER.name), server.url_of(READER, LEDGER.name)
-        settle(url, reader)
+        prepare_ledger(url, reader)
         (home / "stack.json").write_text(json.dumps({"database_url": url, "reader_url": reader}))
         yield home
     finally:
