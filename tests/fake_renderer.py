@@ -1,4 +1,4 @@
-"""A renderer without ranks: deterministic frames in about a millisecond, and failures that a test asks for by prompt.
+"""A renderer without ranks: deterministic frames in a millisecond; faults and waits that a test asks for by prompt.
 
 It keeps the contract of `flows.render.renderer.Renderer` as `model.engine.engine.Engine` does, so that the real Worker
 and Shard work with it: steps are told one by one, several clips are under way at once, a cancelled clip stops at its
@@ -56,7 +56,7 @@ class Script:
     """What happens to which clip, shared by all renderers of a test; and what they did. Keys are prompts."""
 
     trouble: dict[str, Trouble] = field(default_factory=dict[str, Trouble])
-    step_seconds: dict[str, float] = field(default_factory=dict[str, float])
+    held: dict[str, int] = field(default_factory=dict[str, int])  # the step at which a clip waits until it is let go
     attempts: Counter[str] = field(default_factory=Counter[str])  # times that a clip was begun
     steps: Counter[str] = field(default_factory=Counter[str])  # that were computed
     starts: int = 0  # of ranks
@@ -126,8 +126,7 @@ class FakeRenderer:
         waiting, active = list(specs), list[_Clip]()
         try:
             while waiting or active:
-                leaves = leave()
-                if leaves:
+                if leave():
                     waiting.clear()
                 while waiting and len(active) < self.micro_batch:
                     spec = waiting.pop(0)
@@ -138,6 +137,8 @@ class FakeRenderer:
                     if clip.spec.clip_id in cancelled():
                         active.remove(clip)
                         continue
+                    self._hold(clip, lambda clip=clip: leave() or clip.spec.clip_id in cancelled())
+                    leaves = leave()
                     if failure := self._step(clip, len(active)):
                         active.remove(clip)
                         if on_failure is None:
@@ -197,12 +198,16 @@ class FakeRenderer:
         if clip.strikes(Fault.HANGS, trouble):
             self._wait(self.step_timeout)
             raise RankHung(f"no step for {self.step_timeout:g} s; rank 0 is stopped, rank 1 is waiting")
-        self._wait(self.script.step_seconds.get(clip.spec.prompt, 0.0))
         clip.step += 1
         clip.times.append(time.time())
         with self.script.lock:
             self.script.steps[clip.spec.prompt] += 1
         return None
+
+    def _hold(self, clip: _Clip, ends: Callable[[], bool]) -> None:
+        """Waits where the script holds the clip, until it lets it go or the clip is to end."""
+        while self.script.held.get(clip.spec.prompt, clip.spec.steps) <= clip.step and not ends():
+            self._wait(0.005)
 
     def _wait(self, seconds: float) -> None:
         if self.killed.wait(seconds):

@@ -21,6 +21,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 import db.leases
+from db import watching
+from db.requests import cancel_request
 from flows.generate import watch
 from flows.generate.make import make_clips
 from flows.generate.outcome import Outcome
@@ -131,6 +133,7 @@ class Platform:
     threads: ThreadPoolExecutor
     script: Script = field(default_factory=Script)
     said: list[str] = field(default_factory=list[str])  # by engines
+    runs: list[Run] = field(default_factory=list[Run])
 
     # --- requests
 
@@ -144,7 +147,8 @@ class Platform:
                 self.settings, self.sessions, self.store, asked, run_id=run_id, page=page, engines=NoPool()
             )
 
-        return Run(run_id, page, self.threads.submit(make))
+        self.runs.append(Run(run_id, page, self.threads.submit(make)))
+        return self.runs[-1]
 
     def make(self, prompts: Sequence[str | dict[str, Any]] = (), **fields: Any) -> tuple[Outcome, RecordedPage]:
         """A request from its prompts to its end."""
@@ -161,6 +165,18 @@ class Platform:
             return str(rows[0]["id"]) if rows else None
 
         return wait_for(look, "the request to be opened")
+
+    def end(self) -> None:
+        """Cancels what a failed test has left behind, so that nothing waits for it for ever."""
+        self.script.held.clear()
+
+        def all_done() -> bool:
+            with self.sessions.begin() as session:
+                for request in watching.open_requests(session):
+                    cancel_request(session, request.id)
+            return all(run.future.done() for run in self.runs)
+
+        wait_for(all_done, "the runs to end")
 
     # --- engines
 
@@ -224,4 +240,8 @@ def running_platform(
     monkeypatch.setattr(db.leases, "BACKOFF", 0.01)
     settings = Settings(home=home, database_url=url, linger=600, lease_seconds=30, partition="tp=2")
     with ThreadPoolExecutor(64, thread_name_prefix="platform") as threads:
-        yield Platform(settings, sessions, settings.open_store(), threads)
+        platform = Platform(settings, sessions, settings.open_store(), threads)
+        try:
+            yield platform
+        finally:
+            platform.end()

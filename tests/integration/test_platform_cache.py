@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from flows.generate.outcome import Ending
-from tests.platform import Platform
+from tests.platform import Platform, wait_for
 
 
 def test_resubmission_renders_nothing_and_a_changed_line_once(platform: Platform) -> None:
@@ -39,9 +39,13 @@ def test_resubmission_renders_nothing_and_a_changed_line_once(platform: Platform
 def test_two_requests_at_once_render_a_shared_recipe_once(platform: Platform) -> None:
     """Each has the same two recipes, one of them twice; two engines are at work."""
     lines = ["a ball slowly", "a cube moves", "a ball slowly"]
-    platform.script.step_seconds = dict.fromkeys(lines, 0.02)
+    platform.script.held = dict.fromkeys(lines, 1)
     runs = [platform.submit(lines, idempotency_key=key) for key in ("first", "second")]
     with platform.engines(2):
+        wait_for(lambda: platform.script.attempts, "a clip to be under way")
+        for run in runs:
+            platform.request_of(run)
+        platform.script.held.clear()
         outcomes = [run.outcome() for run in runs]
     assert len({outcome.request_id for outcome in outcomes}) == 2
     clips = [clip for outcome in outcomes for clip in platform.clips(outcome.request_id)]
