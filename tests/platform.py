@@ -182,6 +182,7 @@ class Platform:
 
     def engine(self, runner: UntilStopped | None = None, **changes: Any) -> EngineTotals:
         """An engine's life, in this thread."""
+        assert changes.keys() <= Settings.model_fields.keys(), changes
         settings = self.settings.model_copy(update=changes)
 
         def build(settings: Settings, card: ModelCard, partition: Partition, gpus: object) -> FakeRenderer:

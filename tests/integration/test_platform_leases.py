@@ -55,7 +55,7 @@ def test_a_stopped_engine_gives_its_shard_back_and_another_goes_on(platform: Pla
         stopped_at(platform, step, checkpoint_steps=0, checkpoint_seconds=0)
         shards = platform.sql("select status::text, owner, leased_until from shards where status <> 'done'")
         assert shards and all(tuple(row.values()) == ("queued", None, None) for row in shards)
-        (row,) = platform.sql("select checkpoint_step as step from clips where prompt = :prompt", prompt=LONG)
+        (row,) = platform.sql("select resume_step as step from clips where prompt = :prompt", prompt=LONG)
         kept.append(int(row["step"]))
         assert kept[-1] == platform.script.steps[LONG] == step + 1, "it was kept at its next step"
     platform.script.held.clear()
@@ -67,7 +67,7 @@ def test_a_stopped_engine_gives_its_shard_back_and_another_goes_on(platform: Pla
     assert [each["resumed_step"] for each in attempts] == [None, *kept]
     assert len({each["owner"] for each in attempts}) == 3
     assert platform.script.steps[LONG] == STEPS, "no step was computed twice"
-    spent = platform.sql("select tries, losses from clips where request_id = :id", id=request)
+    spent = platform.sql("select failures, lost_attempts from clips where request_id = :id", id=request)
     assert [tuple(row.values()) for row in spent] == [(0, 0)] * 2
     assert platform.checkpoints() == [] and platform.breaches() == []
 
@@ -91,8 +91,8 @@ def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(platform: 
     assert (given_way["ended"], given_way["error"], went_on["ended"]) == ("released", None, "done")
     assert went_on["resumed_step"] == 4
     assert platform.script.steps[LONG] == STEPS, "no step was computed twice"
-    assert platform.sql("select tries, losses from clips where id = :id", id=went_on["clip_id"]) == [
-        {"tries": 0, "losses": 0}
+    assert platform.sql("select failures, lost_attempts from clips where id = :id", id=went_on["clip_id"]) == [
+        {"failures": 0, "lost_attempts": 0}
     ]
     assert platform.checkpoints() == [] and platform.breaches() == []
 
@@ -117,7 +117,7 @@ from tests.platform import Platform
 home, url, prompt = sys.argv[1:]
 script = Script()
 script.held[prompt] = 13
-settings = Settings(home=home, database_url=url, linger=600, lease_seconds=1, partition="tp=2", checkpoint_steps=2)
+settings = Settings(home=home, database_url=url, linger=600, lease_seconds=4, partition="tp=2", checkpoint_steps=2)
 Platform(settings, sessions(connect(url)), settings.open_store(), None, script).engine()
 """
 
@@ -128,7 +128,7 @@ def test_a_killed_engine_s_clip_goes_on_in_another_from_its_last_checkpoint(
     """The engine is a process of its own, and is killed: its lease runs out, and costs the clip no try."""
     run = platform.submit([LONG], steps=STEPS)
     request = platform.request_of(run)
-    step = "select checkpoint_step as step from clips where request_id = :id and checkpoint_step > 0"
+    step = "select resume_step as step from clips where request_id = :id and resume_step > 0"
     program = [sys.executable, "-c", KILLED, str(platform.settings.home), database_url, LONG]
     with subprocess.Popen(program, cwd=Path(__file__).parents[2]) as process:
         try:
