@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ClipShape:
     """The size of a clip in pixels and frames. One frame is an image."""
 
     width: int

@@ -66,10 +66,10 @@ def estimate(
     What goes before: shards of open requests of this model that have at least this priority, of all tenants.
     """
     cost = cost_model(session, settings, card)
-    asked: dict[shards.Shape, int] = {}
+    asked: dict[shards.WorkShape, int] = {}
     for shape, clips in shapes.items():
         width, height, frames = map(int, shape.split("x"))
-        asked[shards.Shape(width, height, frames, defaults.steps, defaults.guidance != 1)] = clips
+        asked[shards.WorkShape(width, height, frames, defaults.steps, defaults.guidance != 1)] = clips
     waiting = watching.work_ahead(session, card.digest, priority)
     start = 0.0 if live_engines(session, ALIVE, model_digest=card.digest) else shards.START_SECONDS
     fixed = Partition() if settings.partition == AUTO else Partition.parse(settings.partition)

@@ -26,7 +26,7 @@ from flows.plan.layout import (
     parse_gpus,
     partition_of,
 )
-from flows.plan.shards import ByReplica, Shape
+from flows.plan.shards import ByReplica, WorkShape
 from flows.request.files import open_file
 from flows.request.form import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat
 from flows.request.read import read_prompts
@@ -122,7 +122,7 @@ def _rates(settings: Settings, card: ModelCard, gpu: Gpu) -> Predictor:
 def _work(line: Prompt) -> Work:
     """The cost of a clip of this line."""
     made = line.conditions
-    shape = Shape(
+    shape = WorkShape(
         line.width,
         line.height,
         line.frames,

@@ -35,7 +35,7 @@ from flows.request.sources import Sources, for_run
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from infra.tracing import carrier, current_trace_id
-from model.config import Shape
+from model.config import ClipShape
 from model.loading.card import TRANSFORMER, ModelCard
 
 
@@ -100,7 +100,7 @@ def too_large(settings: Settings, source: RequestFile) -> list[str]:
     gpu, count = gpus_of(settings)
     network, wrong = network_of(source.card, settings.bytes_each), list[str]()
     for shape in source.checked.shapes:
-        size = Shape(*map(int, shape.split("x")))
+        size = ClipShape(*map(int, shape.split("x")))
         try:
             best_layout([Work(size=size, steps=1, guided=True)], network, Rates.of(gpu), gpu, count)
         except CannotFit as error:

@@ -130,47 +130,49 @@ class Planner:
         new = [
             NewShard(
                 clip_ids=shard.clip_ids,
-                partition=str(squad.partition) if bound else None,
+                partition=str(group.partition) if bound else None,
                 predicted_seconds=shard.seconds,
-                predicted_bytes=cost.memory(shard.shape, squad.partition, self.settings.micro_batch),
+                predicted_bytes=cost.memory(shard.shape, group.partition, self.settings.micro_batch),
             )
-            for squad, bound in self.squads(waiting, cost)
-            for shard in self.cut(squad, cost, remaining)
+            for group, bound in self.groups(waiting, cost)
+            for shard in self.cut(group, cost, remaining)
         ]
         create_shards(session, self.request_id, new, carrier=carrier())
 
-    def cut(self, squad: shards.Squad, cost: shards.CostModel, remaining: int) -> list[shards.PlannedShard]:
-        """The squad's shards. What failed before is alone in its own, so that it cannot harm other clips."""
+    def cut(self, group: shards.ReplicaGroup, cost: shards.CostModel, remaining: int) -> list[shards.PlannedShard]:
+        """The group's shards. What failed before is alone in its own, so that it cannot harm other clips."""
 
-        def seconds(shape: shards.Shape) -> float:
-            return cost.seconds(shape, squad.partition)
+        def seconds(shape: shards.WorkShape) -> float:
+            return cost.seconds(shape, group.partition)
 
-        failed = [(shards.Shape.of(clip), clip.clip_id) for clip in squad.waiting if clip.suspect]
+        failed = [(shards.WorkShape.of(clip), clip.clip_id) for clip in group.waiting if clip.suspect]
         return [shards.PlannedShard(shape, (clip_id,), seconds(shape)) for shape, clip_id in failed] + shards.shards(
-            [clip for clip in squad.waiting if not clip.suspect],
+            [clip for clip in group.waiting if not clip.suspect],
             seconds,
             seconds=self.settings.shard_seconds,
-            engines=squad.replicas,
+            engines=group.replicas,
             remaining=remaining,
         )
 
-    def squads(self, waiting: Sequence[shards.Waiting], cost: shards.CostModel) -> list[tuple[shards.Squad, bool]]:
+    def groups(
+        self, waiting: Sequence[shards.Waiting], cost: shards.CostModel
+    ) -> list[tuple[shards.ReplicaGroup, bool]]:
         """Who renders what, and whether others may not."""
         settings = self.settings
         if settings.partition != AUTO:
             partition = Partition.parse(settings.partition)
-            return [(shards.Squad(partition=partition, replicas=settings.engines, waiting=waiting), False)]
+            return [(shards.ReplicaGroup(partition=partition, replicas=settings.engines, waiting=waiting), False)]
         left = self.source.deadline and self.source.deadline - (time.monotonic() - self.began)
         found = shards.arrange(waiting, cost, *gpus_of(settings), left)
         self.gpus = max(self.gpus or 0, found.gpus)
-        for squad in found.squads:
-            self.page.info(f"{len(squad.waiting)} clips on {squad.replicas} x {squad.partition}")
+        for group in found.groups:
+            self.page.info(f"{len(group.waiting)} clips on {group.replicas} x {group.partition}")
         if left is not None and found.seconds > left:
             self.page.warn(
                 f"the deadline cannot be met: on {settings.gpus} all is done after {found.seconds:.0f} s at best, "
                 f"{max(0.0, left):.0f} s are left"
             )
-        return [(squad, True) for squad in found.squads]
+        return [(group, True) for group in found.groups]
 
     def staff(self) -> None:
         """Starts engines; shards that have waited too long for theirs may be rendered by any."""

@@ -27,7 +27,7 @@ from flows.plan.layout import GPUS, RELEASES, CannotFit, Gpu, Network, Work, par
 from flows.settings import AUTO, Settings
 from infra.files import atomic_path
 from infra.store.contract import CHUNK, NoSuchKey, Store, Stored, blob_key
-from model.config import Partition, Shape
+from model.config import ClipShape, Partition
 from model.loading.card import (
     ADAPTERS,
     CAPTIONER,
@@ -230,7 +230,7 @@ def partition_for(settings: Settings, card: ModelCard) -> Partition:
         return Partition.parse(settings.partition)
     gpu, count = gpus_of(settings)
     network = network_of(card, settings.bytes_each)
-    own = Work(size=Shape(card.width, card.height, card.frames), steps=card.steps, guided=card.guidance != 1)
+    own = Work(size=ClipShape(card.width, card.height, card.frames), steps=card.steps, guided=card.guidance != 1)
     ways = (shared_partition(network, [own], n, gpu) for n in range(count, 0, -1))
     found = next((way for way in ways if way is not None), None)
     if found is None:

@@ -21,8 +21,7 @@ from itertools import combinations
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from model.config import DiTConfig, Partition
-from model.config import Shape as Size
+from model.config import ClipShape, DiTConfig, Partition
 
 PETA, MEGA, GIB = 1e15, 1e6, 1 << 30
 SPARE = 0.08  # of a GPU's memory for what nobody counts: the context, fragments, the allocator's slack
@@ -78,13 +77,13 @@ class Network:
     bytes_each: int = 2  # of a weight: bfloat16 on GPUs, float32 on CPUs
     guessed: bool = False  # nobody has looked at the model itself: its memory is not known
 
-    def tokens(self, size: Size) -> int:
+    def tokens(self, size: ClipShape) -> int:
         """Length of the transformer's sequence."""
         _, rows, columns = (stride * patch for stride, patch in zip(self.stride, self.dit.patch, strict=True))
         frames = math.ceil(((size.frames - 1) // self.stride[0] + 1) / self.dit.patch[0])
         return frames * math.ceil(size.height / rows) * math.ceil(size.width / columns)
 
-    def operations(self, size: Size) -> float:
+    def operations(self, size: ClipShape) -> float:
         """Floating point operations of one pass."""
         return float(self.dit.operations(self.tokens(size), self.text_tokens))
 
@@ -94,7 +93,7 @@ class Network:
         width = self.dit.width
         return self.bytes_each * self.experts * self.dit.layers * (8 * width**2 + 2 * width * self.dit.ffn_dim)
 
-    def memory(self, size: Size, partition: Partition, guided: bool, at_once: int = 1) -> int:
+    def memory(self, size: ClipShape, partition: Partition, guided: bool, at_once: int = 1) -> int:
         """Bytes on the fullest GPU of a partition that denoises so many clips at once.
 
         Activations are counted as the widest moment of a block: the stream in two types, queries, keys, values and
@@ -137,7 +136,7 @@ RELEASES = {
 class Work:
     """Clips that are alike."""
 
-    size: Size
+    size: ClipShape
     steps: int
     guided: bool
     clips: int = 1
@@ -145,7 +144,7 @@ class Work:
     window: int = 0  # most of them at once; 0: all
 
     @property
-    def at_once(self) -> Size:
+    def at_once(self) -> ClipShape:
         """The part of a clip that the transformer sees at a time."""
         made = self.made or self.size.frames
         return replace(self.size, frames=min(made, self.window or made))
@@ -311,7 +310,7 @@ def _fit(
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def partition_of(network: Network, size: Size, gpus: int, gpu: Gpu, guided: bool) -> Partition | None:
+def partition_of(network: Network, size: ClipShape, gpus: int, gpu: Gpu, guided: bool) -> Partition | None:
     """How so many GPUs divide one clip: as little tensor parallelism as memory asks for, then the two halves of
     guidance, then the sequence, in the order of what they cost on the wire. None where it does not fit or divide."""
     room, heads = (1 - SPARE) * gpu.memory, network.dit.heads

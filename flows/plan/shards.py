@@ -29,8 +29,7 @@ from flows.plan.layout import (
     partition_of,
     shared_partition,
 )
-from model.config import Partition
-from model.config import Shape as Size
+from model.config import ClipShape, Partition
 
 MAX_SHARDS = 1000  # of one request: each is a Prefect task run, and a flow run stays readable up to about so many
 START_SECONDS = 15.0  # what an engine costs before its first clip: flow run, processes, weights (6 to 16 s measured)
@@ -81,7 +80,7 @@ class Finished(Sized, Protocol):
     def stages(self) -> Mapping[str, float]: ...
 
 
-class Shape(NamedTuple):
+class WorkShape(NamedTuple):
     """The size that all clips of a shard have in common."""
 
     width: int
@@ -95,7 +94,7 @@ class Shape(NamedTuple):
     window: int = 0  # most of them at once; 0: all
 
     @classmethod
-    def of(cls, clip: Sized) -> Shape:
+    def of(cls, clip: Sized) -> WorkShape:
         mode, strength, made, window = str(clip.mode), clip.strength or 1.0, clip.made_frames or 0, clip.window or 0
         guided = clip.guidance != 1
         return cls(clip.width, clip.height, clip.frames, clip.steps, guided, mode, strength, made, window)
@@ -103,7 +102,7 @@ class Shape(NamedTuple):
     @property
     def work(self) -> Work:
         """One clip of it, as the planner of GPUs sees it."""
-        size, steps = Size(self.width, self.height, self.frames), math.ceil(self.steps * self.strength)
+        size, steps = ClipShape(self.width, self.height, self.frames), math.ceil(self.steps * self.strength)
         return Work(size=size, steps=steps, guided=self.guided, made=self.made, window=self.window)
 
 
@@ -111,7 +110,7 @@ class Shape(NamedTuple):
 class PlannedShard:
     """Clips for one engine to lease together, in the order of the request."""
 
-    shape: Shape
+    shape: WorkShape
     clip_ids: tuple[str, ...]
     seconds: float  # predicted
 
@@ -127,9 +126,11 @@ class CostModel:
     network: Network
     rates: Rates
     of_partition: Mapping[Partition, Rates] = field(default_factory=dict[Partition, Rates])
-    measured: Mapping[tuple[Shape, Partition], float] = field(default_factory=dict[tuple[Shape, Partition], float])
+    measured: Mapping[tuple[WorkShape, Partition], float] = field(
+        default_factory=dict[tuple[WorkShape, Partition], float]
+    )
 
-    def seconds(self, shape: Shape, partition: Partition) -> float:
+    def seconds(self, shape: WorkShape, partition: Partition) -> float:
         """Predicted engine seconds of one clip; always above zero."""
         known = self.measured.get((shape, partition))
         return known or max(LEAST_SECONDS, self.formula(shape.work, partition))
@@ -138,7 +139,7 @@ class CostModel:
         """Predicted seconds of one clip, by the rates alone."""
         return self.of_partition.get(partition, self.rates).seconds(work, self.network, partition.world)
 
-    def memory(self, shape: Shape, partition: Partition, at_once: int = 1) -> int | None:
+    def memory(self, shape: WorkShape, partition: Partition, at_once: int = 1) -> int | None:
         """Predicted bytes on the fullest rank, which denoises so many clips at once; None where that is not known."""
         return (
             None if self.network.guessed else self.network.memory(shape.work.at_once, partition, shape.guided, at_once)
@@ -147,10 +148,10 @@ class CostModel:
     @classmethod
     def from_history(cls, finished: Iterable[Finished], network: Network, assumed: Rates) -> CostModel:
         """Measured rates, and assumed ones where nothing was measured. Medians: one slow clip does not mislead."""
-        taken: dict[tuple[Shape, Partition], list[Finished]] = {}
+        taken: dict[tuple[WorkShape, Partition], list[Finished]] = {}
         for clip in finished:
             if clip.seconds > 0 and math.isfinite(clip.seconds):
-                taken.setdefault((Shape.of(clip), Partition.parse(clip.partition)), []).append(clip)
+                taken.setdefault((WorkShape.of(clip), Partition.parse(clip.partition)), []).append(clip)
         known = {of: median(clip.seconds for clip in clips) for of, clips in taken.items()}
         timed = {
             (shape, partition): Staged(
@@ -170,7 +171,7 @@ class CostModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Squad:
+class ReplicaGroup:
     """Clips for engines of one partition, of which so many should run at once."""
 
     partition: Partition
@@ -182,7 +183,7 @@ class Squad:
 class Arrangement:
     """Who renders what, those first whose turn is first."""
 
-    squads: tuple[Squad, ...]
+    groups: tuple[ReplicaGroup, ...]
     gpus: int  # that it takes
     seconds: float  # from the first clip's beginning to the last one's end
 
@@ -209,14 +210,14 @@ def arrange(
     """
     clips: dict[Work, list[Waiting]] = {}
     for clip in waiting:
-        clips.setdefault(Shape.of(clip).work, []).append(clip)
+        clips.setdefault(WorkShape.of(clip).work, []).append(clip)
     work = [replace(each, clips=len(alike)) for each, alike in clips.items()]
     rates = ByReplica(cost, gpu)
     if deadline is None:
         layout = best_layout(work, cost.network, rates, gpu, gpus, pause=START_SECONDS)
     else:
         layout = cheapest_layout(work, cost.network, rates, gpu, gpus, deadline, pause=START_SECONDS)
-    squads: list[Squad] = []
+    groups: list[ReplicaGroup] = []
     for phase in layout.phases:
         shared = shared_partition(cost.network, phase.work, phase.gpus, gpu)
         parts: dict[Partition, list[Waiting]] = {}
@@ -226,13 +227,13 @@ def arrange(
             alike = clips[replace(each, clips=1)]
             parts.setdefault(own, []).extend(alike[: each.clips])
             del alike[: each.clips]
-        squads += [Squad(partition=own, replicas=phase.replicas, waiting=part) for own, part in parts.items()]
-    return Arrangement(squads=tuple(squads), gpus=layout.gpus, seconds=layout.seconds)
+        groups += [ReplicaGroup(partition=own, replicas=phase.replicas, waiting=part) for own, part in parts.items()]
+    return Arrangement(groups=tuple(groups), gpus=layout.gpus, seconds=layout.seconds)
 
 
 def shards(
     waiting: Sequence[Waiting],
-    cost: Callable[[Shape], float],
+    cost: Callable[[WorkShape], float],
     *,
     seconds: float,
     engines: int = 1,
@@ -246,11 +247,11 @@ def shards(
     planning goes in waves, is how many clips of the request are still to be planned, these included: this wave then
     takes its part of the room only. Shards come in the order of the request: what was asked first is seen first.
     """
-    groups: dict[Shape, list[str]] = {}
+    groups: dict[WorkShape, list[str]] = {}
     place: dict[str, int] = {}
     for clip in waiting:
         place[clip.clip_id] = len(place)
-        groups.setdefault(Shape.of(clip), []).append(clip.clip_id)
+        groups.setdefault(WorkShape.of(clip), []).append(clip.clip_id)
     if not groups:
         return []
     room = max(len(groups), room * len(waiting) // max(len(waiting), remaining or 0))
@@ -268,10 +269,12 @@ def shards(
     return sorted(planned, key=lambda shard: place[shard.clip_ids[0]])
 
 
-def _counts(groups: dict[Shape, tuple[int, float]], *, seconds: float, at_least: int, at_most: int) -> dict[Shape, int]:
+def _counts(
+    groups: dict[WorkShape, tuple[int, float]], *, seconds: float, at_least: int, at_most: int
+) -> dict[WorkShape, int]:
     """How many shards each shape gets. `groups`: clips of a shape and seconds of one of them."""
 
-    def ask(target: float) -> dict[Shape, int]:
+    def ask(target: float) -> dict[WorkShape, int]:
         return {shape: min(n, max(1, math.ceil(n * each / target))) for shape, (n, each) in groups.items()}
 
     counts = ask(seconds)

@@ -22,7 +22,7 @@ from flows.settings import PREFIX, Settings, WrongSetting
 from infra.files import atomic_path
 from infra.store.contract import Store
 from infra.store.open import open_store
-from model.config import Shape
+from model.config import ClipShape
 from model.train.data import (
     BUCKETS,
     FPS,
@@ -92,7 +92,7 @@ def cuts_of(session: Session, dataset: str) -> list[Cut]:
 
 
 def as_cut(clip: ClipOfDataset) -> Cut:
-    shape = Shape(clip.width, clip.height, clip.frames)
+    shape = ClipShape(clip.width, clip.height, clip.frames)
     return Cut(file=clip.file, sha256=clip.sha256, start=clip.start, shape=shape, caption=clip.caption)
 
 

@@ -33,7 +33,7 @@ from flows.request.form import digest_of
 from flows.settings import PREFIX, Settings, WrongSetting, load_settings
 from flows.train.datasets import as_cut, cuts_of, find_dataset, source_of
 from infra.tracing import flush, setup_tracing
-from model.config import Shape
+from model.config import ClipShape
 from model.language.vision import FRAMES, OF_AN_IMAGE, QUESTION, VisionModel
 from model.loading.card import ModelNotFound
 from model.train.data import BadData, Cut, Source, digest
@@ -205,7 +205,7 @@ def caption_shard(
 
 
 def enlarge(cut: Cut, times: int) -> Cut:
-    shape = Shape(cut.shape.width * times, cut.shape.height * times, cut.shape.frames)
+    shape = ClipShape(cut.shape.width * times, cut.shape.height * times, cut.shape.frames)
     return replace(cut, shape=shape)
 
 

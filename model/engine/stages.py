@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from model.config import Shape
+from model.config import ClipShape
 from model.engine import buffers
 from model.engine.batch import BatchKey
 from model.engine.job import JobOver, JobReady, RankJob, draft, given_frames
@@ -90,7 +90,7 @@ class Stages:
         assert job.canvas is not None
 
         def latents(window: int) -> tuple[int, ...]:
-            return tuple(self.vae.latent_shape(Shape(spec.width, spec.height, job.plan[window].frames)))
+            return tuple(self.vae.latent_shape(ClipShape(spec.width, spec.height, job.plan[window].frames)))
 
         steps, pixels = len(job.times) - 1, job.canvas.pixels[0]
         expected = Expected(len(job.plan), steps, spec.solver, latents, pixels.shape, spec.step_cache is not None)
@@ -113,7 +113,9 @@ class Stages:
         began, spec, window = time.time(), job.spec, job.plan[job.window]
         known = window.known(self.frame_step)
         assert job.canvas is not None
-        x = noise(seed_of(spec.seed, job.window), self.vae.latent_shape(Shape(spec.width, spec.height, window.frames)))
+        x = noise(
+            seed_of(spec.seed, job.window), self.vae.latent_shape(ClipShape(spec.width, spec.height, window.frames))
+        )
         if spec.strength is not None:
             x = blend(self._latents_of(draft(spec, window)), x, torch.tensor(spec.strength))
         if any(known):

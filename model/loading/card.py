@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from model.config import DiTConfig, Shape
+from model.config import ClipShape, DiTConfig
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -64,7 +64,7 @@ class ModelCard:
         """The card as the ledger keeps it."""
         return {**asdict(self), "path": str(self.path)}
 
-    def tokens(self, shape: Shape) -> int:
+    def tokens(self, shape: ClipShape) -> int:
         """Length of the transformer's sequence for one clip."""
         frames = (shape.frames - 1) // self.frame_step + 1
         return frames * (shape.width // self.multiple) * (shape.height // self.multiple)

@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from model.config import Shape
+from model.config import ClipShape
 from model.media.windows import Frames
 
 WHITE = 255  # the largest difference there can be
@@ -23,7 +23,7 @@ WHITE = 255  # the largest difference there can be
 class Difference:
     """By how much two clips differ. What only one of them has, in length or in size, counts as wrong by all of 255."""
 
-    shapes: tuple[Shape, Shape]
+    shapes: tuple[ClipShape, ClipShape]
     largest: int  # of any value, of 255
     psnr: float | None  # dB, over all frames; None where nothing differs
     first: int | None  # frame that differs, from 0
@@ -35,7 +35,7 @@ class Difference:
 
 def compare(one: Iterable[Frames], other: Iterable[Frames]) -> Difference:
     """Frames of one clip and of the other, each [H, W, 3]."""
-    shapes = Shape(0, 0, 0), Shape(0, 0, 0)
+    shapes = ClipShape(0, 0, 0), ClipShape(0, 0, 0)
     largest, squares, values, first = 0, 0, 0, None
     for number, pair in enumerate(zip_longest(one, other)):
         worst, error, size = _compare(*pair)
@@ -56,5 +56,5 @@ def _compare(one: Frames | None, other: Frames | None) -> tuple[int, int, int]:
     return int(apart.max()), int(np.square(apart).sum(dtype=np.int64)), apart.size
 
 
-def _seen(shape: Shape, frame: Frames | None) -> Shape:
-    return shape if frame is None else Shape(frame.shape[1], frame.shape[0], shape.frames + 1)
+def _seen(shape: ClipShape, frame: Frames | None) -> ClipShape:
+    return shape if frame is None else ClipShape(frame.shape[1], frame.shape[0], shape.frames + 1)

@@ -18,7 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.config import Shape, VAEConfig
+from model.config import ClipShape, VAEConfig
 from model.network import cpu
 
 STRIDE_TIME, STRIDE_SPACE = 4, 8
@@ -145,7 +145,7 @@ class VAE(nn.Module):
         self.std: Tensor
 
     @staticmethod
-    def check(shape: Shape) -> None:
+    def check(shape: ClipShape) -> None:
         """Raises ValueError for a clip that the strides do not divide."""
         if shape.frames % STRIDE_TIME != 1:
             raise ValueError(f"frames={shape.frames} must be {STRIDE_TIME}n+1")
@@ -153,7 +153,7 @@ class VAE(nn.Module):
             if size % STRIDE_SPACE:
                 raise ValueError(f"{name}={size} must be a multiple of {STRIDE_SPACE}")
 
-    def latent_shape(self, shape: Shape) -> tuple[int, int, int, int]:
+    def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latent of one clip."""
         self.check(shape)
         frames = (shape.frames - 1) // STRIDE_TIME + 1
@@ -161,7 +161,7 @@ class VAE(nn.Module):
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """video [B, 3, T, H, W] in -1..1 -> mean and log variance [B, Z, t, h, w], float32, not normalised."""
-        self.check(Shape(video.shape[4], video.shape[3], video.shape[2]))
+        self.check(ClipShape(video.shape[4], video.shape[3], video.shape[2]))
         x = rearrange(video, "b c t (h ph) (w pw) -> b (c ph pw) t h w", ph=FOLD, pw=FOLD)
         mean, log_variance = self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).chunk(2, 1)
         return mean.float(), log_variance.float().clamp(-12, 4)
@@ -194,7 +194,7 @@ class WanVAE:
         self.mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
 
-    def latent_shape(self, shape: Shape) -> tuple[int, int, int, int]:
+    def latent_shape(self, shape: ClipShape) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latent of one clip. Raises ValueError for a clip that the strides do not divide."""
         if shape.frames % self.time != 1:
             raise ValueError(f"frames={shape.frames} must be {self.time}n+1")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import Shape
+from model.config import ClipShape
 from model.language.captioner import WEIGHTS as CAPTIONER_WEIGHTS
 from model.language.captioner import load_captioner, parse, truth
 from model.language.rewriter import Rewriter
@@ -222,7 +222,7 @@ def evaluate(
     figures["proof"] = of_judge(studio, jury, count, say)
     if modes:
         say(f"{modes} clips of every mode")
-        prompts, clips = world_clips(modes, Shape(card.width, card.height, card.frames))
+        prompts, clips = world_clips(modes, ClipShape(card.width, card.height, card.frames))
         figures["modes"] = measure_modes(card.path, prompts, sources=clips, threads=threads)
     clips = [*to_pixels(made)]
     return Evaluation(figures, Shown([o.prompt for o in asked], [o.seed for o in asked], clips, misses(said, wanted)))

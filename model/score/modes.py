@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from model.config import Partition, Shape
+from model.config import ClipShape, Partition
 from model.engine.clip import ClipSpec
 from model.engine.engine import Engine
 from model.loading.card import ModelCard, find_model
@@ -243,7 +243,7 @@ def _drift(engine: Engine, plain: Sequence[ClipSpec], clips: Sequence[Frames], m
     return drift
 
 
-def world_clips(count: int, shape: Shape, seed: int = 0) -> tuple[list[str], list[Frames]]:
+def world_clips(count: int, shape: ClipShape, seed: int = 0) -> tuple[list[str], list[Frames]]:
     """Captions and clips of the procedural world, none of which a training run of seed 0 has seen."""
     from model.world.captions import describe
     from model.world.render import render
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     card = find_model(given.model)
-    prompts, clips = world_clips(given.clips, Shape(card.width, card.height, card.frames))
+    prompts, clips = world_clips(given.clips, ClipShape(card.width, card.height, card.frames))
     figures = measure_modes(
         card.path,
         prompts,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.Image import Resampling
 
-from model.config import Shape
+from model.config import ClipShape
 from model.media.decode import at_rate, fit, opened
 from model.train.files import atomic_path
 from model.world.captions import describe
@@ -48,7 +48,7 @@ Clip = NDArray[np.uint8]  # [T, H, W, 3]
 class Bucket:
     """Clips of one shape: how many are rendered, what share of the steps they get, and how many make a batch."""
 
-    shape: Shape
+    shape: ClipShape
     clips: int
     share: float
     batch: int
@@ -62,7 +62,7 @@ class Bucket:
         """With the shape as [width, height, frames]. Raises BadData."""
         try:
             width, height, frames = values["shape"]
-            given: dict[str, Any] = {**values, "shape": Shape(width, height, frames)}
+            given: dict[str, Any] = {**values, "shape": ClipShape(width, height, frames)}
             return cls(**given)
         except (KeyError, TypeError, ValueError):
             wanted = '{"shape": [width, height, frames], "clips": ..., "share": ..., "batch": ...}'
@@ -70,15 +70,15 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(shape=Shape(64, 64, 17), clips=24_000, share=0.54, batch=20),
-    Bucket(shape=Shape(96, 64, 17), clips=3_000, share=0.11, batch=12),
-    Bucket(shape=Shape(64, 96, 17), clips=1_500, share=0.06, batch=12),
-    Bucket(shape=Shape(64, 64, 9), clips=2_000, share=0.08, batch=32),
-    Bucket(shape=Shape(96, 64, 9), clips=1_000, share=0.04, batch=20),
-    Bucket(shape=Shape(64, 64, 1), clips=4_000, share=0.05, batch=48),
-    Bucket(shape=Shape(96, 64, 1), clips=1_500, share=0.03, batch=32),
-    Bucket(shape=Shape(64, 64, 33), clips=1_500, share=0.05, batch=10),
-    Bucket(shape=Shape(128, 128, 17), clips=1_000, share=0.04, batch=5),
+    Bucket(shape=ClipShape(64, 64, 17), clips=24_000, share=0.54, batch=20),
+    Bucket(shape=ClipShape(96, 64, 17), clips=3_000, share=0.11, batch=12),
+    Bucket(shape=ClipShape(64, 96, 17), clips=1_500, share=0.06, batch=12),
+    Bucket(shape=ClipShape(64, 64, 9), clips=2_000, share=0.08, batch=32),
+    Bucket(shape=ClipShape(96, 64, 9), clips=1_000, share=0.04, batch=20),
+    Bucket(shape=ClipShape(64, 64, 1), clips=4_000, share=0.05, batch=48),
+    Bucket(shape=ClipShape(96, 64, 1), clips=1_500, share=0.03, batch=32),
+    Bucket(shape=ClipShape(64, 64, 33), clips=1_500, share=0.05, batch=10),
+    Bucket(shape=ClipShape(128, 128, 17), clips=1_000, share=0.04, batch=5),
 )
 
 
@@ -93,7 +93,7 @@ class Cut:
     file: str  # below the folder, with forward slashes; of the world SHAPE/NUMBER
     sha256: str  # of the whole file; of the world: of the scene
     start: int  # its first frame, counted at the data set's frames per second
-    shape: Shape
+    shape: ClipShape
     caption: str = ""
 
 
@@ -103,11 +103,11 @@ class Scanned:
     unused: list[str] = field(default_factory=list[str])  # a sentence for each file that gave no clip
 
     @property
-    def shapes(self) -> Counter[Shape]:
+    def shapes(self) -> Counter[ClipShape]:
         return Counter(cut.shape for cut in self.cuts)
 
 
-def scan(folder: Path, shapes: Sequence[Shape], fps: int) -> Scanned:
+def scan(folder: Path, shapes: Sequence[ClipShape], fps: int) -> Scanned:
     """Cuts every video and image below the folder, in the order of their names.
 
     A video is sampled at `fps` and cut from its beginning into clips of the longest lengths that fit; what is left
@@ -209,7 +209,7 @@ def load_list(path: Path) -> tuple[Source, list[Cut]]:
         head = json.loads(next(file))
         rows = [json.loads(line) for line in file]
     folder = Path(head["folder"]) if head["folder"] else None
-    cuts = [replace(Cut(**row), shape=Shape(**row["shape"])) for row in rows]
+    cuts = [replace(Cut(**row), shape=ClipShape(**row["shape"])) for row in rows]
     return Source(folder=folder, seed=head["seed"], fps=head["fps"]), cuts
 
 
@@ -228,7 +228,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _stretches(width: int, height: int, frames: int, shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape]]:
+def _stretches(width: int, height: int, frames: int, shapes: Sequence[ClipShape]) -> Iterator[tuple[int, ClipShape]]:
     """(start, shape) of the clips that a file of this size gives."""
     fitting = [shape for shape in shapes if shape.frames <= frames]
     moving = [shape for shape in fitting if shape.frames > 1]
@@ -236,7 +236,7 @@ def _stretches(width: int, height: int, frames: int, shapes: Sequence[Shape]) ->
     if not fitting:
         return
 
-    def lean(shape: Shape) -> float:
+    def lean(shape: ClipShape) -> float:
         return abs(math.log(shape.width / shape.height) - math.log(width / height))
 
     best = min(map(lean, fitting))

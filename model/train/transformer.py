@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.config import DiTConfig, Shape
+from model.config import ClipShape, DiTConfig
 from model.network.diffusion import at_model_times, blend, denoise, guide, noise, schedule
 from model.network.dit import DiT
 from model.network.layers import Attention, attention, short_attention
@@ -236,7 +236,7 @@ def sample(
     text: TextEncoder,
     vae: VAE,
     prompts: Sequence[str],
-    shape: Shape,
+    shape: ClipShape,
     seeds: Iterable[int],
     *,
     steps: int,

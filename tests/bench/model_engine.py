@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
-from model.config import DiTConfig, Partition, Shape
+from model.config import ClipShape, DiTConfig, Partition
 from model.engine.clip import ClipSpec, RenderedClip
 from model.engine.engine import Engine
 from model.loading.card import SHIPPED, TRANSFORMER, WEIGHTS, find_model
@@ -199,7 +199,7 @@ def _render_theirs(specs: Sequence[ClipSpec], batch: int) -> None:
     vae, card = _their["vae"], _their["card"]
     for first in range(0, len(specs), batch):
         some = specs[first : first + batch]
-        shape = Shape(some[0].width, some[0].height, some[0].frames)
+        shape = ClipShape(some[0].width, some[0].height, some[0].frames)
         latents = _their["pipeline"](
             prompt=[spec.prompt for spec in some],
             negative_prompt=[""] * len(some),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import DiTConfig, Shape
+from model.config import ClipShape, DiTConfig
 from model.network import cpu
 from model.network.compiled import NoCompiler, check_compiler, compile_blocks
 from model.network.dit import DiT
@@ -43,7 +43,7 @@ class Setting:
     dtype: torch.dtype
     config: DiTConfig
     text_tokens: int
-    shapes: tuple[Shape, ...]
+    shapes: tuple[ClipShape, ...]
     matrix: int  # side of the matrices whose product gives the peak
     rounds: int
     steps: int  # of a whole clip, whose stages are added up
@@ -56,7 +56,7 @@ GPU = Setting(
     dtype=torch.bfloat16,
     config=DiTConfig(layers=30, heads=12, head_dim=128, ffn_dim=8960, text_dim=4096),
     text_tokens=512,
-    shapes=(Shape(832, 480, 81), Shape(1280, 720, 81)),
+    shapes=(ClipShape(832, 480, 81), ClipShape(1280, 720, 81)),
     matrix=8192,
     rounds=5,
     steps=50,
@@ -68,7 +68,7 @@ CPU = Setting(
     dtype=torch.float32,
     config=DiTConfig(layers=2, heads=2, head_dim=32, ffn_dim=128, text_dim=32),
     text_tokens=16,
-    shapes=(Shape(64, 64, 9),),
+    shapes=(ClipShape(64, 64, 9),),
     matrix=256,
     rounds=2,
     steps=4,
@@ -93,7 +93,7 @@ def gpu(compiled: bool = True) -> Iterator[str]:
     yield ""
     yield "| clip | network | s a step | TFLOP a step | of the matrix peak | difference from ours |"
     yield "|---|---|---|---|---|---|"
-    step: dict[Shape, float] = {}
+    step: dict[ClipShape, float] = {}
     for shape in setting.shapes:
         yield from _steps(shape, setting, peak, compiled, step)
     yield ""
@@ -160,7 +160,7 @@ def network_of(setting: Setting) -> DiT:
     return dit.to(setting.dtype).eval().requires_grad_(False)
 
 
-def inputs_of(shape: Shape, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(shape: ClipShape, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     """Both halves of guidance: latents [2, C, T, H, W], times [2], text [2, L, Dt]."""
     random, config = torch.Generator().manual_seed(0), setting.config
     size = config.in_channels, (shape.frames - 1) // 4 + 1, shape.height // 8, shape.width // 8
@@ -171,7 +171,9 @@ def inputs_of(shape: Shape, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def _steps(shape: Shape, setting: Setting, peak: float, compiled: bool, quickest: dict[Shape, float]) -> Iterator[str]:
+def _steps(
+    shape: ClipShape, setting: Setting, peak: float, compiled: bool, quickest: dict[ClipShape, float]
+) -> Iterator[str]:
     """A row of each network. The seconds of the quickest of ours go into `quickest`."""
     x, times, text = inputs_of(shape, setting)
     calls: dict[str, Callable[[], Tensor]] = {}
@@ -201,7 +203,7 @@ def _steps(shape: Shape, setting: Setting, peak: float, compiled: bool, quickest
 
 
 @torch.inference_mode()
-def _stages(shape: Shape, setting: Setting, step: float) -> Iterator[str]:
+def _stages(shape: ClipShape, setting: Setting, step: float) -> Iterator[str]:
     """Where a whole clip's seconds go: its prompt, its steps at `step` seconds each, its pixels. One clip by itself."""
     seconds = {"text": _text_seconds(setting), f"denoise, {setting.steps} steps": setting.steps * step}
     if importlib.util.find_spec("diffusers"):
@@ -224,7 +226,7 @@ def _text_seconds(setting: Setting) -> float:
     return seconds
 
 
-def _decode_seconds(shape: Shape, setting: Setting) -> float:
+def _decode_seconds(shape: ClipShape, setting: Setting) -> float:
     """Wan's autoencoder, from latents to pixels in the memory of this process."""
     from diffusers import AutoencoderKLWan
 

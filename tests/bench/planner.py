@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from flows.library.models import gpu_of, network_of, partition_for
 from flows.plan.layout import GPUS, RELEASES, Rates, Work, best_layout, partition_of
-from flows.plan.shards import CostModel, Shape
+from flows.plan.shards import CostModel, WorkShape
 from flows.settings import Settings, load_settings
-from model.config import Shape as Size
+from model.config import ClipShape
 from model.engine.clip import ClipSpec
 from model.engine.engine import Engine
 from model.loading.card import ModelCard, find_model
@@ -90,7 +90,7 @@ def accuracy(settings: Settings | None = None, rounds: int = 5) -> Iterator[str]
     yield "|---|---|---|---|---|"
     for shape in (*FITTED, *UNSEEN):
         actual = median(clip.seconds for clip in clips if asked(clip) == shape)
-        predicted = cost.formula(Shape.of(next(c for c in clips if asked(c) == shape)).work, partition)
+        predicted = cost.formula(WorkShape.of(next(c for c in clips if asked(c) == shape)).work, partition)
         seen = "yes" if shape in FITTED else "no"
         yield f"| {shape} | {seen} | {predicted:.2f} | {actual:.2f} | {predicted / actual - 1:+.0%} |"
 
@@ -141,7 +141,7 @@ def paper(kind: str = "h200", steps: int = 50) -> Iterator[str]:
     for name in ("wan-1.3b", "wan-14b"):
         network = RELEASES[name]
         for width, height in ((832, 480), (1280, 720)):
-            work = Work(size=Size(width, height, 81), steps=steps, guided=True)
+            work = Work(size=ClipShape(width, height, 81), steps=steps, guided=True)
             for gpus in (1, 2, 4, 8, 64, 512):
                 clips = 100 * gpus
                 most = min(gpus, NODE)

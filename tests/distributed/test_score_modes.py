@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.config import Shape
+from model.config import ClipShape
 from model.score.modes import EXACT, EXTENSIONS, STRENGTHS, measure_modes, table, world_clips
 from tests.tiny import DEFAULTS, tiny_model
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 def test_every_mode_is_measured(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "tiny")
     width, height, frames = (int(DEFAULTS[name]) for name in ("width", "height", "frames"))
-    prompts, clips = world_clips(2, Shape(width, height, frames))
+    prompts, clips = world_clips(2, ClipShape(width, height, frames))
     figures = measure_modes(model, prompts, sources=clips, steps=2, overlap=1, log=tmp_path / "log")
     assert (figures["clips"], figures["sources"]) == (2, "given")
     kept = figures["kept"]

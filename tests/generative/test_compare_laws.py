@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from model.config import Shape
+from model.config import ClipShape
 from model.media.compare import WHITE, compare
 from model.media.windows import Frames
 
@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_whole_arrays(pair: tuple[Frames, Frames]) -> N
     if not found.nothing:
         assert found.first == min(k for k in range(len(one)) if not np.array_equal(one[k], other[k]))
         assert found.psnr is not None and math.isclose(found.psnr, 10 * math.log10(255**2 / (apart**2).mean()))
-    assert found.shapes == (Shape(4, 3, len(one)),) * 2
+    assert found.shapes == (ClipShape(4, 3, len(one)),) * 2
 
 
 @given(clips(), clips() | clips(height=5))
@@ -53,7 +53,7 @@ def test_whichever_is_named_first(one: Frames, other: Frames) -> None:
 def test_frames_that_only_one_has_are_all_wrong(one: Frames, more: Frames) -> None:
     found = compare(one, np.concatenate((one, more)))
     assert (found.largest, found.first) == (WHITE, len(one))
-    assert found.shapes == (Shape(4, 3, len(one)), Shape(4, 3, len(one) + len(more)))
+    assert found.shapes == (ClipShape(4, 3, len(one)), ClipShape(4, 3, len(one) + len(more)))
     wrong = len(more) / (len(one) + len(more))
     assert found.psnr is not None and math.isclose(found.psnr, -10 * math.log10(wrong), abs_tol=1e-9)
 
@@ -62,4 +62,4 @@ def test_frames_that_only_one_has_are_all_wrong(one: Frames, more: Frames) -> No
 def test_clips_of_different_sizes_have_nothing_in_common(one: Frames, other: Frames) -> None:
     found = compare(one, other)
     assert (found.largest, found.psnr, found.first) == (WHITE, 0.0, 0)
-    assert found.shapes == (Shape(4, 3, len(one)), Shape(5, 3, len(other)))
+    assert found.shapes == (ClipShape(4, 3, len(one)), ClipShape(5, 3, len(other)))

@@ -22,15 +22,15 @@ from flows.plan.layout import (
     best_layout,
     partition_of,
 )
-from model.config import Partition, Shape
+from model.config import ClipShape, Partition
 
 # Wan 2.2's own table for T2V-A14B on H100: 81 frames, 40 steps, guided.
-HD, SD = (Work(size=Shape(width, height, 81), steps=40, guided=True) for width, height in ((1280, 720), (832, 480)))
+HD, SD = (Work(size=ClipShape(width, height, 81), steps=40, guided=True) for width, height in ((1280, 720), (832, 480)))
 WAN22 = [Measured(HD, 1, 1041.5), Measured(HD, 8, 155.1), Measured(SD, 1, 326.9), Measured(SD, 8, 51.5)]
 
 # Cosmos3-Super, 1280x720 with 189 frames at 24 a second, 35 steps, eight GPUs: video-seconds an hour as 8x1 and 1x8, of
 # which 4x2 keeps 0.90 to 0.94 of the first. The network is a stand-in: what it costs cancels out.
-COSMOS = Work(size=Shape(1280, 720, 189), steps=35, guided=True)
+COSMOS = Work(size=ClipShape(1280, 720, 189), steps=35, guided=True)
 COSMOS_HOURS = {"b200": (589.4, 413.6), "h200": (289.1, 229.9)}
 COSMOS_B200 = {4: 113.31, 8: 62.11}  # seconds on so many of another build, where one GPU took 390.28
 BIG = RELEASES["wan-14b"]
@@ -74,7 +74,7 @@ def published(name: str) -> Rates:
     name=st.sampled_from(list(COSMOS_HOURS)),
 )
 def test_no_static_layout_is_sooner(counts: list[int], gpus: int, name: str) -> None:
-    shapes = (Shape(1280, 720, 189), Shape(832, 480, 81), Shape(832, 480, 1))
+    shapes = (ClipShape(1280, 720, 189), ClipShape(832, 480, 81), ClipShape(832, 480, 1))
     work = [replace(COSMOS, size=size, clips=n) for size, n in zip(shapes, counts, strict=False)]
     rates = published(name)
     best = best_layout(work, BIG, rates, GPUS[name], gpus)
@@ -111,7 +111,7 @@ def test_many_clips_get_one_gpu_each_and_a_single_one_gets_all() -> None:
 def test_a_partition_fits_and_divides(data: st.DataObject) -> None:
     network = data.draw(st.sampled_from(list(RELEASES.values())))
     gpu = Gpu(data.draw(st.integers(16, 200)) * GIB, 1e15)
-    size = Shape(832, 480, data.draw(st.sampled_from([1, 17, 81, 161])))
+    size = ClipShape(832, 480, data.draw(st.sampled_from([1, 17, 81, 161])))
     guided, count = data.draw(st.booleans()), data.draw(st.integers(1, 16))
     partition = partition_of(network, size, count, gpu, guided)
     if partition is not None:

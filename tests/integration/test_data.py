@@ -5,11 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.config import Shape
+from model.config import ClipShape
 from model.train.data import BadData, Bucket, Cut, Source, digest, load_list, save_list, scan, world_cuts
 from tests.videos import clip_of, on_its_side, write_folder, write_video
 
-SHAPES = [Shape(64, 64, 17), Shape(96, 64, 17), Shape(64, 64, 9), Shape(96, 64, 9), Shape(64, 64, 1), Shape(96, 64, 1)]
+SHAPES = [
+    ClipShape(64, 64, 17),
+    ClipShape(96, 64, 17),
+    ClipShape(64, 64, 9),
+    ClipShape(96, 64, 9),
+    ClipShape(64, 64, 1),
+    ClipShape(96, 64, 1),
+]
 
 
 def cuts_of(folder: Path, fps: int = 8) -> list[tuple[str, int, str]]:
@@ -43,7 +50,7 @@ def test_the_pixels_are_those_of_the_file(tmp_path: Path) -> None:
 def test_a_faster_video_loses_frames_and_a_larger_one_its_sides(tmp_path: Path) -> None:
     clip = clip_of(5, 128, 64, 49)
     write_video(tmp_path / "fast.mp4", clip, fps=24)
-    (cut,) = scan(tmp_path, [Shape(64, 64, 9)], 8).cuts[:1]
+    (cut,) = scan(tmp_path, [ClipShape(64, 64, 9)], 8).cuts[:1]
     (read,) = Source(folder=tmp_path).read([cut])
     assert np.abs(read.astype(int) - clip[0:27:3, :, 32:96]).mean() < 4
 
@@ -86,7 +93,7 @@ def test_files_that_cannot_be_used_are_named_and_the_others_are(tmp_path: Path) 
     write_video(tmp_path / "short.mp4", clip_of(8, frames=5))
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    scanned = scan(tmp_path, [Shape(64, 64, 9)], 8)
+    scanned = scan(tmp_path, [ClipShape(64, 64, 9)], 8)
     assert [cut.file for cut in scanned.cuts] == ["good.mp4"]
     assert [line.partition(":")[0] for line in scanned.unused] == ["broken.mp4", "broken.png", "short.mp4"]
     (tmp_path / "none").mkdir()
@@ -115,7 +122,7 @@ def test_the_digest_follows_from_content_not_from_names(tmp_path: Path) -> None:
 
 
 def test_the_world_is_a_source_too() -> None:
-    cuts = list(world_cuts(3, [Bucket(shape=Shape(32, 32, 9), clips=2, share=1, batch=1)]))
+    cuts = list(world_cuts(3, [Bucket(shape=ClipShape(32, 32, 9), clips=2, share=1, batch=1)]))
     small, large = (list(Source(seed=3).read([_sized(cut, size) for cut in cuts])) for size in (32, 64))
     assert [clip.shape for clip in small] == [(9, 32, 32, 3)] * 2 and large[0].shape == (9, 64, 64, 3)
     for a, b in zip(small, large, strict=True):  # the same scenes, whatever the size
@@ -124,4 +131,4 @@ def test_the_world_is_a_source_too() -> None:
 
 
 def _sized(cut: Cut, size: int) -> Cut:
-    return Cut(file=cut.file, sha256=cut.sha256, start=0, shape=Shape(size, size, 9), caption=cut.caption)
+    return Cut(file=cut.file, sha256=cut.sha256, start=0, shape=ClipShape(size, size, 9), caption=cut.caption)

@@ -29,7 +29,7 @@ from flows.train import recaption
 from flows.train.datasets import as_rows, cuts_of, find_dataset, source_of
 from flows.train.recaption import caption_shard, seal, shards_of
 from infra.store.open import open_store
-from model.config import Shape
+from model.config import ClipShape
 from model.language import chat
 from model.language.chat import ChatFailed
 from model.language.vision import FRAMES, VisionModel
@@ -38,8 +38,8 @@ from tests.factories import MODEL
 from tests.integration.s3 import S3Server
 from tests.videos import clip_of, write_folder, write_video
 
-BUCKETS = [Bucket(shape=Shape(32, 32, 9), clips=6, share=1, batch=2)]
-SHAPES = [Shape(32, 32, 9)]
+BUCKETS = [Bucket(shape=ClipShape(32, 32, 9), clips=6, share=1, batch=2)]
+SHAPES = [ClipShape(32, 32, 9)]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from model.config import Partition, Shape
+from model.config import ClipShape, Partition
 from model.engine.engine import Engine
 from model.loading.card import SECOND, SHIPPED, find_model
 from model.loading.load import load_dit, load_text, load_vae
@@ -20,7 +20,7 @@ from tests.tiny import CLIP, tiny_model, tiny_wan
 STEPS, GUIDANCE, NEGATIVE = 6, 3.0, "a green cube"
 
 
-def walked(pipeline: WanPipeline, shape: Shape, start: torch.Tensor, length: int, output: str) -> Any:
+def walked(pipeline: WanPipeline, shape: ClipShape, start: torch.Tensor, length: int, output: str) -> Any:
     """What diffusers makes of the one request that all tests here ask."""
     return pipeline(
         prompt=CLIP.prompt,
@@ -45,7 +45,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.no_grad()
 def test_diffusers_pipeline_and_our_sampler_agree(folder: Path) -> None:
-    shape = Shape(64, 64, 9)
+    shape = ClipShape(64, 64, 9)
     dit, text, vae = (load(folder, torch.float32) for load in (load_dit, load_text, load_vae))
     start = noise(5, vae.latent_shape(shape))[None]
     pipeline = their_pipeline(folder)
@@ -62,7 +62,7 @@ def test_diffusers_pipeline_and_our_sampler_agree(folder: Path) -> None:
 
 
 RELEASES = ("2.1", "2.2-ti2v", "2.2-a14b")
-SIZES = {"2.1": Shape(48, 32, 9), "2.2-ti2v": Shape(64, 96, 5), "2.2-a14b": Shape(32, 48, 5)}
+SIZES = {"2.1": ClipShape(48, 32, 9), "2.2-ti2v": ClipShape(64, 96, 5), "2.2-a14b": ClipShape(32, 48, 5)}
 
 
 @pytest.fixture(scope="module", params=RELEASES)

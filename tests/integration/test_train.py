@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.config import DiTConfig, Shape
+from model.config import ClipShape, DiTConfig
 from model.language.captioner import Reporter
 from model.loading.card import find_model, folder_digest
 from model.loading.load import load_dit, load_text, load_vae
@@ -47,8 +47,8 @@ def small(work: Path) -> TrainConfig:
         work=work,
         threads=1,
         buckets=(
-            Bucket(shape=Shape(32, 32, 9), clips=16, share=0.7, batch=4),
-            Bucket(shape=Shape(48, 32, 1), clips=16, share=0.3, batch=4),
+            Bucket(shape=ClipShape(32, 32, 9), clips=16, share=0.7, batch=4),
+            Bucket(shape=ClipShape(48, 32, 1), clips=16, share=0.3, batch=4),
         ),
         dit=DiTConfig(layers=1, heads=2, head_dim=12, ffn_dim=32, text_dim=16),
         chunk=8,
@@ -131,7 +131,7 @@ def test_publish_writes_a_model_that_loads(trained: Path, tmp_path: Path) -> Non
     assert (card.multiple, card.frame_step, card.heads) == (16, 4, 2)
     assert all(file.suffix in (".json", ".safetensors") for file in out.rglob("*") if file.is_file())
     dit, vae, text = (load(out, torch.float32) for load in (load_dit, load_vae, load_text))
-    latents = noise(1, vae.latent_shape(Shape(32, 32, 9)))[None]
+    latents = noise(1, vae.latent_shape(ClipShape(32, 32, 9)))[None]
     velocity = dit(latents, torch.tensor([1.0]), text.encode(["a red ball"]))
     assert velocity.shape == latents.shape
     assert velocity.isfinite().all()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flows.library.models import network_of
 from flows.plan.layout import GPUS, MINI, Rates
-from flows.plan.shards import MAX_SHARDS, START_SECONDS, CostModel, Shape, arrange, engines_wanted, shards
+from flows.plan.shards import MAX_SHARDS, START_SECONDS, CostModel, WorkShape, arrange, engines_wanted, shards
 from model.config import Partition
 from model.loading.card import find_model
 from model.parallel.memory import text_bytes, vae_bytes
@@ -75,7 +75,7 @@ costs = st.builds(
 @law
 @given(batches, costs, st.floats(0.01, 1000), st.integers(1, 20), st.integers(1, 50), st.integers(0, 200))
 def test_every_clip_is_in_one_shard_shapes_never_mix_and_the_bounds_hold(
-    clips: list[Clip], cost: Callable[[Shape], float], seconds: float, engines: int, room: int, later: int
+    clips: list[Clip], cost: Callable[[WorkShape], float], seconds: float, engines: int, room: int, later: int
 ) -> None:
     planned = shards(clips, cost, seconds=seconds, engines=engines, room=room, remaining=len(clips) + later)
 
@@ -83,9 +83,9 @@ def test_every_clip_is_in_one_shard_shapes_never_mix_and_the_bounds_hold(
     by_id = {clip.clip_id: clip for clip in clips}
     for shard in planned:
         assert shard.clip_ids
-        assert {Shape.of(by_id[clip_id]) for clip_id in shard.clip_ids} == {shard.shape}
+        assert {WorkShape.of(by_id[clip_id]) for clip_id in shard.clip_ids} == {shard.shape}
         assert shard.seconds == pytest.approx(len(shard.clip_ids) * cost(shard.shape))
-    shapes = {Shape.of(clip) for clip in clips}
+    shapes = {WorkShape.of(clip) for clip in clips}
     share = max(len(shapes), room * len(clips) // max(1, len(clips) + later))
     assert len(planned) <= share
     assert len(planned) >= min(engines, len(clips), share)
@@ -127,16 +127,16 @@ def test_engines_are_fed_even_when_the_work_is_short() -> None:
 @law
 @given(st.lists(st.builds(Finished, seconds=st.floats(-1, 1e4) | st.just(math.nan)), max_size=20), kinds)
 def test_predictions_are_always_positive_and_finite(history: list[Finished], kind: tuple[int, int, int, int]) -> None:
-    predicted = learnt(history).seconds(Shape.of(Clip("a", *kind)), TWO)
+    predicted = learnt(history).seconds(WorkShape.of(Clip("a", *kind)), TWO)
     assert 0 < predicted < math.inf
 
 
 def test_what_was_measured_beats_the_formula_and_one_outlier_does_not() -> None:
     history = [Finished(2.0), Finished(2.2), Finished(500.0), Finished(0.7, frames=1), Finished(math.nan)]
     cost = learnt(history)
-    assert cost.seconds(Shape.of(Clip("a")), TWO) == 2.2
-    assert cost.seconds(Shape.of(Clip("a", frames=1)), TWO) == 0.7
-    larger = cost.seconds(Shape.of(Clip("a", width=128, height=128)), TWO)
+    assert cost.seconds(WorkShape.of(Clip("a")), TWO) == 2.2
+    assert cost.seconds(WorkShape.of(Clip("a", frames=1)), TWO) == 0.7
+    larger = cost.seconds(WorkShape.of(Clip("a", width=128, height=128)), TWO)
     assert 4 < larger < 40  # scaled from what was measured here, not from the default
     assert asdict(learnt([]).rates) == pytest.approx(asdict(MINI))
 
@@ -157,7 +157,7 @@ def rendered(truth: Rates, partition: Partition, slow: float = 1.0) -> list[Fini
     """What a machine of these rates would leave in history; `slow`: how much longer the third shape took."""
     history: list[Finished] = []
     for number, clip in enumerate(MANY):
-        shape, ranks = Shape.of(clip), partition.world
+        shape, ranks = WorkShape.of(clip), partition.world
         work, factor = shape.work, slow if number == 2 else 1.0
         stages = {
             "denoise": truth.petaflop * work.peta(NETWORK) / ranks + truth.step * work.walked,
@@ -184,7 +184,7 @@ unseen = st.builds(
 def test_a_machine_is_found_again_from_its_history_and_partitions_do_not_mix(
     alone: Rates, two: Rates, clip: Clip
 ) -> None:
-    cost, shape = learnt([*rendered(alone, ALONE), *rendered(two, TWO)]), Shape.of(clip)
+    cost, shape = learnt([*rendered(alone, ALONE), *rendered(two, TWO)]), WorkShape.of(clip)
     for truth, partition in ((alone, ALONE), (two, TWO)):
         expected = truth.seconds(shape.work, NETWORK, partition.world)
         assert cost.seconds(shape, partition) == pytest.approx(expected, rel=0.02)
@@ -193,7 +193,7 @@ def test_a_machine_is_found_again_from_its_history_and_partitions_do_not_mix(
 @law
 @given(truths, unseen)
 def test_what_ran_on_one_partition_tells_of_others_and_one_slow_shape_misleads_nobody(truth: Rates, clip: Clip) -> None:
-    shape, four = Shape.of(clip), Partition(sp=4)
+    shape, four = WorkShape.of(clip), Partition(sp=4)
     expected = truth.seconds(shape.work, NETWORK, 4)
     both = [*rendered(truth, ALONE), *rendered(truth, TWO)]
     assert learnt(both).seconds(shape, four) == pytest.approx(expected, rel=0.05)
@@ -216,22 +216,22 @@ def test_no_history_makes_more_work_take_less_time(
     assert min(rates) >= 0
     name, more = data.draw(st.sampled_from([("steps", 1), ("frames", 4), ("width", 16), ("height", 48)]))
     larger = replace(clip, **{name: getattr(clip, name) + more})
-    assert cost.formula(Shape.of(clip).work, TWO) <= cost.formula(Shape.of(larger).work, TWO) * (1 + 1e-9)
+    assert cost.formula(WorkShape.of(clip).work, TWO) <= cost.formula(WorkShape.of(larger).work, TWO) * (1 + 1e-9)
     free = replace(clip, guidance=1.0)
-    assert cost.formula(Shape.of(free).work, TWO) <= cost.formula(Shape.of(clip).work, TWO) * (1 + 1e-9)
+    assert cost.formula(WorkShape.of(free).work, TWO) <= cost.formula(WorkShape.of(clip).work, TWO) * (1 + 1e-9)
 
 
 def test_windows_see_fewer_tokens_at_once_and_edits_take_fewer_steps() -> None:
-    whole = Shape.of(Clip("a", frames=65)).work
-    made = Shape.of(Clip("a", frames=65, window=17, made_frames=85)).work
+    whole = WorkShape.of(Clip("a", frames=65)).work
+    made = WorkShape.of(Clip("a", frames=65, window=17, made_frames=85)).work
     assert (made.at_once.frames, made.turns, made.walked) == (17, 5, 125)
     assert made.megapixels == whole.megapixels
-    assert made.peta(NETWORK) == pytest.approx(5 * Shape.of(Clip("a")).work.peta(NETWORK))
-    assert Shape.of(Clip("a", mode="edit", strength=0.5)).work.steps == 13
+    assert made.peta(NETWORK) == pytest.approx(5 * WorkShape.of(Clip("a")).work.peta(NETWORK))
+    assert WorkShape.of(Clip("a", mode="edit", strength=0.5)).work.steps == 13
 
 
 def test_memory_is_that_of_the_fullest_rank_in_the_type_its_device_computes_in() -> None:
-    card, shape = find_model("mini"), Shape.of(Clip("a"))
+    card, shape = find_model("mini"), WorkShape.of(Clip("a"))
     whole, divided = (learnt([]).memory(shape, partition) for partition in (ALONE, TWO))
     assert whole is not None and divided is not None
     weights = 4 * 8 * (8 * 256**2 + 2 * 256 * 1024)  # float32, 8 blocks
@@ -244,18 +244,18 @@ def test_memory_is_that_of_the_fullest_rank_in_the_type_its_device_computes_in()
 
 @law
 @given(batches.filter(bool), st.integers(1, 16), st.none() | st.floats(0.1, 1000))
-def test_every_clip_is_given_to_one_squad_that_can_render_it(
+def test_every_clip_is_given_to_one_group_that_can_render_it(
     clips: list[Clip], gpus: int, deadline: float | None
 ) -> None:
     cost = learnt([])
     found = arrange(clips, cost, GPUS["cpu"], gpus, deadline)
-    given_out = Counter(clip.clip_id for squad in found.squads for clip in squad.waiting)
+    given_out = Counter(clip.clip_id for group in found.groups for clip in group.waiting)
     assert given_out == Counter(clip.clip_id for clip in clips)
-    for squad in found.squads:
-        assert squad.partition.world * squad.replicas <= found.gpus <= gpus
-        squad.partition.check_heads(NETWORK.dit.heads)
-        for clip in squad.waiting:
-            needed = cost.memory(Shape.of(clip), squad.partition)
+    for group in found.groups:
+        assert group.partition.world * group.replicas <= found.gpus <= gpus
+        group.partition.check_heads(NETWORK.dit.heads)
+        for clip in group.waiting:
+            needed = cost.memory(WorkShape.of(clip), group.partition)
             assert needed is not None and needed < GPUS["cpu"].memory
     soonest = arrange(clips, cost, GPUS["cpu"], gpus)
     if deadline is not None and soonest.seconds <= deadline:
@@ -264,15 +264,15 @@ def test_every_clip_is_given_to_one_squad_that_can_render_it(
 
 
 def test_a_batch_gets_small_replicas_one_clip_all_ranks_and_a_late_deadline_few() -> None:
-    def squads(count: int, gpus: int = 4, deadline: float | None = None) -> list[tuple[int, int, int]]:
+    def groups(count: int, gpus: int = 4, deadline: float | None = None) -> list[tuple[int, int, int]]:
         clips = [Clip(str(k), steps=50, width=128, height=128) for k in range(count)]
         found = arrange(clips, learnt([]), GPUS["cpu"], gpus, deadline)
-        return [(squad.replicas, squad.partition.world, len(squad.waiting)) for squad in found.squads]
+        return [(group.replicas, group.partition.world, len(group.waiting)) for group in found.groups]
 
-    assert squads(1) == [(1, 4, 1)]
-    assert squads(40) == [(4, 1, 40)]
-    assert squads(40, deadline=1e6) == [(1, 1, 40)]
-    assert squads(5, deadline=0.1) == squads(5)  # what cannot be met is met as nearly as can be
+    assert groups(1) == [(1, 4, 1)]
+    assert groups(40) == [(4, 1, 40)]
+    assert groups(40, deadline=1e6) == [(1, 1, 40)]
+    assert groups(5, deadline=0.1) == groups(5)  # what cannot be met is met as nearly as can be
 
 
 def test_replicas_of_another_size_must_be_worth_their_start() -> None:
@@ -280,7 +280,7 @@ def test_replicas_of_another_size_must_be_worth_their_start() -> None:
     for slower, expected in ((1, [1]), (10, [1, 4])):
         rates = replace(MINI, petaflop=slower * MINI.petaflop, step=slower * 0.1)
         found = arrange(clips, replace(learnt([]), rates=rates), GPUS["cpu"], 4)
-        assert [squad.partition.world for squad in found.squads] == expected
+        assert [group.partition.world for group in found.groups] == expected
 
 
 @law

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from model.config import Shape
+from model.config import ClipShape
 from model.media.windows import Frames
 from model.score.modes import MOST_SEAM, closure, colour_drift, likeness, psnr, seam, steps_between, world_clips
 from model.world.render import render
@@ -72,8 +72,8 @@ def test_drift_is_the_largest_change_of_a_channel(slide: Frames) -> None:
 
 
 def test_sources_are_clips_of_the_world_that_their_prompts_describe() -> None:
-    prompts, clips = world_clips(2, Shape(32, 32, 5))
-    again = world_clips(2, Shape(32, 32, 5))
+    prompts, clips = world_clips(2, ClipShape(32, 32, 5))
+    again = world_clips(2, ClipShape(32, 32, 5))
     assert prompts == again[0] and all(np.array_equal(a, b) for a, b in zip(clips, again[1], strict=True))
     assert [clip.shape for clip in clips] == [(5, 32, 32, 3)] * 2
-    assert world_clips(2, Shape(32, 32, 5), seed=1)[0] != prompts
+    assert world_clips(2, ClipShape(32, 32, 5), seed=1)[0] != prompts

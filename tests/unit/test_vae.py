@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.config import Shape, VAEConfig
+from model.config import ClipShape, VAEConfig
 from model.network.vae import VAE
 
 
@@ -17,9 +17,11 @@ def vae() -> VAE:
     return made
 
 
-@pytest.mark.parametrize("shape", [Shape(64, 64, 17), Shape(96, 64, 9), Shape(64, 96, 1), Shape(16, 24, 5)])
+@pytest.mark.parametrize(
+    "shape", [ClipShape(64, 64, 17), ClipShape(96, 64, 9), ClipShape(64, 96, 1), ClipShape(16, 24, 5)]
+)
 @torch.no_grad()
-def test_sizes(vae: VAE, shape: Shape) -> None:
+def test_sizes(vae: VAE, shape: ClipShape) -> None:
     video = torch.rand(1, 3, shape.frames, shape.height, shape.width) * 2 - 1
     latents = vae.encode(video)
     assert latents.shape[1:] == vae.latent_shape(shape)
@@ -51,8 +53,8 @@ def test_an_image_is_a_video_of_one_frame(vae: VAE) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [(Shape(64, 64, 16), r"frames=16 must be 4n\+1"), (Shape(60, 64, 1), "width=60 must be a multiple of 8")],
+    [(ClipShape(64, 64, 16), r"frames=16 must be 4n\+1"), (ClipShape(60, 64, 1), "width=60 must be a multiple of 8")],
 )
-def test_sizes_that_do_not_fit_are_refused(vae: VAE, shape: Shape, message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(vae: VAE, shape: ClipShape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vae.latent_shape(shape)
