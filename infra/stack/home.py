@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import stat
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from infra.files import atomic_path
 
 DEPLOYMENTS = Path(__file__).parents[1] / "prefect.yaml"
 POSTGRES, SERVER, CONTROL, GPU = "postgres", "prefect", "control", "gpu"
@@ -85,17 +86,11 @@ def make_private(home: Path) -> None:
 @contextlib.contextmanager
 def locked(home: Path) -> Generator[None]:
     """One `up` or `down` at a time; a second one waits for the first."""
-    with open(home / "lock", "w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StackFailed(f"another `rushes up` or `down` has been at work in {home} for minutes") from None
-                time.sleep(0.1)
-        yield
+    try:
+        with FileLock(home / "lock", timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise StackFailed(f"another `rushes up` or `down` has been at work in {home} for minutes") from None
 
 
 def stack_file(home: Path) -> Path:
@@ -113,10 +108,8 @@ def write_stack(stack: Stack, engines: int) -> None:
         "pids": dict(stack.pids),  # for people; no program trusts them
         "engines": engines,
     }
-    handle, path = tempfile.mkstemp(dir=stack.home, prefix=".stack-")  # made with mode 0600
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path, stack_file(stack.home))
+    with atomic_path(stack_file(stack.home), private=True) as path:
+        path.write_text(json.dumps(content, indent=1))
 
 
 def read_text(path: Path) -> str:

