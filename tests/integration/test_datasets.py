@@ -97,15 +97,15 @@ def test_an_s3_prefix_is_a_data_set(
 ) -> None:
     url = f"s3://my-videos?endpoint={server.endpoint}&secure={str(server.secure).lower()}"
     store = open_store(url, server.access_key, server.secret_key)
-    for path in write_folder(tmp_path / "renders", 3).iterdir():
+    for path in write_folder(tmp_path / "takes", 3).iterdir():
         store.put_at(f"raw/takes/{path.name}", path)
     store.put_at("raw/takes/notes.pdf", b"not ours")
-    store.put_at("raw/takes-2/x.mp4", tmp_path / "renders" / "00.mp4")
+    store.put_at("raw/takes-2/x.mp4", tmp_path / "takes" / "00.mp4")
     keys = {"store_access_key": server.access_key, "store_secret_key": server.secret_key}
     settings = load_settings(home=settings.home, database_url=settings.database_url, store_url=url, **keys)
 
     row = find(settings, ledger, "s3://my-videos/raw/takes")
-    assert (row.name, row.clips, row.digest) == ("renders", 3, digest(scan(tmp_path / "renders", SHAPES, 8).cuts, 8))
+    assert (row.name, row.clips, row.digest) == ("takes", 3, digest(scan(tmp_path / "renders", SHAPES, 8).cuts, 8))
     assert source_of(settings, row).folder == source_of(settings, row).folder
 
     store.delete("raw/takes/01.mp4")
