@@ -21,6 +21,10 @@ class OutOfMemory(RankDied):
     """A rank had no memory left for what it was given. Fewer clips at a time need less."""
 
 
+class DeviceFailed(RankDied):
+    """A device failed under a rank, or the connection of two: the machine's fault, not that of a clip."""
+
+
 class RankHung(EngineError):
     """No rank gave a sign of life for longer than the timeout. Start the engine again and repeat the clips."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from model.engine.clip import ClipSpec, RankInfo
+from model.engine.faults import Cause
 
 Device = Literal["cpu", "cuda"]
 Compile: TypeAlias = bool | Literal["reduce-overhead"]
@@ -77,7 +78,7 @@ class RankFailed:
 
     reason: str
     clips: tuple[str, ...]  # that it was computing
-    out_of_memory: bool
+    cause: Cause
     time: float  # unix seconds
 
 

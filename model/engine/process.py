@@ -76,15 +76,6 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def out_of_memory(problem: BaseException) -> bool:
-    """Whether fewer clips at once could have helped."""
-    import torch
-
-    of_cpu = ("can't allocate memory", "not enough memory", "could not create a primitive")  # the last is oneDNN's
-    said = isinstance(problem, RuntimeError) and any(words in str(problem) for words in of_cpu)
-    return said or isinstance(problem, MemoryError | torch.OutOfMemoryError)
-
-
 class PeakMemory:
     """Peak memory over all ranks since their start, in bytes: allocated on the GPU, else resident."""
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.engine.faults import cause_of
 from model.engine.messages import FromRank, RankFailed, RankSettings, ToRank
-from model.engine.process import Inbox, end_with, out_of_memory
+from model.engine.process import Inbox, end_with
 from model.engine.wire import Wire, decode
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def main() -> None:
         import traceback
 
         traceback.print_exception(problem)
-        reason, memory = f"{type(problem).__name__}: {problem}", out_of_memory(problem)
+        reason, cause = f"{type(problem).__name__}: {problem}", cause_of(problem)
         with suppress(OSError):
-            wire.send(RankFailed(reason=reason, clips=tuple(clips), out_of_memory=memory, time=time.time()))
+            wire.send(RankFailed(reason=reason, clips=tuple(clips), cause=cause, time=time.time()))
         sys.stderr.flush()
         os._exit(1)  # no destructors: in a broken process group they abort
 

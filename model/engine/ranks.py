@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import TypeAlias
 
 from model.engine import buffers
-from model.engine.clip import EngineError, OutOfMemory, RankDied, RankHung, RankInfo, RenderFailed, StartFailed
+from model.engine.clip import (
+    DeviceFailed,
+    EngineError,
+    OutOfMemory,
+    RankDied,
+    RankHung,
+    RankInfo,
+    RenderFailed,
+    StartFailed,
+)
 from model.engine.messages import Exit, FromRank, RankFailed, RankReady, RankSettings, ToRank
 from model.engine.wire import Wire, encode, packed
 
@@ -81,7 +90,8 @@ class Ranks:
     def next_message(self) -> FromRank | None:
         """A message of rank 0, or None after a moment without one.
 
-        Raises RankDied for a rank that died, or the error that a rank reported: OutOfMemory, RenderFailed, RankDied.
+        Raises RankDied for a rank that died, or the error that a rank reported: OutOfMemory, DeviceFailed,
+        RenderFailed, RankDied.
         """
         numbers = {rank.wire.connection: number for number, rank in enumerate(self._ranks)}
         for connection in sorted(wait(list(numbers), POLL), key=lambda c: numbers[c]):  # pyright: ignore
@@ -215,8 +225,10 @@ class Ranks:
         first = min(reports, key=lambda report: report.time)
         if not self.ready:
             return StartFailed(first.reason)
-        if first.out_of_memory:
+        if first.cause == "memory":
             return OutOfMemory(f"a rank ran out of memory ({self.settings.micro_batch} at a time): {first.reason}")
+        if first.cause == "device":
+            return DeviceFailed(f"a device failed under a rank: {first.reason}")
         if len(first.clips) == 1:
             return RenderFailed(first.clips[0], first.reason)
         return RankDied(f"a rank failed: {first.reason}")

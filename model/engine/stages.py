@@ -1,7 +1,7 @@
 """The stages of a clip on rank 0 before and after denoising: its prompts, its first latents, its frames.
 
-They may run beside the steps, on another thread. An error that concerns one clip is reported as that clip's; out of
-memory is raised.
+They may run beside the steps, on another thread. An error that concerns one clip is reported as that clip's; what
+is the memory's or the device's (`model.engine.faults`) is raised, and ends the rank.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 from model.config import ClipShape
 from model.engine import buffers
 from model.engine.batch import BatchKey
+from model.engine.faults import cause_of
 from model.engine.job import JobOver, JobReady, RankJob, draft, given_frames
 from model.engine.loader import Networks
 from model.engine.messages import ClipBegan, ClipDone, ClipDropped, ClipFailed, Ended, FromRank, RankSettings, ToRank
-from model.engine.process import PeakMemory, out_of_memory
+from model.engine.process import PeakMemory
 from model.engine.resume import Expected, Unusable, from_bytes
 from model.engine.wire import Wire
 from model.media.windows import Canvas, Frames, seed_of, windows
@@ -58,7 +59,7 @@ class Stages:
             elif not self._resume(job):
                 self._begin_window(job)
         except Exception as problem:
-            if out_of_memory(problem):
+            if cause_of(problem) != "other":
                 raise
             self._end(ClipFailed(job=job.number, reason=f"{type(problem).__name__}: {problem}"))
 

@@ -84,7 +84,7 @@ messages = st.one_of(
         RankFailed,
         reason=st.text(),
         clips=st.lists(st.text()).map(tuple),
-        out_of_memory=st.booleans(),
+        cause=st.sampled_from(["memory", "device", "other"]),
         time=real,
     ),
     st.builds(ClipBegan, job=whole, step=whole),
