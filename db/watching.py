@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import Text, cast, func, select
 from sqlalchemy.orm import Session
 
+from db.engines import ALIVE
 from db.leases import STAGES
 from db.tables import (
     Attempt,
@@ -88,6 +89,81 @@ def lease_owners(session: Session) -> list[str]:
     """Who holds leases now."""
     owners = session.scalars(select(Shard.owner).where(Shard.status == ShardStatus.LEASED).distinct())
     return [owner for owner in owners if owner is not None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNow:
+    """An engine that lives, and the shard that it has; an engine with two of them is there twice."""
+
+    id: str
+    host: str
+    device: str
+    partition: str
+    flow_run_id: str | None
+    request_id: str | None  # of the shard; None: it has none
+    shard_id: int | None
+    width: int | None
+    height: int | None
+    frames: int | None
+    size: int | None  # clips of the shard
+    clip_id: str | None  # that it renders, one of them
+
+
+def engines_now(session: Session, request_id: str, *, limit: int = 50) -> list[EngineNow]:
+    """The living engines with a request's model, those at work for it first."""
+    wanted = select(Request.model_digest).where(Request.id == request_id).scalar_subquery()
+    rendered = (
+        select(func.min(Clip.id))
+        .where(Clip.shard_id == Shard.id, Clip.status == ClipStatus.RUNNING)
+        .correlate(Shard)
+        .scalar_subquery()
+    )
+    of_engine = [getattr(Engine, name) for name in ("id", "host", "device", "partition", "flow_run_id")]
+    of_shard = [getattr(Shard, name) for name in ("request_id", "width", "height", "frames", "size")]
+    silent = func.extract("epoch", func.statement_timestamp() - Engine.heartbeat_at)
+    rows = session.execute(
+        select(*of_engine, *of_shard, Shard.id.label("shard_id"), rendered.label("clip_id"))
+        .outerjoin_from(Engine, Shard, (Shard.owner == Engine.id) & (Shard.status == ShardStatus.LEASED))
+        .where(Engine.closed_at.is_(None), silent <= ALIVE, Engine.model_digest == wanted)
+        .order_by(func.coalesce(Shard.request_id == request_id, False).desc(), Engine.started_at, Engine.id, Shard.id)
+        .limit(limit)
+    )
+    return [EngineNow(**row) for row in rows.mappings()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureCause:
+    """Clips of a request that ended badly for one reason."""
+
+    kind: str  # rank_died, not_finite, bad_input …; of a bad line: rejected
+    error: str  # the first line of one of them
+    clips: int
+    example: str  # a clip's id
+
+
+def failure_causes(session: Session, request_id: str, *, limit: int = 10) -> list[FailureCause]:
+    """The reasons for which clips of a request ended badly, the most frequent first.
+
+    Numbers in an error are no part of its reason: ranks, steps and bytes differ from clip to clip.
+    """
+    first_line = func.split_part(Clip.error, "\n", 1)
+    kind = func.coalesce(Attempt.error_class, cast(Clip.status, Text))
+    reason = func.regexp_replace(first_line, "[0-9]+", "#", "g")
+    ended = (ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.REJECTED)
+    rows = session.execute(
+        select(
+            kind.label("kind"),
+            func.min(first_line).label("error"),
+            func.count().label("clips"),
+            func.min(Clip.id).label("example"),
+        )
+        .outerjoin_from(Clip, Attempt, (Attempt.clip_id == Clip.id) & (Attempt.number == Clip.attempts))
+        .where(Clip.request_id == request_id, Clip.status.in_(ended))
+        .group_by(kind, reason)
+        .order_by(func.count().desc(), kind, func.min(Clip.id))
+        .limit(limit)
+    )
+    return [FailureCause(**row) for row in rows.mappings()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

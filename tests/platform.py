@@ -58,6 +58,7 @@ class RecordedPage:
 
     def __init__(self) -> None:
         self.shown: dict[str, Any] = {}
+        self.descriptions: dict[str, str | None] = {}  # of what is Markdown
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
@@ -70,9 +71,7 @@ class RecordedPage:
 
     def markdown(self, key: str, text: str, description: str | None = None) -> None:
         self._show(key, text)
-
-    def progress(self, key: str, percent: float, description: str) -> None:
-        self._show(key, percent)
+        self.descriptions[key.split("-", 2)[-1]] = description
 
     def table(self, key: str, rows: Sequence[Row], description: str) -> None:
         self._show(key, list(rows))

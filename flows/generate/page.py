@@ -1,4 +1,4 @@
-"""The page of a request's run: progress, shards, refusals, the summary.
+"""The page of a request's run: status, shards, refusals, the summary.
 
 The texts are made here; `Page` is where they go: the run's page in the Prefect UI (`flows.clients.page`).
 """
@@ -16,13 +16,17 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.planning import ShardRow, shard_table
 from db.requests import Progress
+from db.tables import ClipStatus
+from db.watching import FailureCause, engines_now, failure_causes
 from flows.generate.estimates import Estimate, as_duration
 from flows.generate.outcome import Outcome
+from flows.generate.status import Pace, Story, count_of, failed_in, headline, status_text
 from infra.store.contract import LINK_SECONDS, Store
 
 ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at least
 REPORT_MOST = 60.0  # seconds between two reports to the UI, at most
-TABLE_ROWS = 200  # shards that the UI's table shows
+TABLE_ROWS = 100  # shards that the UI's table shows
+STATUS = "0-status"  # a page is in the order of its keys, and this is to be the first
 IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
 
 Row: TypeAlias = Mapping[str, str | int | float]
@@ -41,8 +45,6 @@ class Page(Protocol):
 
     def markdown(self, key: str, text: str, description: str | None = None) -> None: ...
 
-    def progress(self, key: str, percent: float, description: str) -> None: ...
-
     def table(self, key: str, rows: Sequence[Row], description: str) -> None: ...
 
     def image(self, key: str, address: str, description: str) -> None: ...
@@ -57,7 +59,10 @@ def refuse(page: Page, messages: Sequence[str], *, count: int = 1, reason: str =
     """All errors at once, on the page and in the outcome's message; nothing was recorded or planned."""
     text = "\n".join(messages)
     what = {"RewriterFailed": "The rewriter failed", "QuotaExceeded": "Too much at once"}.get(reason, "Bad input")
-    page.markdown("bad-input", f"# {what}: nothing was submitted\n```\n{text}\n```")
+    page.warn(f"{what}: nothing was submitted. {count_of(count, 'error')}:")
+    for message in messages:
+        page.warn(message)
+    page.markdown("bad-input", f"# {what}: nothing was submitted\n```\n{text}\n```", f"{what}: nothing was submitted.")
     return Outcome.refused(text, count=count, reason=reason)
 
 
@@ -77,29 +82,40 @@ def pause(age: float) -> float:
 
 
 class Report:
-    """The progress on a run's page: one progress bar and one table of shards, kept up to date.
+    """The page of a run while its clips are made: the status and a table of shards, kept up to date.
 
-    Prefect keeps each change as an event with all of the table in it (some 50 kB of 200 rows), so that a request which
-    takes days reports less often than one of minutes.
+    Prefect keeps each change as an event with all of the text in it (some 35 kB), so that a request which takes days
+    reports less often than one of minutes.
     """
 
     def __init__(self, page: Page, request_id: str) -> None:
         self.page, self.request_id = page, request_id
+        self.pace, self.story = Pace(), Story()
         self.said: tuple[Any, ...] = ()
+        self.causes: Sequence[FailureCause] = ()
+        self.causes_of = 0  # clips that had ended badly when the causes were looked up
         self.began = time.monotonic()
         self.not_before = self.began
 
     def send(self, ledgers: sessionmaker[Session], progress: Progress, *, last: bool = False) -> None:
-        percent = 100.0 * (progress.added - progress.waiting) / (progress.added or 1)
-        said, now = tuple(sorted(progress.counts.items())), time.monotonic()
+        """Says in the log what is worth a line, and changes the page where something has changed and it is time."""
+        self.pace.see(progress)
+        with ledgers() as session:
+            engines = engines_now(session, self.request_id)
+        for line in self.story.tell(progress, self.pace, engines=len({engine.id for engine in engines})):
+            self.page.info(line)
+        said, now = (*sorted(progress.counts.items()), *engines), time.monotonic()
         if said == self.said or (now < self.not_before and not last):
             return
+        ended_badly = failed_in(progress) + progress.counts[ClipStatus.REJECTED]
         with ledgers() as session:
+            if ended_badly != self.causes_of:
+                self.causes, self.causes_of = failure_causes(session, self.request_id), ended_badly
             rows = [as_line(row) for row in shard_table(session, self.request_id, limit=TABLE_ROWS)]
-        ended = f"Clips of {self.request_id} that have come to an end"
-        self.page.progress(key_of(self.request_id, "progress"), percent, ended)
-        table = rows or [{"shard": "none: every clip was found"}]
-        self.page.table(key_of(self.request_id, "shards"), table, "Shards, the newest last")
+        text = status_text(progress, self.pace, engines, self.causes)
+        self.page.markdown(key_of(self.request_id, STATUS), text, f"{headline(progress, self.pace)}.")
+        shards = rows or [{"shard": "none: every clip was found"}]
+        self.page.table(key_of(self.request_id, "shards"), shards, "Shards, the newest last")
         self.said = said
         self.not_before = now + pause(now - self.began)
 

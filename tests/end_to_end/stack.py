@@ -158,7 +158,7 @@ class Stack:
         self.api("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
 
     def artifacts(self, run_id: str) -> dict[str, dict[str, Any]]:
-        """What the page of a run shows, by the last words of its key (progress, shards, summary, …)."""
+        """What the page of a run shows, by the last words of its key (0-status, shards, summary, …)."""
         filters = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "sort": "UPDATED_DESC"}
         found: dict[str, dict[str, Any]] = {}
         for artifact in self.api("POST", "/artifacts/filter", filters):

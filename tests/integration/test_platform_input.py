@@ -75,8 +75,10 @@ def test_a_clip_for_every_prompt_and_sample(platform: Platform) -> None:
     for line, clip in zip(map(json.loads, manifest), clips, strict=True):
         for name in ("clip_id", "prompt", "seed", "recipe", "status", "object_key", "sha256", "trace_id"):
             assert line[name] == clip[name]
-    assert set(page.shown) == {"progress", "shards", "summary", "outputs", "contact-sheet"}
-    assert page.shown["progress"] == 100
+    assert set(page.shown) == {"0-status", "shards", "summary", "outputs", "contact-sheet"}
+    assert page.descriptions["0-status"] == "4 of 4 clips."
+    assert f"`{'█' * 40}` 100 %" in page.shown["0-status"]
+    assert any(line.startswith("first clip after ") for line in page.lines)
     assert sum(int(row["done"]) for row in page.shown["shards"]) == 4
     assert {row["status"] for row in page.shown["shards"]} == {"done"}
     assert platform.breaches() == []
@@ -110,6 +112,7 @@ def test_every_error_of_a_file_is_said_at_once_and_nothing_is_recorded(platform:
     for place, bound in SAID:
         assert any(line.startswith(place) and bound in line for line in lines), (place, bound, lines)
     assert page.shown["bad-input"].startswith("# Bad input: nothing was submitted\n```\n")
+    assert page.lines == [f"Bad input: nothing was submitted. {len(SAID)} errors:", *lines], "first in the log"
     assert all(bound in page.shown["bad-input"] for _, bound in SAID)
     assert platform.sql("select id from requests") == []
 

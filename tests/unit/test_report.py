@@ -1,4 +1,4 @@
-"""How often a request tells Prefect where it stands: each time leaves some 50 kB there."""
+"""How often a request tells Prefect where it stands: each time leaves some 35 kB there."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def test_a_long_one_keeps_prefect_small() -> None:
     """Prefect keeps an hour of them, or two where its vacuum has just run: never more than ten megabytes an hour."""
     times = reports(7 * 86400.0)
     most = max(sum(begin <= at < begin + 3600 for at in times) for begin in range(0, 7 * 86400, 600))
-    assert most * 50_000 <= 10_000_000
+    assert most * 35_000 <= 10_000_000
     assert all(after - before <= REPORT_MOST + 1e-3 for before, after in pairwise(times))
