@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -14,6 +14,7 @@ from db.session import change
 from db.tables import Engine
 
 ALIVE = 45.0  # seconds since its last sign of life after which an engine counts as gone
+QUIET = 15.0  # the same for one that Prefect calls ended: three heartbeats. It may have been away itself, and be wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,19 +82,42 @@ def live_engines(session: Session, within_seconds: float, *, model_digest: str |
     return _engines(session, _silent_for() <= within_seconds, model_digest)
 
 
+def beats(session: Session, owner: str) -> bool:
+    """Whether the engine has not left, and gave a sign of life in the last QUIET seconds or could give none.
+
+    While the server was down nobody could give one, so silence counts from its start at the earliest.
+    """
+    quiet = func.least(_silent_for(), _server_age()) > QUIET
+    there = select(Engine.id).where(Engine.id == owner, Engine.closed_at.is_(None), ~quiet)
+    return session.scalar(there) is not None
+
+
+def open_engines(session: Session) -> list[EngineRow]:
+    """Engines that have not left, whether they give signs of life or not."""
+    return _engines(session, true(), None)
+
+
+def server_age(session: Session) -> float:
+    """Seconds since the ledger's server started: for longer than that it has heard of nobody."""
+    return float(session.scalar(select(_server_age())) or 0.0)
+
+
 def silent_engines(session: Session, for_seconds: float) -> list[EngineRow]:
     """Engines that have not left, but gave no sign of life for so long: for maintenance to end.
 
     While the server was down nobody could give one, so silence counts from its start at the earliest.
     """
-    server_age = func.extract("epoch", func.statement_timestamp() - func.pg_postmaster_start_time())
-    return _engines(session, func.least(_silent_for(), server_age) > for_seconds, None)
+    return _engines(session, func.least(_silent_for(), _server_age()) > for_seconds, None)
 
 
 def closed_engines(session: Session, within_seconds: float) -> list[EngineRow]:
     """Engines that have left in the last seconds, or were closed as they were silent."""
     ago = func.extract("epoch", func.statement_timestamp() - Engine.closed_at)
     return _engines(session, ago <= within_seconds, None, left=True)
+
+
+def _server_age() -> Any:
+    return func.extract("epoch", func.statement_timestamp() - func.pg_postmaster_start_time())
 
 
 def _silent_for() -> Any:

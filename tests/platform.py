@@ -23,10 +23,12 @@ from sqlalchemy.orm import Session, sessionmaker
 import db.leases
 from db import watching
 from db.requests import cancel_request
+from flows.clients.retry import never
 from flows.generate import watch
 from flows.generate.make import make_clips
 from flows.generate.outcome import Outcome
 from flows.generate.page import Row
+from flows.generate.watch import EnginePool
 from flows.operate.audit import AuditReport, audit
 from flows.render import engine, shard
 from flows.render.engine import EngineTotals, run_engine
@@ -136,14 +138,16 @@ class Platform:
 
     # --- requests
 
-    def submit(self, prompts: Sequence[str | dict[str, Any]] = (), **fields: Any) -> Run:
+    def submit(
+        self, prompts: Sequence[str | dict[str, Any]] = (), *, pool: EnginePool | None = None, **fields: Any
+    ) -> Run:
         """Begins a run of a request, in a thread of its own."""
         asked = GenerationRequest.model_validate({**SMALL, "prompts": list(prompts), **fields})
         page, run_id = RecordedPage(), str(uuid.uuid4())
 
         def make() -> Outcome:
             return make_clips(
-                self.settings, self.sessions, self.store, asked, run_id=run_id, page=page, engines=NoPool()
+                self.settings, self.sessions, self.store, asked, run_id=run_id, page=page, engines=pool or NoPool()
             )
 
         self.runs.append(Run(run_id, page, self.threads.submit(make)))
@@ -179,7 +183,9 @@ class Platform:
 
     # --- engines
 
-    def engine(self, runner: UntilStopped | None = None, **changes: Any) -> EngineTotals:
+    def engine(
+        self, runner: UntilStopped | None = None, *, replaced: Callable[[], bool] = never, **changes: Any
+    ) -> EngineTotals:
         """An engine's life, in this thread."""
         assert changes.keys() <= Settings.model_fields.keys(), changes
         settings = self.settings.model_copy(update=changes)
@@ -187,7 +193,7 @@ class Platform:
         def build(settings: Settings, card: ModelCard, partition: Partition, gpus: object) -> FakeRenderer:
             return FakeRenderer(self.script, card.digest, partition, micro_batch=settings.micro_batch)
 
-        return run_engine(settings, runner=runner, say=self.said.append, build=build)
+        return run_engine(settings, runner=runner, say=self.said.append, build=build, replaced=replaced)
 
     @contextmanager
     def engines(self, count: int = 1, **changes: Any) -> Generator[None]:
@@ -235,6 +241,7 @@ def running_platform(
 ) -> Iterator[Platform]:
     """A platform on an empty ledger; all of its threads have ended after."""
     monkeypatch.setattr(watch, "POLL", 0.05)
+    monkeypatch.setattr(watch, "ROUND", 0.1)
     monkeypatch.setattr(engine, "IDLE", 0.02)
     monkeypatch.setattr(shard, "BEAT", 0.05)
     monkeypatch.setattr(db.leases, "BACKOFF", 0.01)

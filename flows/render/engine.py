@@ -18,7 +18,7 @@ from db import models
 from db.engines import close_engine, engine_heartbeat, register_engine
 from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
-from flows.clients.retry import with_retry
+from flows.clients.retry import never, with_retry
 from flows.library.models import card_of, gpus_of, partition_for, resolve
 from flows.render.devices import hold_devices
 from flows.render.renderer import Renderer
@@ -69,11 +69,13 @@ def run_engine(
     runner: ShardRunner | None = None,
     say: Callable[[str], None] = log.info,
     build: Callable[[Settings, ModelCard, Partition, tuple[int, ...] | None], Renderer] | None = None,
+    replaced: Callable[[], bool] = never,
 ) -> EngineTotals:
     """Renders until there is no work for `settings.linger` seconds, or `runner` is used up. Ends its ranks in any case.
 
     planned: the partition for which a plan wants it, in place of the settings'. runner: None: shards are run and shown
-    to nobody. build: makes the renderer, by default `engine_of`.
+    to nobody. build: makes the renderer, by default `engine_of`. replaced: asked when a lease was lost, whether
+    this engine counts as ended elsewhere, so that another takes its place: then it leaves.
     """
     owner, totals, born = owner_name(flow_run_id), EngineTotals(), time.monotonic()
     digest = with_retry(lambda: card_of(settings, settings.model)).digest
@@ -98,7 +100,7 @@ def run_engine(
                 try:
                     renderer.start()
                     say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
-                    render_shards(worker, totals, runner)
+                    render_shards(worker, totals, runner, replaced)
                 finally:
                     renderer.close()
 
@@ -111,8 +113,13 @@ def run_engine(
     return totals
 
 
-def render_shards(worker: Worker, totals: EngineTotals, runner: ShardRunner | None) -> None:
-    """Claims and renders shard after shard, until there is no work for `linger` seconds or `runner` is used up."""
+def render_shards(
+    worker: Worker, totals: EngineTotals, runner: ShardRunner | None, replaced: Callable[[], bool] = never
+) -> None:
+    """Claims and renders shard after shard, until there is no work for `linger` seconds or `runner` is used up.
+
+    Also until it has lost a lease and is `replaced`: what it would claim then it might lose as well, try after try.
+    """
     idle_since = time.monotonic()
     while time.monotonic() - idle_since < worker.settings.linger:
         if runner is not None and runner.used_up:
@@ -138,6 +145,9 @@ def render_shards(worker: Worker, totals: EngineTotals, runner: ShardRunner | No
         totals.shards += 1
         idle_since = time.monotonic()
         totals.busy += idle_since - began
+        if shard.lost is not None and replaced():
+            worker.say(f"engine {worker.owner}: its run has ended, as Prefect says, and its lease is lost: it leaves")
+            return
     worker.say(f"engine {worker.owner}: no work for {worker.settings.linger:.0f} s")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -21,7 +22,9 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_run
 from prefect.states import Completed
 
+from flows.clients.retry import best_effort
 from flows.render.engine import run_engine
+from flows.render.pool import dead_owners
 from flows.render.shard import Shard
 from flows.settings import load_settings
 from infra.tracing import flush, setup_tracing
@@ -41,11 +44,23 @@ def render(model: str | None = None, linger: float | None = None, partition: str
     run_logger = get_run_logger()
     try:
         done = run_engine(
-            settings, planned=partition, flow_run_id=str(this_run.id), runner=TaskRuns(), say=run_logger.info
+            settings,
+            planned=partition,
+            flow_run_id=str(this_run.id),
+            runner=TaskRuns(),
+            say=run_logger.info,
+            replaced=partial(ended_in_prefect, str(this_run.id)),
         )
     finally:
         flush()
     return Completed(message=f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
+
+
+def ended_in_prefect(flow_run_id: str) -> bool:
+    """Whether Prefect calls this engine's run ended; False where it cannot be asked."""
+    dead: list[str] = []
+    best_effort(lambda: dead.extend(dead_owners([flow_run_id])))
+    return bool(dead)
 
 
 def as_task(shard: Shard) -> int:

@@ -1,7 +1,9 @@
 """How many engines run, and starting more: the one place that asks Prefect about engine runs.
 
 An engine is a flow run of `render/engine`. Its owner name in the ledger ends in its flow run's id, so that a lease can
-be given back as soon as Prefect knows that its engine has ended, instead of when it runs out.
+be given back when Prefect says that its engine has ended and the ledger hears of it no more, instead of when it runs
+out. What Prefect says alone decides nothing: runs that live are called crashed where its server was away, and an engine
+that still gives signs of life keeps its leases and its place, until that opinion is withdrawn.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Crashed, Running
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import watching
-from db.engines import ALIVE, closed_engines, live_engines, silent_engines
+from db.engines import ALIVE, QUIET, closed_engines, live_engines, open_engines, server_age, silent_engines
 from db.requests import progress
 from flows.clients.prefect import TAKEN
 from flows.library.models import gpus_of
@@ -55,7 +57,7 @@ def run_of(owner: str) -> uuid.UUID | None:
 
 
 def dead_owners(owners: Iterable[str]) -> list[str]:
-    """Those of `owners` whose flow run has ended: they will never write again."""
+    """Those of `owners` whose flow run has ended, as Prefect says: the ledger has the last word (`expire_owner`)."""
     dead: list[str] = []
     with get_client(sync_client=True) as client:
         for owner in owners:
@@ -106,21 +108,27 @@ def ensure(
     with ledgers() as session:
         work = progress(session, request_id)
         shards = watching.open_shards(session, request_id)
-        living = live_engines(session, ALIVE)
-        gone = silent_engines(session, ALIVE)
+        there = open_engines(session)
+        silent, quiet = silent_engines(session, ALIVE), silent_engines(session, QUIET)
+        beating = {engine.flow_run_id for engine in live_engines(session, QUIET)}
         left = {engine.flow_run_id for engine in closed_engines(session, LEAVING)}
-    alive = {engine.flow_run_id for engine in living}
-    silent = {engine.flow_run_id for engine in gone}
-    by_hand = [engine for engine in living if engine.flow_run_id is None]  # started outside Prefect
-    ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
+        ledger_up = timedelta(seconds=server_age(session))
+    known, gone = {engine.flow_run_id for engine in there}, {engine.flow_run_id for engine in silent}
     with get_client(sync_client=True) as client:
         runs = runs_of(client, DEPLOYMENT)
         ended: set[uuid.UUID] = set()
         for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
-            if (state := stuck(run) or unheard_of(run, alive | left, silent)) is not None:
+            if (state := stuck(run) or unheard_of(run, known | left, gone, ledger_up)) is not None:
                 client.set_flow_run_state(run.id, state, force=True)
                 ended.add(run.id)
+            elif (state := withdrawn(run, beating)) is not None:
+                client.set_flow_run_state(run.id, state, force=True)
     active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended and str(run.id) not in left]
+    # Started outside Prefect, or called ended by it while they live: these have their GPUs too.
+    shown = {str(run.id) for run in active}
+    by_hand = [engine for engine in there if engine.flow_run_id is None and engine not in silent]
+    by_hand += [engine for engine in there if engine.flow_run_id not in {None, *shown} and engine not in quiet]
+    ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
     starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
     if settings.partition != AUTO:
@@ -139,13 +147,13 @@ def ensure(
                 free = 0
             continue
         world = Partition.parse(each.partition).world
-        there = [run for run in ours if run.parameters.get("partition") == each.partition]
+        at_work = [run for run in ours if run.parameters.get("partition") == each.partition]
         there_by_hand = [engine for engine in ours_by_hand if engine.partition == each.partition]
-        wanted = plan.engines_wanted(each.seconds, each.count, count // world) - len(there) - len(there_by_hand)
+        wanted = plan.engines_wanted(each.seconds, each.count, count // world) - len(at_work) - len(there_by_hand)
         possible = max(0, min(wanted, free // world))
         starter.start(possible, each.partition, told=True)
         free -= possible * world
-        if not turn and not there and not there_by_hand and not possible:
+        if not turn and not at_work and not there_by_hand and not possible:
             short = each.partition
     return short
 
@@ -188,15 +196,28 @@ def stuck(run: FlowRun) -> State[Any] | None:
     return None
 
 
-def unheard_of(run: FlowRun, known: set[str | None], silent: set[str | None]) -> State[Any] | None:
+def unheard_of(
+    run: FlowRun, known: set[str | None], silent: set[str | None], ledger_up: timedelta
+) -> State[Any] | None:
     """The state of an engine that Prefect calls running, where the ledger has not heard of it for long. Else None.
 
-    known: flow runs of engines that live, or have left in order.
+    known: flow runs of engines that have a row, whether they live or have left in order. silent: those of engines whose
+    signs of life are missing. ledger_up: how long the ledger's server has been there to hear of anybody.
     """
-    if run.state_type is not StateType.RUNNING or str(run.id) in known:
+    if run.state_type is not StateType.RUNNING:
         return None
-    if str(run.id) in silent or _age(run) > STARTING:
+    if str(run.id) in silent or (str(run.id) not in known and min(_age(run), ledger_up) > STARTING):
         return Crashed(message="The ledger has not heard of this engine for long.")
+    return None
+
+
+def withdrawn(run: FlowRun, beating: set[str | None]) -> State[Any] | None:
+    """The state of an engine that Prefect calls crashed, and that gave a sign of life after that. Else None.
+
+    beating: flow runs of engines of which the ledger heard within QUIET seconds.
+    """
+    if run.state_type is StateType.CRASHED and str(run.id) in beating and _age(run).total_seconds() > QUIET:
+        return Running(message="The ledger hears of this engine: it had not crashed.")
     return None
 
 

@@ -113,6 +113,7 @@ class Shard:
             else:
                 self.write(lambda session: complete_shard(session, self.lease))
         except LeaseLost as error:
+            self.lost = error
             self.worker.say(f"shard {self.lease.shard_id}: {error}")
         finally:
             stop.set()
