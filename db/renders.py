@@ -18,6 +18,7 @@ def reused() -> dict[str, Any]:
         "status": ClipStatus.DONE,
         "artifact": Render.sha256,
         "reused": True,
+        "rendered_by": Render.clip_id,
         "error": None,
         "finished_at": now(),
         **NO_RESUME_STATE,

@@ -341,6 +341,7 @@ class Clip(Base):
     failures: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # attempts since the last retry
     lost_attempts: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # with their engine, since then
     reused: Mapped[bool] = mapped_column(server_default=text("false"))  # done by a cached render
+    rendered_by: Mapped[str | None] = mapped_column(ForeignKey("clips.id"))  # the clip that this render was made for
     fresh: Mapped[bool] = mapped_column(server_default=text("false"))  # a render from before it was queued will not do
     not_before: Mapped[datetime | None]  # a clip that failed waits a little before it is tried again
     resume_key: Mapped[str | None]  # object that holds its resume state: unfinished latents
@@ -392,7 +393,8 @@ class Clip(Base):
             f" and (status = 'quarantined') = (failures = {MAX_FAILURES} or lost_attempts = {MAX_LOST_ATTEMPTS})",
             name="failures",
         ),
-        CheckConstraint("not reused or status = 'done'", name="reused"),
+        # prevents a video of which nobody knows how it was made
+        CheckConstraint("not reused or (status = 'done' and rendered_by is not null)", name="reused"),
         # prevents a finished clip from keeping a resume state, and one that nobody could go on from
         CheckConstraint(
             "(resume_key is null or status in ('queued', 'running')) and resume_step >= 1"

@@ -1,19 +1,21 @@
-"""The view `history`, one row per clip with everything about it, made from one list of its columns.
+"""Views made from lists of their columns; and `history`, one row per clip with everything about it.
 
-A column is a field of `HistoryRow` or of `ClipSettings`. Every upgrade ends with `settle_history`, so a migration that
-adds one does not repeat the others; one that changes a column which the view reads drops the view first.
+A column of `history` is a field of `HistoryRow` or of `ClipSettings`. Every upgrade ends with `settle_views`, so a
+migration that adds one does not repeat the others; one that changes a column which a view reads drops the view first.
+What a column means is said once, here: it is the column's comment in the database too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Boolean,
     Column,
@@ -30,12 +32,22 @@ from sqlalchemy import (
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, ClipStatus
 
-_PARENT = "(select edge.parent from edges edge where edge.child = clip.id order by edge.kind, edge.parent limit 1)"
+_PARENTS = """array(select edge.parent from edges edge where edge.child = clip.id
+        group by edge.parent order by min(edge.kind), edge.parent)"""
+_DIGITS = r"substring({}.partition from '{}([0-9]+)')::integer"
+
+
+def gpus_of(table: str) -> str:
+    """SQL: the GPUs of the partition that a row names, such as cfg1xsp1xtp2; 1 where it is none of ours."""
+    return f"coalesce({' * '.join(_DIGITS.format(table, axis) for axis in ('cfg', 'sp', 'tp'))}, 1)"
+
+
+_RENDERED_BY = "case when clip.reused then clip.rendered_by when clip.status = 'done' then clip.id end"
 
 
 @dataclass(frozen=True, slots=True)
 class ViewColumn:
-    """A column of the view: its meaning, the expression that it selects, its SQL type."""
+    """A column of a view: its meaning, the expression that it selects, its SQL type."""
 
     means: str
     sql: str = ""  # empty: the column of `clips` that has its name
@@ -67,6 +79,9 @@ class HistoryRow:
     error: Annotated[str | None, "why it failed, last failed, or was rejected"]
     attempts: Annotated[int, "attempts, ever"]
     reused: Annotated[bool, "done by a cached render, not rendered again"]
+    rendered_by: Annotated[
+        str | None, ViewColumn("the clip whose rendering it is; engine, stages … are of that one", _RENDERED_BY)
+    ]
     engine: Annotated[str | None, ViewColumn("who made the last attempt", "last.engine")]
     partition: Annotated[str | None, ViewColumn("how the model was split: cfg1xsp1xtp2", "last.partition")]
     code_version: Annotated[str | None, ViewColumn("of the engine", "last.code_version")]
@@ -75,7 +90,16 @@ class HistoryRow:
     decode_seconds: Annotated[float | None, ViewColumn("latents to frames", "last.decode_seconds")]
     encode_seconds: Annotated[float | None, ViewColumn("frames to MP4 or PNG", "last.encode_seconds")]
     put_seconds: Annotated[float | None, ViewColumn("storing the bytes", "last.put_seconds")]
-    seconds: Annotated[float | None, "engine time: the sum of the five stages"]
+    seconds: Annotated[
+        float | None, ViewColumn("engine time: the sum of the five stages", "coalesce(clip.seconds, maker.seconds)")
+    ]
+    gpu_seconds: Annotated[
+        float | None,
+        ViewColumn(
+            "seconds times the GPUs of the partition; 0 for a reused clip, so that sums count each rendering once",
+            f"case when clip.reused then 0 else clip.seconds * {gpus_of('last')} end",
+        ),
+    ]
     queued_at: Annotated[datetime, "when it was added"]
     started_at: Annotated[datetime | None, "when its last attempt began"]
     finished_at: Annotated[datetime | None, "when it reached its end state"]
@@ -86,9 +110,7 @@ class HistoryRow:
     trace_id: Annotated[
         str | None, ViewColumn("of the rendering, else of the request", "coalesce(last.trace_id, request.trace_id)")
     ]
-    parent_clip_id: Annotated[
-        str | None, ViewColumn("the clip it was made from; of several the first, see edges", _PARENT)
-    ]
+    parents: Annotated[list[str], ViewColumn("the clips it was made from; see ask.lineage", _PARENTS, ARRAY(Text))]
     line: Annotated[int | None, "of the prompt file, from 1"]
     flow_run_id: Annotated[str | None, ViewColumn("the Prefect flow run of its request", "request.flow_run_id")]
     shard_id: Annotated[int | None, ViewColumn("the shard it was last part of", kind=BigInteger)]
@@ -126,8 +148,13 @@ class HistoryRow:
     def columns(self) -> dict[str, Any]:
         """The values by the names of the view's columns, in their order."""
         return {
-            name: getattr(self.settings, name, None) if name in SETTINGS else getattr(self, name) for name in COLUMNS
+            name: getattr(self.settings, _SETTINGS[name], None) if name in _SETTINGS else getattr(self, name)
+            for name in COLUMNS
         }
+
+
+# Names of the view's columns to settings: `window` is a reserved word, which everybody would have to quote.
+_SETTINGS = {"window_frames" if name == "window" else name: name for name in SETTINGS}
 
 
 _KINDS: dict[Any, Any] = {
@@ -141,12 +168,13 @@ def _columns() -> dict[str, ViewColumn]:
     settings = get_type_hints(ClipSettings, include_extras=True)
     columns: dict[str, ViewColumn] = {}
     for name, hint in hints.items():
-        some = {name: hint} if name != "settings" else {each: settings[each] for each in SETTINGS}
+        some = {name: hint} if name != "settings" else {shown: settings[each] for shown, each in _SETTINGS.items()}
         for column, annotated in some.items():
             optional, described = get_args(annotated)
             own = next(kind for kind in get_args(optional) or (optional,) if kind is not NoneType)
             shown = ViewColumn(described) if isinstance(described, str) else described
-            columns[column] = ViewColumn(shown.means, shown.sql or f'clip."{column}"', shown.kind or _KINDS[own])
+            own_name = f'clip."{_SETTINGS.get(column, column)}"'
+            columns[column] = ViewColumn(shown.means, shown.sql or own_name, shown.kind or _KINDS[own])
     return columns
 
 
@@ -157,33 +185,74 @@ history = Table("history", MetaData(), *(Column(name, column.kind) for name, col
 
 def row_of(values: Mapping[str, Any]) -> HistoryRow:
     """A row from the values of the view's columns by name."""
-    rest = {name: value for name, value in values.items() if name not in SETTINGS}
+    rest = {name: value for name, value in values.items() if name not in _SETTINGS}
     rest["status"], rest["mode"] = ClipStatus(rest["status"]), ClipMode(rest["mode"])
     rest["direction"] = rest["direction"] and ClipDirection(rest["direction"])
-    settings = ClipSettings(**{name: values[name] for name in SETTINGS}) if values["width"] is not None else None
-    return HistoryRow(settings=settings, **rest)
+    given = {name: values[shown] for shown, name in _SETTINGS.items()}
+    return HistoryRow(settings=ClipSettings(**given) if values["width"] is not None else None, **rest)
 
 
-_SELECTED = ",\n    ".join(f'{column.sql} as "{name}"' for name, column in COLUMNS.items())
-HISTORY = f"""create view history as
-select
-    {_SELECTED}
-from clips clip
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A view: what a row is, its columns by name, and where they are selected from."""
+
+    name: str  # with its schema, where that is not public
+    means: str
+    columns: Mapping[str, ViewColumn]
+    source: str  # what follows the columns: from …
+
+    @property
+    def query(self) -> str:
+        shown = ",\n    ".join(f'{column.sql} as "{name}"' for name, column in self.columns.items())
+        return f"select\n    {shown}\n{self.source}"
+
+    @property
+    def comment(self) -> str:
+        """What a row is, and a digest of everything that the view is made of: by it `settle_views` knows it."""
+        made_of = repr((self.query, self.means, [column.means for column in self.columns.values()]))
+        return f"{self.means} [{hashlib.sha256(made_of.encode()).hexdigest()[:12]}]"
+
+    @property
+    def remake(self) -> Sequence[str]:
+        """The statements that make it in place of the one there is."""
+        return (
+            f"drop view if exists {self.name}",
+            f"create view {self.name} as\n{self.query}",
+            f"comment on view {self.name} is {_quoted(self.comment)}",
+            *(
+                f'comment on column {self.name}."{name}" is {_quoted(column.means)}'
+                for name, column in self.columns.items()
+            ),
+        )
+
+
+def _quoted(words: str) -> str:
+    return "'" + words.replace("'", "''") + "'"
+
+
+HISTORY = View(
+    name="history",
+    means="one row per clip, with everything about it",
+    columns=COLUMNS,
+    source="""from clips clip
 join requests request on request.id = clip.request_id
-left join attempts last on last.clip_id = clip.id and last.number = clip.attempts
+left join clips maker on clip.reused and maker.id = clip.rendered_by
+left join attempts last on last.clip_id = coalesce(maker.id, clip.id)
+    and last.number = coalesce(maker.attempts, clip.attempts)
 left join artifacts artifact on artifact.sha256 = clip.artifact
 left join shards shard on shard.id = clip.shard_id
 left join lateral (
     select count(*)::integer as reproductions, min(psnr) as psnr, max(reproductions.largest) as largest
     from reproductions
     where reproductions.clip_id = clip.id
-) again on true"""
-_STAMP = hashlib.sha256(HISTORY.encode()).hexdigest()
-REMAKE = ("drop view if exists history", HISTORY, f"comment on view history is '{_STAMP}'")
+) again on true""",
+)
 
 
-def settle_history(connection: Connection) -> None:
-    """Make the view anew where it is not what `HISTORY` says; by its comment, which holds the digest of that."""
-    if connection.scalar(text("select obj_description(to_regclass('history'), 'pg_class')")) != _STAMP:
-        for statement in REMAKE:
-            connection.exec_driver_sql(statement)
+def settle_views(connection: Connection, views: Sequence[View]) -> None:
+    """Make those views anew that are not there as they should be: by their comments, which hold a digest of it."""
+    for view in views:
+        there = text("select obj_description(to_regclass(:name), 'pg_class')")
+        if connection.scalar(there, {"name": view.name}) != view.comment:
+            for statement in view.remake:
+                connection.exec_driver_sql(statement.replace("%", "%%"))

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from db.roles import settle_roles
 from db.session import connect
 from db.tables import Base
-from db.view import REMAKE, settle_history
+from db.view import HISTORY, settle_views
 
 TURN = 0x527573686573  # advisory lock: "Rushes"
 
@@ -35,7 +35,7 @@ def main() -> None:
         with context.begin_transaction():
             context.run_migrations()
             if context.get_revision_argument() == context.get_head_revision():
-                for statement in REMAKE:
+                for statement in HISTORY.remake:
                     context.execute(statement)
         return
     engine = connect(url, application="rushes-migrations")
@@ -43,7 +43,7 @@ def main() -> None:
         with engine.connect() as connection, connection.begin():
             migrate(connection)
             if upgraded_to_head():
-                settle_history(connection)
+                settle_views(connection, (HISTORY,))
                 left = config.attributes["left"] = settle_roles(connection)
                 for statement in () if "url" in config.attributes else left:
                     logging.getLogger("rushes").warning("an administrator has to run: %s", statement)

@@ -57,7 +57,7 @@ def only_clip(stack: Stack, said: str) -> dict[str, Any]:
 
 def test_a_clip_from_a_picture(stack: Stack, first: dict[str, Any], picture: bytes) -> None:
     digest = hashlib.sha256(picture).hexdigest()
-    assert (first["mode"], first["source_sha256"], first["parent_clip_id"]) == ("image-to-video", digest, None)
+    assert (first["mode"], first["source_sha256"], first["parents"]) == ("image-to-video", digest, [])
     (stored,) = stack.sql("select * from artifacts where sha256 = %s", digest)
     assert stack.blob(stored["key"]).read_bytes() == picture and stored["media_type"] == "image/png"
     assert decode(stack.blob(first["object_key"]).read_bytes())[0] == (9, 32, 48)
@@ -73,7 +73,7 @@ def test_the_same_picture_is_the_same_request(stack: Stack, submitted: Path, fir
 def test_a_clip_is_extended_and_knows_its_parent(stack: Stack, first: dict[str, Any], longer: dict[str, Any]) -> None:
     assert (longer["mode"], longer["direction"], longer["overlap"]) == ("extend", "forward", 5)
     assert (longer["frames"], longer["width"], longer["height"]) == (13, 48, 32)
-    assert (longer["parent_clip_id"], longer["source_sha256"]) == (first["clip_id"], first["sha256"])
+    assert (longer["parents"], longer["source_sha256"]) == ([first["clip_id"]], first["sha256"])
     assert decode(stack.blob(longer["object_key"]).read_bytes())[0] == (13, 32, 48)
     edges = stack.sql("select parent, kind::text as kind from edges where child = %s", longer["clip_id"])
     assert edges == [{"parent": first["clip_id"], "kind": "extend"}]

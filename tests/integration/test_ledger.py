@@ -158,7 +158,7 @@ def test_a_clip_made_from_others_names_them_and_is_found_as_a_source_when_done(l
         add_clips(session, second, [child])
         story = show_clip(session, f"{second}-000000-0")
     assert story is not None and story.parents == ((parent, EdgeKind.EXTEND),)
-    assert story.clip.parent_clip_id == parent and story.clip.direction is ClipDirection.FORWARD
+    assert story.clip.parents == [parent] and story.clip.direction is ClipDirection.FORWARD
 
 
 def test_clips_added_twice_are_there_once(ledger: Ledger) -> None:
@@ -350,7 +350,7 @@ def test_twins_wait_for_the_first_and_are_adopted(ledger: Ledger) -> None:
         (mine, twin), (theirs,) = list(clips_of(session, request))[:2], list(clips_of(session, other))
         assert mine.sha256 == twin.sha256 == theirs.sha256 == artifact_of(first.clip_id).sha256
         assert (mine.reused, twin.reused, theirs.reused) == (False, True, True)
-        assert (twin.attempts, twin.seconds, twin.engine) == (0, None, None)
+        assert (twin.attempts, twin.seconds, twin.rendered_by) == (0, mine.seconds, mine.clip_id)
 
 
 def test_planners_of_two_requests_at_once_plan_each_recipe_once(ledger: Ledger) -> None:
@@ -805,6 +805,7 @@ REFUSED = {
     "uq_clips_request_id_index_sample": "update clips set index = 1 where id = 'clip-0'",
     "fk_clips_request_id": "update clips set request_id = 'unknown'",
     "fk_clips_shard_id": f"update clips set shard_id = 999, recipe = '{digest('r2')}' where id = 'clip-2'",
+    "fk_clips_rendered_by": "update clips set rendered_by = 'unknown'",
     "fk_clips_artifact": "update clips set status = 'done', finished_at = now(), artifact = 'unknown'",
     "ck_clips_position": "update clips set sample = -1",
     "ck_clips_renderable": "update clips set width = null where id = 'clip-0'",

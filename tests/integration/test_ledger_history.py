@@ -95,7 +95,8 @@ def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -
     assert (clip.trace_id, parent.clip.trace_id) == ("clip-trace", "request-trace")
     assert clip.started_at is not None and clip.finished_at is not None
     assert clip.queued_at < clip.started_at <= clip.finished_at
-    assert clip.parent_clip_id == parent.clip.clip_id
+    assert (clip.parents, parent.clip.parents) == ([parent.clip.clip_id], [])
+    assert (clip.rendered_by, clip.gpu_seconds) == (clip.clip_id, 25.0), "on two GPUs"
     assert story.parents == ((parent.clip.clip_id, EdgeKind.EXTEND),)
     assert parent.children == ((clip.clip_id, EdgeKind.EXTEND),)
     assert [(row.number, row.status, row.error) for row in story.attempts] == [
@@ -103,6 +104,23 @@ def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -
         (2, AttemptStatus.DONE, None),
     ]
     assert story.attempts[1].peak_bytes == 7
+
+
+def test_a_reused_clip_carries_the_figures_of_the_clip_that_was_rendered(dailies: Engine) -> None:
+    with Session(dailies) as session:
+        made, reused = (show_clip(session, f"{REQUEST}-00000{k}-0") or pytest.fail("no clip") for k in (1, 2))
+    of_the_rendering = ("engine", "partition", "code_version", "seconds", "denoise_seconds", "peak_bytes", "trace_id")
+    for name in (*of_the_rendering, "rendered_by", "sha256"):
+        assert getattr(reused.clip, name) == getattr(made.clip, name) is not None, name
+    assert (reused.clip.reused, reused.clip.attempts, reused.clip.gpu_seconds) == (True, 0, 0.0)
+    assert run_sql(dailies, "select sum(gpu_seconds) from history").rows == [(50.0,)], "each rendering counts once"
+
+
+def test_no_column_has_a_reserved_name(dailies: Engine) -> None:
+    with dailies.connect() as connection:
+        reserved = set(connection.scalars(text("select word from pg_get_keywords() where catcode = 'R'")))
+    assert reserved & set(COLUMNS) == set()
+    run_sql(dailies, "select window_frames, overlap from history")
 
 
 def test_clips_are_found_by_what_people_remember(dailies: Engine) -> None:
@@ -157,7 +175,7 @@ def test_each_question_has_its_answer() -> None:
 def test_a_rendering_done_twice_would_show(database: Engine, ledger: Ledger) -> None:
     rendered(ledger)
     with ledger.begin() as session:
-        session.execute(text("update clips set reused = false where reused"))
+        session.execute(text("update clips set reused = false, rendered_by = null where reused"))
     question = next(question for question in QUESTIONS if "twice" in question)
     ((_, renderings, clips),) = run_sql(database, QUESTIONS[question]).rows
     assert (renderings, clips) == (2, [f"{REQUEST}-000001-0", f"{REQUEST}-000002-0"])

@@ -17,7 +17,7 @@ from sqlalchemy.types import to_instance
 
 from db.session import connect, downgrade, upgrade
 from db.tables import Base
-from db.view import COLUMNS
+from db.view import COLUMNS, HISTORY
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,11 +69,43 @@ def test_up_down_and_up_again(empty_database_url: str) -> None:
 
 
 def test_the_view_has_the_columns_that_are_documented(database: Engine) -> None:
-    described = "select column_name, data_type from information_schema.columns where table_name = 'history'"
+    described = """
+        select attname, format_type(atttypid, atttypmod) from pg_attribute
+        where attrelid = to_regclass('history') and attnum > 0 order by attnum"""
     with database.connect() as connection:
-        there = [tuple(row) for row in connection.execute(text(f"{described} order by ordinal_position"))]
+        there = [tuple(row) for row in connection.execute(text(described))]
     dialect = postgresql.dialect()
     assert there == [(name, to_instance(column.kind).compile(dialect).lower()) for name, column in COLUMNS.items()]
+
+
+def test_every_view_and_column_explains_itself(database: Engine) -> None:
+    """In the words of the one list, so that psql's \\d+ and BI tools show them."""
+    described = """
+        select c.relname, a.attname, obj_description(c.oid, 'pg_class'), col_description(c.oid, a.attnum)
+        from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0
+        where c.relkind = 'v' and c.relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+    """
+    with database.connect() as connection:
+        rows = [tuple(row) for row in connection.execute(text(described))]
+    assert [row for row in rows if not row[2] or not row[3]] == []
+    assert {row[1]: row[3] for row in rows if row[0] == "history"} == {
+        name: column.means for name, column in COLUMNS.items()
+    }
+    assert {row[2].rpartition(" [")[0] for row in rows if row[0] == "history"} == {HISTORY.means}
+
+
+def test_a_view_is_made_anew_when_its_words_or_its_query_change(database: Engine, database_url: str) -> None:
+    shown = text("select oid, obj_description(oid, 'pg_class') from pg_class where relname = 'history'")
+    with database.begin() as connection:
+        before = connection.execute(shown).one()
+    upgrade(database_url)
+    with database.begin() as connection:
+        assert connection.execute(shown).one() == before, "as it should be, and yet made anew"
+        connection.exec_driver_sql(f"comment on view history is '{HISTORY.means} [0123456789ab]'")
+    upgrade(database_url)
+    with database.begin() as connection:
+        oid, comment = connection.execute(shown).one()
+    assert oid != before.oid and comment == before[1]
 
 
 def test_the_command_line_upgrades_from_nothing_and_two_starters_take_turns(

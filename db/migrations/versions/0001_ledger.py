@@ -4,7 +4,7 @@ Revision: 0001, the first
 
 Written as SQL, since that is what it is about. db/tables.py says of every constraint and index what it prevents; a test
 compares the two by the database's own catalogs. Creates everything, so it locks nothing that anybody uses. The view
-`history` is made after the migrations, from the columns that db/history.py lists (see `settle_history`).
+`history` is made after the migrations, from the columns that db/view.py lists (see `settle_views`).
 """
 
 from __future__ import annotations
@@ -240,6 +240,7 @@ create table clips (
     failures smallint default 0 not null,
     lost_attempts smallint default 0 not null,
     reused boolean default false not null,
+    rendered_by text,
     fresh boolean default false not null,
     not_before timestamptz,
     resume_key text,
@@ -255,6 +256,7 @@ create table clips (
     constraint uq_clips_request_id_index_sample unique (request_id, index, sample),
     constraint fk_clips_request_id foreign key (request_id) references requests (id),
     constraint fk_clips_shard_id foreign key (shard_id) references shards (id),
+    constraint fk_clips_rendered_by foreign key (rendered_by) references clips (id),
     constraint fk_clips_artifact foreign key (artifact) references artifacts (sha256),
     constraint fk_clips_source foreign key (source) references artifacts (sha256),
     constraint fk_clips_end_source foreign key (end_source) references artifacts (sha256),
@@ -280,7 +282,7 @@ create table clips (
     constraint ck_clips_failures check (
         failures between 0 and 3 and lost_attempts between 0 and 6
         and (status = 'quarantined') = (failures = 3 or lost_attempts = 6)),
-    constraint ck_clips_reused check (not reused or status = 'done'),
+    constraint ck_clips_reused check (not reused or (status = 'done' and rendered_by is not null)),
     constraint ck_clips_resume check (
         (resume_key is null or status in ('queued', 'running')) and resume_step >= 1
         and num_nulls(resume_key, resume_step, resume_fingerprint) in (0, 3))
