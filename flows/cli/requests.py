@@ -49,10 +49,10 @@ def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple
     `options` are fields of GenerationRequest.
     """
     from flows.library.models import card_of
-    from flows.request.lines import BadFile
     from flows.request.read import untrained_shapes
     from flows.request.submit import check_file, readable
     from flows.request.submit import submit as send
+    from flows.request.unpack import BadFile
 
     options = {"model": settings.model, **options}
     skip_invalid = options.get("skip_invalid", False)

@@ -28,7 +28,7 @@ from flows.plan.layout import (
 )
 from flows.plan.shards import ByReplica, WorkShape
 from flows.request.files import open_file
-from flows.request.form import FORMAT_OF_ENDING, GenerationRequest, PromptsFormat
+from flows.request.form import GenerationRequest, format_of
 from flows.request.read import read_prompts
 from flows.request.recipe import Prompt
 from flows.request.submit import lazy_lookup
@@ -82,7 +82,7 @@ def forecast(
     """
     how_many, kind = parse_gpus(gpus)
     card, network = _model(settings, model)
-    format = FORMAT_OF_ENDING.get(path.suffix.lower(), PromptsFormat.AUTO)
+    format = format_of(path.name)
     defaults = GenerationRequest(**options, prompts_format=format, prompts_uri="store:prompts/unknown").resolve(card)
     clips: Counter[Work] = Counter()
     bad = 0

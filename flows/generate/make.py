@@ -22,9 +22,9 @@ from flows.generate.watch import EnginePool, watch
 from flows.library.models import BrokenModel
 from flows.request.files import BadUri
 from flows.request.form import GenerationRequest
-from flows.request.lines import BadFile
 from flows.request.read import check_defaults, untrained_shapes
 from flows.request.rewriting import RewriterFailed, rewriter_of
+from flows.request.unpack import BadFile
 from flows.settings import Settings
 from infra.store.contract import NoSuchKey, Store
 from model.loading.card import ModelNotFound

@@ -217,7 +217,7 @@ def text_of(values: dict[str, Any], key: str, most: int, faults: list[Fault], *,
     if not isinstance(value, str):
         faults.append(Fault(key, f"{key}={shown_value(value)} must be a text"))
         return None
-    text = value.strip()
+    text = value.replace("\ufeff", "").strip()  # a byte order mark from where it was copied, which nobody sees
     if not text:
         if key != "negative_prompt":
             faults.append(Fault(key, f"{key} is blank"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from flows.request.fields import shown_value
-from flows.request.lines import CHUNK, BadFile
+from flows.request.unpack import CHUNK, BadFile
 
 
 class BadUri(ValueError):

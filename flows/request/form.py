@@ -55,6 +55,13 @@ FORMAT_OF_ENDING = {
 }
 
 
+def format_of(name: str) -> PromptsFormat:
+    """The format that a file's name tells, a compressed one's too; AUTO where only a look at the file can tell."""
+    path = PurePosixPath(name.lower())
+    ending = PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return FORMAT_OF_ENDING.get(ending, PromptsFormat.AUTO)
+
+
 class Solver(StrEnum):
     """How the denoising equation is stepped (`model.network.diffusion` says how each works)."""
 
@@ -323,7 +330,7 @@ class GenerationRequest(ClipOptions):
             return PromptsFormat.JSONL
         if self.prompts_format is not PromptsFormat.AUTO:
             return self.prompts_format
-        return FORMAT_OF_ENDING.get(PurePosixPath(self.prompts_uri or "").suffix.lower(), PromptsFormat.AUTO)
+        return format_of(self.prompts_uri or "")
 
     def inline_bytes(self) -> bytes:
         """The prompts of the form as a JSONL file, so that there is one reader and one digest for every way in."""

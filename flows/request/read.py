@@ -33,9 +33,10 @@ from flows.request.fields import (
     unknown_keys,
 )
 from flows.request.form import MAX_ID, MAX_PROMPT, SETTINGS, SOURCES, Defaults, Mode, PromptsFormat
-from flows.request.lines import EXAMPLE, BadFile, Record, read_csv, read_jsonl, read_text, sniff, text_lines
+from flows.request.lines import EXAMPLE, Record, read_csv, read_jsonl, read_text, sniff, text_lines
 from flows.request.modes import PLAIN, STITCHED, Fault, Find, Size, check_sources, mode_of, nowhere, settle
 from flows.request.recipe import Prompt, derived_seed
+from flows.request.unpack import BadFile
 
 if TYPE_CHECKING:
     from model.loading.card import ModelCard

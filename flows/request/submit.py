@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from flows.request.files import open_file, prompts_key
-from flows.request.form import FORMAT_OF_ENDING, MAX_FILES, GenerationRequest, PromptsFormat, request_id, request_key
-from flows.request.lines import CHUNK, BadFile
+from flows.request.form import MAX_FILES, GenerationRequest, PromptsFormat, format_of, request_id, request_key
 from flows.request.modes import Find, MediaSource, nowhere
 from flows.request.read import Checked, check_defaults, check_prompts
+from flows.request.unpack import CHUNK, BadFile
 from flows.settings import Settings
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def check_file(
     """
     format = PromptsFormat(options.pop("prompts_format", None) or PromptsFormat.AUTO)
     if format is PromptsFormat.AUTO:
-        format = FORMAT_OF_ENDING.get(Path(source).suffix.lower(), PromptsFormat.AUTO)
+        format = format_of(source)
     request = GenerationRequest(**options, prompts_format=format, prompts_uri="store:prompts/unknown")
     defaults = request.resolve(card)
     wrong = check_defaults(defaults)
@@ -99,6 +99,8 @@ def check_file(
         checked = check_prompts(
             cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report, find=find
         )
+        while stream.read(CHUNK):  # where reading ended early: the digest is that of the whole file
+            pass
     sha256 = stream.digest.hexdigest()
     if len(files) > MAX_FILES:
         raise BadFile(f"{source}: names {len(files):,} files, the most is {MAX_FILES:,}: put them into the store first")
@@ -266,7 +268,9 @@ def store_file(settings: Settings, good: CheckedFile) -> None:
     key = prompts_key(good.sha256)
     if store.exists(key):
         return
-    stored = store.put_at(key, good.path, MEDIA_TYPE.get(good.request.prompts_format, "text/plain"))
+    packed = guess_type(good.source)[1] == "gzip"
+    media_type = "application/gzip" if packed else MEDIA_TYPE.get(good.request.prompts_format, "text/plain")
+    stored = store.put_at(key, good.path, media_type)
     if stored.sha256 and stored.sha256 != good.sha256:
         store.delete(key)
         raise BadFile(f"{good.source}: was changed while it was being read: submit it again")

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flows.request.form import MAX_SEED, Defaults, PromptsFormat
-from flows.request.lines import BadFile
 from flows.request.read import BadLine, read_prompts
 from flows.request.recipe import Prompt, recipe
+from flows.request.unpack import BadFile
 
 DEFAULTS = Defaults(
     width=64,
@@ -34,8 +34,9 @@ DEFAULTS = Defaults(
 law = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 JSON, CSV, TEXT, AUTO = PromptsFormat.JSONL, PromptsFormat.CSV, PromptsFormat.TEXT, PromptsFormat.AUTO
 
-# Words as a person may type them, without control characters (which are refused by a rule of their own).
-texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40).filter(str.strip)
+# Words as a person may type them, without control characters and byte order marks (which have rules of their own).
+typed = st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff")
+texts = st.text(typed, min_size=1, max_size=40).filter(lambda text: text.strip() not in ("", "prompt"))
 good_lines = st.fixed_dictionaries(
     {"prompt": texts},
     optional={

@@ -17,8 +17,8 @@ import pytest
 
 from flows.request.files import open_file
 from flows.request.form import GenerationRequest, PromptsFormat
-from flows.request.lines import BadFile
 from flows.request.read import BadLine, read_prompts
+from flows.request.unpack import BadFile
 from model.loading.inspect import BadCheckpoint, read_header
 from model.media.decode import read_frames
 from model.media.errors import BadMedia

@@ -16,9 +16,9 @@ import pytest
 from flows.request.fields import parse_size
 from flows.request.files import BadUri, InFolder, InStore, digest_stream, locate, open_file, open_uri
 from flows.request.form import MAX_SEED, Defaults, PromptsFormat
-from flows.request.lines import BadFile
 from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts
 from flows.request.recipe import Prompt, derived_seed, recipe
+from flows.request.unpack import BadFile
 from infra.store.folder import FolderStore
 
 DEFAULTS = Defaults(
