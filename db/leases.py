@@ -197,9 +197,11 @@ def fail_clip(
     *,
     error_class: str = "unknown",
     permanent: bool = False,
+    of_machine: bool = False,
 ) -> ClipStatus:
     """The running attempt failed. The clip is queued again, quarantined after the third, or failed when `permanent`.
 
+    `of_machine`: a device failed, which says as little of the clip as an engine that vanished: the attempt is lost.
     `error_class`: what kind of failure it was, in one word. A clip that is queued again waits a little, and is left to
     another engine for a while. Where something went wrong before, it begins anew: its resume state may be the fault.
     Returns what became of it; a clip that does not run (cancelled, failed before) is left as it is. Raises LeaseLost.
@@ -215,11 +217,14 @@ def fail_clip(
         session,
         update(Attempt)
         .where(Attempt.clip_id == clip_id, Attempt.status == AttemptStatus.RUNNING)
-        .values(status=AttemptStatus.FAILED, error=error, error_class=error_class, finished_at=now()),
+        .values(status=AttemptStatus.LOST if of_machine else AttemptStatus.FAILED)
+        .values(error=error, error_class=error_class, finished_at=now()),
     )
     failed = update(Clip).where(Clip.id == clip_id).returning(Clip.status)
     if permanent:
         failed = failed.values(status=ClipStatus.FAILED, error=error, finished_at=now(), **NO_RESUME_STATE)
+    elif of_machine:
+        failed = failed.values(_one_more_lost(error))
     else:
         anew = Clip.failures + Clip.lost_attempts > 0
         failed = failed.values(_one_more(Clip.failures, MAX_FAILURES, error, anew=anew))
@@ -281,9 +286,7 @@ def end_running(session: Session, shard_ids: Sequence[int], outcome: AttemptStat
     if change(session, _END_ATTEMPTS, told):
         changes: dict[str, Any] = {"status": ClipStatus.QUEUED}
         if error is not None:  # whatever it was at may be what ended it: it is planned anew, alone
-            # Once, since from there on its resume states are others.
-            third = Clip.lost_attempts + 1 == MAX_LOST_ATTEMPTS // 2
-            changes = {**_one_more(Clip.lost_attempts, MAX_LOST_ATTEMPTS, error, anew=third), "shard_id": None}
+            changes = {**_one_more_lost(error), "shard_id": None}
         running = Clip.shard_id.in_(shard_ids) & (Clip.status == ClipStatus.RUNNING)
         change(session, update(Clip).where(running).values(changes))
 
@@ -315,6 +318,12 @@ def _one_more(count: Any, most: int, error: str, *, anew: ColumnElement[bool]) -
         "status": case((last, ClipStatus.QUARANTINED), else_=ClipStatus.QUEUED).cast(Clip.status.type),
         "finished_at": case((last, now()), else_=None),
     }
+
+
+def _one_more_lost(error: str) -> dict[str, Any]:
+    """One more lost attempt. The third begins anew; once, since from there on its resume states are others."""
+    third = Clip.lost_attempts + 1 == MAX_LOST_ATTEMPTS // 2
+    return _one_more(Clip.lost_attempts, MAX_LOST_ATTEMPTS, error, anew=third)
 
 
 def _put_back(session: Session, which: ColumnElement[bool]) -> int:

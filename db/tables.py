@@ -75,7 +75,7 @@ class AttemptStatus(StrEnum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-    LOST = "lost"  # its engine died or stalled; counts against the clip, but for less than a failure
+    LOST = "lost"  # its engine vanished, or a device failed; counts against the clip, but for less than a failure
     RELEASED = "released"  # its engine gave it back in order; does not count
     CANCELLED = "cancelled"
 

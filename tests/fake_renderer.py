@@ -21,6 +21,7 @@ import numpy as np
 from model.config import Partition
 from model.engine.clip import (
     ClipSpec,
+    DeviceFailed,
     EngineError,
     OutOfMemory,
     RankDied,
@@ -39,6 +40,7 @@ class Fault(StrEnum):
     FAILS = "fails"  # the model refuses it; the ranks live on
     KILLS = "kills"  # a rank dies under it
     HANGS = "hangs"  # no rank gives a sign of life any more
+    DEVICE = "device"  # a device fails under a rank
     OUT_OF_MEMORY = "out of memory"  # with more than one clip at a time
 
 
@@ -56,6 +58,7 @@ class Script:
     """What happens to which clip, shared by all renderers of a test; and what they did. Keys are prompts."""
 
     trouble: dict[str, Trouble] = field(default_factory=dict[str, Trouble])
+    broken: Fault | None = None  # of the machine: it strikes all clips
     held: dict[str, int] = field(default_factory=dict[str, int])  # the step at which a clip waits until it is let go
     attempts: Counter[str] = field(default_factory=Counter[str])  # times that a clip was begun
     steps: Counter[str] = field(default_factory=Counter[str])  # that were computed
@@ -189,6 +192,10 @@ class FakeRenderer:
     def _step(self, clip: _Clip, together: int) -> RenderFailed | None:
         """One denoising step. Raises as ranks do that die, hang or run out of memory."""
         trouble = self.script.trouble.get(clip.spec.prompt)
+        if self.script.broken is not None:
+            trouble = Trouble(self.script.broken)
+        if clip.strikes(Fault.DEVICE, trouble):
+            raise DeviceFailed("a device failed under a rank: CUDA error: uncorrectable ECC error encountered")
         if clip.strikes(Fault.FAILS, trouble):
             return RenderFailed(clip.spec.clip_id, "the pixels are not finite")
         if clip.strikes(Fault.OUT_OF_MEMORY, trouble) and together > 1:

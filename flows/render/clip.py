@@ -36,7 +36,12 @@ def as_file(clip: LeasedClip, frames: Frames, model: str) -> tuple[bytes, str]:
     }
     if clip.settings.frames == 1:
         return encode_png(frames[0], metadata), "image/png"
-    return encode_mp4(frames, clip.settings.fps, metadata), "video/mp4"
+    return video(frames, clip.settings.fps, metadata), "video/mp4"
+
+
+def video(frames: Frames, fps: int, metadata: dict[str, str]) -> bytes:
+    """Frames as a file of MP4."""
+    return encode_mp4(frames, fps, metadata)
 
 
 def spec_of(clip: LeasedClip, fetch: Callable[[NewArtifact], bytes]) -> ClipSpec:

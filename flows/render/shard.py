@@ -33,15 +33,25 @@ from db.leases import (
 from flows.clients.ledger import Ledger
 from flows.clients.retry import unavailable_service, with_retry
 from flows.render.clip import WrongDigest, as_file, proven, spec_of
-from flows.render.worker import T, Worker, code_version, log
+from flows.render.worker import EngineUnfit, T, Worker, code_version, log
 from infra.store.contract import NoSuchKey
 from infra.tracing import Event, carrier, continued, current_trace_id, span_between
-from model.engine.clip import ClipSpec, OutOfMemory, RankDied, RankHung, RenderedClip, RenderFailed, SavedState
+from model.engine.clip import (
+    ClipSpec,
+    DeviceFailed,
+    OutOfMemory,
+    RankDied,
+    RankHung,
+    RenderedClip,
+    RenderFailed,
+    SavedState,
+)
 from model.media.errors import BadMedia
 
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 LOOK = 2  # beats between two looks whether work of a higher priority waits
 KEEPING = 8.0  # seconds that an engine that is told to stop has to keep what it is at
+IN_A_ROW = 3  # clips that fail with none made between, after which an engine looks whether it can render at all
 ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
 
 
@@ -58,6 +68,7 @@ class Shard:
     stopped: bool = False  # the engine was told to stop
     started: dict[str, int] = field(default_factory=dict[str, int])  # the numbers of the attempts
     settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
+    doubtful: dict[str, tuple[str, Exception]] = field(default_factory=dict[str, tuple[str, Exception]])  # failed
     span: dict[str, str] = field(default_factory=dict[str, str])  # the carrier of the shard's span
     trace_id: str | None = None
     finished: int = 0
@@ -105,6 +116,7 @@ class Shard:
             ):
                 self.span, self.trace_id = carrier(), current_trace_id()
                 self.render_all(publisher)
+            self.doubtful.clear()  # those of an engine that stops
             if self.leaves and self.left(self.clips):
                 why = "is kept, since the engine stops" if self.stopped else "gives way to a higher priority"
                 self.worker.say(f"shard {self.lease.shard_id}: {why}")
@@ -128,7 +140,8 @@ class Shard:
 
     def left(self, clips: Sequence[LeasedClip]) -> list[LeasedClip]:
         """Those still to render."""
-        return [clip for clip in clips if clip.clip_id not in self.settled | self.cancelled]
+        over = self.settled | self.cancelled | self.doubtful.keys()
+        return [clip for clip in clips if clip.clip_id not in over]
 
     def keep_lease(self, stop: threading.Event) -> None:
         """Renews the lease, learns what was cancelled and who goes first; the render loop looks at what it found."""
@@ -217,9 +230,9 @@ class Shard:
                     on_failure=self.fail,
                     on_checkpoint=lambda clip: self.on_checkpoint(clip, publisher),
                     checkpoint_every=(settings.checkpoint_steps, settings.checkpoint_seconds),
-                    leave=lambda: self.leaves,
+                    leave=lambda: self.leaves or len(self.doubtful) >= IN_A_ROW,
                 ):
-                    pending.append(publisher.submit(self.publish, rendered))
+                    pending.append(publisher.submit(self.publish, rendered, tuple(self.doubtful)))
                     pending = [f for f in pending if not f.done() or f.result()]
             except (RankDied, RankHung, RenderFailed) as error:
                 failure = error
@@ -227,12 +240,16 @@ class Shard:
                 future.result()
             if self.lost is not None:
                 raise self.lost
-            if failure is None:
-                return  # what is left was cancelled, or gives way
-            self.fail(failure)
+            if failure is not None:
+                self.fail(failure)
             if self.stopped:
                 return
-            self.worker.restart_ranks(str(failure))
+            if failure is not None:
+                self.worker.restart_ranks(failure)
+            broke_off = len(self.doubtful) >= IN_A_ROW
+            self.judge()
+            if failure is None and not broke_off:
+                return  # what is left was cancelled, or gives way
 
     def on_step(self, clip_id: str, step: int, steps: int) -> None:
         """The engine calls this with the step at which a clip begins, then after every denoising step."""
@@ -289,8 +306,8 @@ class Shard:
         """Clips that need not be rendered any further: cancelled ones, or all of them when the lease is lost."""
         return {clip.clip_id for clip in self.clips} if self.lost else self.cancelled
 
-    def publish(self, rendered: RenderedClip) -> None:
-        """Frames ▶ file ▶ store ▶ ledger."""
+    def publish(self, rendered: RenderedClip, failed_before: Sequence[str]) -> None:
+        """Frames ▶ file ▶ store ▶ ledger. An engine that can do that is not why other clips failed before."""
         clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
         began = time.time()
         try:
@@ -321,6 +338,7 @@ class Shard:
         self.sweep()
         self.finished += kept
         self.worker.restarts = 0
+        self.charge(failed_before)
         self.trace(rendered, (("encode", began, encoded), ("put", encoded, ended), ("record", ended, time.time())))
 
     def trace(self, rendered: RenderedClip, after: Sequence[tuple[str, float, float]]) -> None:
@@ -360,21 +378,63 @@ class Shard:
     def fail(self, failure: Exception) -> None:
         """Blames the clip that the ranks were at: the named one, or those begun and not finished."""
         named = getattr(failure, "clip_id", None)
-        guilty = {named} if named else self.started.keys() - self.settled - self.cancelled
+        guilty = {named} if named else self.started.keys() - self.settled - self.cancelled - self.doubtful.keys()
         for clip_id in guilty:
             self.on_step(clip_id, 0, 0)  # one that failed before its turn has an attempt too
             self.settle_failed(clip_id, str(failure), failure)
 
     def settle_failed(self, clip_id: str, said: str, error: Exception) -> None:
-        """Input that is bad stays bad, and is not tried again."""
-        kind, permanent = class_of(error), isinstance(error, BadMedia)
-        self.write(lambda session: fail_clip(session, self.lease, clip_id, said, error_class=kind, permanent=permanent))
-        self.settled.add(clip_id)
+        """Charges the clip, at once where the engine cannot be the reason. Input that is bad stays bad, and is not
+        tried again.
+        """
+        self.doubtful[clip_id] = said, error
+        if class_of(error) not in DOUBTFUL:
+            self.charge([clip_id])
+
+    def charge(self, clip_ids: Sequence[str]) -> None:
+        """Records failures that were in doubt as those of their clips."""
+        for clip_id in clip_ids:
+            if (doubt := self.doubtful.get(clip_id)) is None:
+                continue
+            said, error = doubt
+            kind, permanent, of_machine = class_of(error), isinstance(error, BadMedia), isinstance(error, DeviceFailed)
+            self.write(
+                lambda session, clip_id=clip_id, said=said, kind=kind, permanent=permanent, of_machine=of_machine: (
+                    fail_clip(
+                        session,
+                        self.lease,
+                        clip_id,
+                        said,
+                        error_class=kind,
+                        permanent=permanent,
+                        of_machine=of_machine,
+                    )
+                )
+            )
+            self.settled.add(clip_id)
+            self.doubtful.pop(clip_id, None)
+
+    def judge(self) -> None:
+        """Charges the clips that failed since one was last made, if a plain one can be: else the engine is at fault.
+
+        Raises EngineUnfit then. These clips were not charged, and go back with the shard.
+        """
+        if not self.doubtful or (trouble := self.worker.trial()) is None:
+            self.charge(list(self.doubtful))
+        elif self.lost is not None:
+            raise self.lost
+        elif not self.stopped:  # which kills ranks
+            said, _ = next(reversed(self.doubtful.values()))
+            raise EngineUnfit(
+                f"engine {self.worker.owner} stops: clips in a row failed ({len(self.doubtful)}, the last: {said}), "
+                f"and so did a plain one ({trouble}). Its machine or model is at fault: they are charged with nothing"
+            )
 
 
-# The first that fits: OutOfMemory is a RankDied.
+# The first that fits: OutOfMemory and DeviceFailed are RankDied.
 ERROR_CLASSES: tuple[tuple[type[Exception], str], ...] = (
     (OutOfMemory, "out_of_memory"),
+    (DeviceFailed, "device_error"),
     (RankDied, "rank_died"),
     (RankHung, "rank_hung"),
     (RenderFailed, "render_failed"),
@@ -382,6 +442,9 @@ ERROR_CLASSES: tuple[tuple[type[Exception], str], ...] = (
     (NoSuchKey, "missing_bytes"),
     (WrongDigest, "wrong_bytes"),
 )
+
+
+DOUBTFUL = ("device_error", "render_failed", "encode_failed")  # may be the clip's fault, or the engine's
 
 
 def class_of(error: Exception) -> str:

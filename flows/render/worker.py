@@ -20,16 +20,24 @@ from db.engines import ALIVE, engine_heartbeat, live_engines
 from db.fence import Lease
 from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort
+from flows.render.clip import video
 from flows.render.renderer import Renderer
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from model.config import Partition
-from model.engine.clip import RankDied
+from model.engine.clip import ClipSpec, DeviceFailed, EngineError, RankDied, RenderFailed
 from model.loading.card import ModelCard
 
 MAX_RESTARTS = 5  # of the ranks in a row without one finished clip, after which the engine gives up
+MAX_DEVICE_RESTARTS = 2  # of those: after errors of a device
 log = logging.getLogger("rushes.engine")
 T = TypeVar("T")
+
+
+class EngineUnfit(RuntimeError):
+    """The engine cannot render, clips aside: its machine or its model is at fault. No clip is charged with it."""
+
+    exit_code = 1
 
 
 def owner_name(flow_run_id: str | None) -> str:
@@ -117,10 +125,47 @@ class Worker:
         digest, partition = self.card.digest, str(self.partition)
         return Ledger(self.ledgers).read(lambda session: others_wait(session, model_digest=digest, partition=partition))
 
-    def restart_ranks(self, reason: str) -> None:
-        """Raises RankDied when the ranks die again and again without a clip between."""
+    def restart_ranks(self, failure: Exception) -> None:
+        """Starts the ranks after `failure`. Raises RankDied when they die again and again without a clip between, and
+        EngineUnfit where a device fails so.
+        """
         self.restarts += 1
+        if isinstance(failure, DeviceFailed) and self.restarts > MAX_DEVICE_RESTARTS:
+            raise EngineUnfit(
+                f"engine {self.owner} stops: its devices failed {self.restarts} times without one finished clip, the "
+                f"last time: {failure}. Look at them (nvidia-smi -q, dmesg) before it is started again"
+            )
         if self.restarts > MAX_RESTARTS:
-            raise RankDied(f"the ranks ended {self.restarts} times without one finished clip; the last time: {reason}")
-        self.say(f"engine {self.owner}: {reason}; starting the ranks again")
+            raise RankDied(f"the ranks ended {self.restarts} times without one finished clip; the last time: {failure}")
+        self.say(f"engine {self.owner}: {failure}; starting the ranks again")
         self.renderer.start()
+
+    def trial(self) -> str | None:
+        """Renders and encodes a plain clip. Returns what went wrong; None: the engine can render."""
+        spec, failed = plain_clip(self.card), list[RenderFailed]()
+        try:
+            for rendered in self.renderer.render([spec], on_failure=failed.append):
+                video(rendered.frames, spec.fps, {})
+        except EngineError as error:
+            return str(error)
+        except Exception as error:
+            return f"encoding failed: {error}"
+        return failed[0].reason if failed else None
+
+
+def plain_clip(card: ModelCard) -> ClipSpec:
+    """A clip that any engine of the model can make, of its own size and of few frames and steps."""
+    return ClipSpec(
+        clip_id="trial",
+        prompt="a red ball",
+        negative_prompt="",
+        seed=0,
+        width=card.width,
+        height=card.height,
+        frames=card.frame_step + 1,
+        fps=card.fps,
+        steps=2,
+        guidance=card.guidance,
+        solver=card.solver,
+        shift=card.shift,
+    )

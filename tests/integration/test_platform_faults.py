@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from db.requests import cancel_request, retry_request
-from db.tables import ClipStatus
+from db.tables import MAX_LOST_ATTEMPTS, ClipStatus
 from flows.generate.outcome import Ending
 from flows.generate.status import as_text
+from flows.render import clip as clips_to_files
+from flows.render.worker import EngineUnfit
 from model.engine.clip import RankDied
 from tests.fake_renderer import Fault, Trouble
 from tests.platform import Platform, wait_for
@@ -83,6 +85,72 @@ def test_ranks_that_die_without_one_clip_between_end_their_engine(platform: Plat
     assert outcome.ending is Ending.COMPLETED
     assert failures(platform, outcome.request_id) == [("failed", "rank_died")] * 7, "one attempt each"
     assert platform.breaches() == []
+
+
+def charged(platform: Platform, request: str | None) -> set[tuple[int, int]]:
+    """The failures and lost attempts of a request's clips."""
+    rows = platform.sql("select failures, lost_attempts from clips where request_id = :id", id=request)
+    return {(row["failures"], row["lost_attempts"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(Fault.FAILS, "the pixels are not finite"), (Fault.DEVICE, "uncorrectable ECC error")]
+)
+def test_an_engine_that_cannot_render_stops_and_charges_no_clip(platform: Platform, fault: Fault, said: str) -> None:
+    """Whatever it is given fails. It tries three clips of many, and a plain one, then stops; others go on."""
+    lines = [f"a ball {k}" for k in range(12)]
+    platform.script.broken = fault
+    run = platform.submit(lines)
+    request = platform.request_of(run)
+    for _ in range(MAX_LOST_ATTEMPTS + 1):
+        before = platform.script.attempts.total()
+        with pytest.raises(EngineUnfit, match=said):
+            platform.engine()
+        assert platform.script.attempts.total() - before <= 4
+        assert charged(platform, request) == {(0, 0)}
+    platform.script.broken = None
+    with platform.engines():
+        assert run.outcome().ending is Ending.COMPLETED
+    assert {each["ended"] for each in platform.attempts(request)} == {"released", "done"}
+    assert platform.breaches() == []
+
+
+def test_an_engine_that_cannot_encode_stops_and_charges_no_clip(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> bytes:
+        raise OSError("libx264 is not there")
+
+    run = platform.submit(LINES)
+    with monkeypatch.context() as without:
+        without.setattr(clips_to_files, "encode_mp4", refuses)
+        with pytest.raises(EngineUnfit, match=r"so did a plain one .*libx264 is not there"):
+            platform.engine()
+    assert charged(platform, platform.request_of(run)) == {(0, 0)}
+    with platform.engines():
+        assert run.outcome().ending is Ending.COMPLETED
+
+
+def test_a_request_of_clips_that_the_model_refuses_ends_no_engine(platform: Platform) -> None:
+    """All that it is given fails, and a plain clip does not: these clips are at fault."""
+    lines = [f"a ball {k}" for k in range(7)]
+    platform.script.trouble = dict.fromkeys(lines, Trouble(Fault.FAILS))
+    with platform.engines():
+        outcome, _ = platform.make(lines)
+    assert platform.statuses(outcome.request_id) == ["quarantined"] * 7
+    assert failures(platform, outcome.request_id) == [("failed", "render_failed")] * 21
+    assert platform.breaches() == []
+
+
+def test_a_device_error_is_a_lost_attempt_and_the_engine_goes_on(platform: Platform) -> None:
+    platform.script.trouble = {LINES[1]: Trouble(Fault.DEVICE, times=2)}
+    with platform.engines():
+        outcome, _ = platform.make(LINES)
+    assert outcome.ending is Ending.COMPLETED
+    assert failures(platform, outcome.request_id) == [("lost", "device_error")] * 2
+    assert charged(platform, outcome.request_id) == {(0, 0), (0, 2)}
+    assert len({each["owner"] for each in platform.attempts(outcome.request_id)}) == 1
+    assert platform.script.starts == 3 and platform.breaches() == []
 
 
 def test_cancelled_clips_stop_at_their_next_step(platform: Platform) -> None:
