@@ -83,7 +83,7 @@ def live_engines(session: Session, within_seconds: float, *, model_digest: str |
 
 
 def beats(session: Session, owner: str) -> bool:
-    """Whether the engine has not left, and gave a sign of life in the last QUIET seconds or could give none.
+    """True when the engine has not left, and gave a sign of life in the last QUIET seconds or could give none.
 
     While the server was down nobody could give one, so silence counts from its start at the earliest.
     """

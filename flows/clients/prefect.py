@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import httpx
@@ -56,6 +57,7 @@ class Run:
     state_name: str
     message: str
     parameters: dict[str, Any]
+    now: datetime  # on the server's clock, when it was asked
     since: datetime | None = None  # in this state
     new: bool = False  # this very call made it
 
@@ -66,7 +68,7 @@ class Run:
     @property
     def under_way(self) -> bool:
         """It does its work, or will: who asks for the same may wait for it."""
-        lost = self.state == "PENDING" and self.since is not None and datetime.now(UTC) - self.since > TAKEN
+        lost = self.state == "PENDING" and self.since is not None and self.now - self.since > TAKEN
         return not (self.final or lost or self.state == "CANCELLING")
 
 
@@ -115,19 +117,21 @@ class PrefectApi:
             "GET", f"/deployments/name/{deployment}", missing=f"no deployment {deployment} on {self._url}"
         )
         answer = self._answer("POST", f"/deployments/{found['id']}/create_flow_run", body)
-        return replace(_run(answer.json()), new=answer.status_code == httpx.codes.CREATED)
+        return replace(_run(answer.json(), date_of(answer.headers)), new=answer.status_code == httpx.codes.CREATED)
 
     def tagged(self, tag: str, limit: int = 20) -> list[Run]:
         """The flow runs with this tag, newest first."""
         wanted = {"flow_runs": {"tags": {"all_": [tag]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
-        return [_run(each) for each in self._answer("POST", "/flow_runs/filter", wanted).json()]
+        answer = self._answer("POST", "/flow_runs/filter", wanted)
+        return [_run(each, date_of(answer.headers)) for each in answer.json()]
 
     def run(self, run_id: str) -> Run | None:
         """The flow run, or None if the server no longer has it."""
         try:
-            return _run(self._call("GET", f"/flow_runs/{run_id}", missing="gone"))
+            answer = self._answer("GET", f"/flow_runs/{run_id}", missing="gone")
         except LookupError:
             return None
+        return _run(answer.json(), date_of(answer.headers))
 
     def cancel(self, run_id: str) -> bool:
         """Asks Prefect to cancel the run; False if it had ended or is gone."""
@@ -179,7 +183,13 @@ class PrefectApi:
         return PrefectUnavailable(f"the Prefect server at {self._url} {said}")
 
 
-def _run(answer: dict[str, Any]) -> Run:
+def date_of(headers: Mapping[str, str]) -> datetime:
+    """The time at which a server answered, on its own clock; on ours where it does not say."""
+    said = headers.get("date")
+    return parsedate_to_datetime(said) if said else datetime.now(UTC)
+
+
+def _run(answer: dict[str, Any], now: datetime) -> Run:
     state = answer.get("state") or {}
     return Run(
         id=str(answer["id"]),
@@ -189,6 +199,7 @@ def _run(answer: dict[str, Any]) -> Run:
         message=str(state.get("message") or ""),
         parameters=answer.get("parameters") or {},
         since=datetime.fromisoformat(state["timestamp"]) if state.get("timestamp") else None,
+        now=now,
     )
 
 

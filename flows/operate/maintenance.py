@@ -21,8 +21,6 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterIdempotencyKey,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
@@ -215,10 +213,9 @@ def restart_abandoned_requests(client: SyncPrefectClient, ledgers: sessionmaker[
 
 def end_stuck_runs(client: SyncPrefectClient) -> int:
     """End runs that died with the worker that had taken them, before they could say so."""
-    under_way = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(UNDER_WAY))))
-    ended = 0
-    for run in client.read_flow_runs(flow_run_filter=under_way, limit=200):
-        if (state := pool.stuck(run)) is not None:
+    now, ended = pool.server_now(client), 0
+    for run in pool.runs_where(client, pool.in_state(*UNDER_WAY)):
+        if (state := pool.stuck(run, now)) is not None:
             client.set_flow_run_state(run.id, state, force=True)
             ended += 1
     return ended
@@ -226,10 +223,9 @@ def end_stuck_runs(client: SyncPrefectClient) -> int:
 
 def restart_unrecorded_requests(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
     """Give requests whose run crashed before the ledger knew of them a new one, MAX_RUNS at most; returns how many."""
-    only = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
-        expected_start_time=FlowRunFilterExpectedStartTime(after_=cast(DateTime, datetime.now(UTC) - CRASHED_AGE)),
-    )
+    since = cast(DateTime, pool.server_now(client) - CRASHED_AGE)
+    only = pool.in_state(StateType.CRASHED)
+    only.expected_start_time = FlowRunFilterExpectedStartTime(after_=since)
     crashed = pool.runs_of(client, GENERATE, only)
     with ledgers() as session:
         known = watching.watched_by(session, [str(run.id) for run in crashed])
@@ -250,7 +246,7 @@ def restart_unrecorded_requests(client: SyncPrefectClient, ledgers: sessionmaker
 def _restart_keys(client: SyncPrefectClient, runs: list[FlowRun]) -> set[str | None]:
     """Idempotency keys of the runs that were started in place of these."""
     keys = FlowRunFilterIdempotencyKey(any_=[f"{RESTART_OF}{run.id}" for run in runs])
-    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=keys), limit=200)
+    found = pool.runs_where(client, FlowRunFilter(idempotency_key=keys)) if runs else []
     return {run.idempotency_key for run in found}
 
 

@@ -57,7 +57,7 @@ def render(model: str | None = None, linger: float | None = None, partition: str
 
 
 def ended_in_prefect(flow_run_id: str) -> bool:
-    """Whether Prefect calls this engine's run ended; False where it cannot be asked."""
+    """True when Prefect calls this engine's run ended; False where it cannot be asked."""
     dead: list[str] = []
     best_effort(lambda: dead.extend(dead_owners([flow_run_id])))
     return bool(dead)

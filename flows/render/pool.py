@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,9 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
@@ -34,7 +37,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db import watching
 from db.engines import ALIVE, QUIET, closed_engines, live_engines, open_engines, server_age, silent_engines
 from db.requests import progress
-from flows.clients.prefect import TAKEN
+from flows.clients.prefect import TAKEN, date_of
 from flows.library.models import gpus_of
 from flows.plan import shards as plan
 from flows.settings import AUTO, Settings
@@ -43,6 +46,7 @@ from model.config import Partition
 DEPLOYMENT = "render/engine"
 ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
 STARTING = timedelta(minutes=2)  # that an engine may take until the ledger hears of it: before it fetches its weights
+PAGE = 200  # runs that the server lists at once, at most
 LEAVING = 3600.0  # seconds for which an engine that has closed its row may still be at telling Prefect so
 
 log = logging.getLogger(__name__)
@@ -115,13 +119,16 @@ def ensure(
         ledger_up = timedelta(seconds=server_age(session))
     known, gone = {engine.flow_run_id for engine in there}, {engine.flow_run_id for engine in silent}
     with get_client(sync_client=True) as client:
-        runs = runs_of(client, DEPLOYMENT)
+        now = server_now(client)
+        newest = runs_of(client, DEPLOYMENT, limit=1)
+        runs = runs_of(client, DEPLOYMENT, in_state(*ACTIVE, StateType.CANCELLING))
         ended: set[uuid.UUID] = set()
         for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
-            if (state := stuck(run) or unheard_of(run, known | left, gone, ledger_up)) is not None:
+            if (state := stuck(run, now) or unheard_of(run, now, known | left, gone, ledger_up)) is not None:
                 client.set_flow_run_state(run.id, state, force=True)
                 ended.add(run.id)
-            elif (state := withdrawn(run, beating)) is not None:
+        for run in runs_by_id(client, beating - {str(run.id) for run in runs} - {None}):
+            if (state := withdrawn(run, now, beating)) is not None:
                 client.set_flow_run_state(run.id, state, force=True)
     active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended and str(run.id) not in left]
     # Started outside Prefect, or called ended by it while they live: these have their GPUs too.
@@ -130,7 +137,7 @@ def ensure(
     by_hand += [engine for engine in there if engine.flow_run_id not in {None, *shown} and engine not in quiet]
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
-    starter = Starter(model, model_digest, str(runs[0].id) if runs else "none")
+    starter = Starter(model, model_digest, str(newest[0].id) if newest else "none")
     if settings.partition != AUTO:
         seconds = work.waiting * work.mean_seconds if work.mean_seconds else sum(each.seconds for each in shards)
         wanted = plan.engines_wanted(seconds, sum(each.count for each in shards), settings.engines)
@@ -185,9 +192,9 @@ class Starter:
             log.info("started engine run %s", run.id)
 
 
-def stuck(run: FlowRun) -> State[Any] | None:
+def stuck(run: FlowRun, now: datetime) -> State[Any] | None:
     """The state of a run that a worker took, or was to cancel, and never did: both have died. Else None."""
-    if _age(run) <= TAKEN:
+    if _age(run, now) <= TAKEN:
         return None
     if run.state_type is StateType.PENDING:
         return Crashed(message=f"A worker took it, and it has not begun within {TAKEN.seconds} s: both have died.")
@@ -197,7 +204,7 @@ def stuck(run: FlowRun) -> State[Any] | None:
 
 
 def unheard_of(
-    run: FlowRun, known: set[str | None], silent: set[str | None], ledger_up: timedelta
+    run: FlowRun, now: datetime, known: set[str | None], silent: set[str | None], ledger_up: timedelta
 ) -> State[Any] | None:
     """The state of an engine that Prefect calls running, where the ledger has not heard of it for long. Else None.
 
@@ -206,35 +213,81 @@ def unheard_of(
     """
     if run.state_type is not StateType.RUNNING:
         return None
-    if str(run.id) in silent or (str(run.id) not in known and min(_age(run), ledger_up) > STARTING):
+    if str(run.id) in silent or (str(run.id) not in known and min(_age(run, now), ledger_up) > STARTING):
         return Crashed(message="The ledger has not heard of this engine for long.")
     return None
 
 
-def withdrawn(run: FlowRun, beating: set[str | None]) -> State[Any] | None:
+def withdrawn(run: FlowRun, now: datetime, beating: set[str | None]) -> State[Any] | None:
     """The state of an engine that Prefect calls crashed, and that gave a sign of life after that. Else None.
 
     beating: flow runs of engines of which the ledger heard within QUIET seconds.
     """
-    if run.state_type is StateType.CRASHED and str(run.id) in beating and _age(run).total_seconds() > QUIET:
+    if run.state_type is StateType.CRASHED and str(run.id) in beating and _age(run, now).total_seconds() > QUIET:
         return Running(message="The ledger hears of this engine: it had not crashed.")
     return None
 
 
-def _age(run: FlowRun) -> timedelta:
-    """How long a run has been in its state."""
-    return datetime.now(UTC) - run.state.timestamp if run.state else timedelta()
+def _age(run: FlowRun, now: datetime) -> timedelta:
+    """How long a run has been in its state. now: of the server that has written the state's time."""
+    return now - run.state.timestamp if run.state else timedelta()
+
+
+def server_now(client: SyncPrefectClient) -> datetime:
+    """The time on the Prefect server's clock, to the second, with which its times are compared: ours may be another."""
+    return date_of(client.hello().headers)
+
+
+def in_state(*types: StateType) -> FlowRunFilter:
+    """A filter: runs in one of these states."""
+    return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types))))
 
 
 def runs_of(
-    client: SyncPrefectClient, deployment: str, only: FlowRunFilter | None = None, limit: int = 200
+    client: SyncPrefectClient, deployment: str, only: FlowRunFilter | None = None, limit: int | None = None
 ) -> list[FlowRun]:
-    """Flow runs of a deployment ("flow/name"), newest first."""
+    """Flow runs of a deployment ("flow/name"), newest first. limit: None: all of them."""
     flow_name, _, name = deployment.partition("/")
-    return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
-        deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
-        flow_run_filter=only,
-        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        limit=limit,
+    return paged(
+        lambda count, offset: client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name])),
+            flow_run_filter=only,
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=count,
+            offset=offset,
+        ),
+        limit,
     )
+
+
+def runs_where(client: SyncPrefectClient, only: FlowRunFilter) -> list[FlowRun]:
+    """All flow runs for which the filter holds, of whichever deployment, newest first."""
+    return paged(
+        lambda count, offset: client.read_flow_runs(
+            flow_run_filter=only, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=count, offset=offset
+        )
+    )
+
+
+def runs_by_id(client: SyncPrefectClient, ids: Iterable[str | None]) -> list[FlowRun]:
+    """The flow runs of these ids that the server still has."""
+    wanted = [uuid.UUID(each) for each in ids if each is not None]
+    return runs_where(client, FlowRunFilter(id=FlowRunFilterId(any_=wanted))) if wanted else []
+
+
+def paged(ask: Callable[[int, int], list[FlowRun]], limit: int | None = None) -> list[FlowRun]:
+    """The runs of a listing, asked for page by page. ask: the runs of a page, by its size and the offset of its first.
+
+    A run that is on two pages, since others came before it meanwhile, is there once.
+    """
+    found: dict[uuid.UUID, FlowRun] = {}
+    offset = 0
+    while limit is None or offset < limit:
+        count = PAGE if limit is None else min(PAGE, limit - offset)
+        page = ask(count, offset)
+        found |= {run.id: run for run in page}
+        offset += count
+        if len(page) < count:
+            break
+    return list(found.values())
