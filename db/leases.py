@@ -257,7 +257,7 @@ def release_shard(session: Session, lease: Lease) -> None:
 def expire_owner(session: Session, owner: str) -> int:
     """End every lease of an engine that is said to be dead. Returns how many there were.
 
-    Of one that gives signs of life here none is ended, whatever was said of it elsewhere.
+    Of one that gives signs of life here none is ended: it was called dead by mistake.
     """
     return 0 if beats(session, owner) else _put_back(session, Shard.owner == owner)
 
