@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from db.reproductions import Comparison
 from db.roles import READER
-from db.tables import Attempt, AttemptStatus, ClipStatus, Edge, EdgeKind, Reproduction
+from db.tables import Attempt, AttemptStatus, Clip, ClipStatus, Edge, EdgeKind, Reproduction
 from db.view import COLUMNS, HistoryRow, history, row_of
 
 
@@ -180,3 +180,25 @@ def clips_of(
     if statuses is not None:
         wanted = wanted.where(history.c.status.in_([str(status) for status in statuses]))
     return rows_of(session, wanted)
+
+
+def first_clips(session: Session, request_id: str, statuses: Sequence[ClipStatus], *, limit: int) -> list[HistoryRow]:
+    """The first clips of these statuses in file order."""
+    chosen = select(Clip.id).where(Clip.request_id == request_id, Clip.status.in_(statuses))
+    return _rows_by_id(session, chosen.order_by(Clip.index, Clip.sample).limit(limit))
+
+
+def spread_clips(session: Session, request_id: str, *, every: int, limit: int) -> list[HistoryRow]:
+    """The first done clip in file order, and every so many-th one after it."""
+    order = Clip.index, Clip.sample
+    number = func.row_number().over(order_by=order).label("number")
+    done = select(Clip.id, number).where(Clip.request_id == request_id, Clip.status == ClipStatus.DONE).subquery()
+    chosen = select(done.c.id).where((done.c.number - 1) % every == 0)
+    return _rows_by_id(session, chosen.order_by(done.c.number).limit(limit))
+
+
+def _rows_by_id(session: Session, chosen: Select[tuple[str]]) -> list[HistoryRow]:
+    """The rows of these clips in file order; the view is asked by id, so that it is never read as a whole."""
+    ids = list(session.scalars(chosen))
+    wanted = select(history).where(history.c.clip_id.in_(ids)).order_by(history.c.index, history.c.sample)
+    return list(rows_of(session, wanted)) if ids else []

@@ -443,6 +443,14 @@ class Clip(Base):
         Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
         # prevents the search for what was made from an artifact from reading all clips
         Index("ix_clips_source", "source", postgresql_where=text("source is not null")),
+        # prevents the search for what ended badly from reading a whole request each time that one more did
+        Index(
+            "ix_clips_ended_badly",
+            "request_id",
+            "index",
+            "sample",
+            postgresql_where=text("status in ('failed', 'quarantined', 'rejected')"),
+        ),
     )
 
 

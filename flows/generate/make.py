@@ -79,6 +79,6 @@ def make_clips(
         best_effort(partial(tell_deadline, page, request_id, request.deadline, expected))
 
     before = reuse_cached(ledgers, request_id)
-    progress = watch(settings, ledgers, request_id, source, page=page, engines=engines)
+    progress = watch(settings, ledgers, store, request_id, source, page=page, engines=engines)
     cache_hits = before.counts[ClipStatus.DONE] + progress.reused - before.reused
     return publish(ledgers, store, page, progress, cache_hits)

@@ -120,6 +120,16 @@ class Report:
         self.not_before = now + pause(now - self.began)
 
 
+def show_clips(page: Page, ledgers: sessionmaker[Session], store: Store, progress: Progress) -> None:
+    """Some of the clips with moving pictures, under one key however often."""
+    from flows.generate.gallery import clips_text, pick, thumbnail_of
+
+    with ledgers() as session:
+        rows = pick(session, progress)
+    text = clips_text(rows, progress, lambda row: thumbnail_of(store, row))
+    page.markdown(key_of(progress.request_id, "clips"), text, "Some of the clips: what failed first, then a spread.")
+
+
 def as_line(row: ShardRow) -> Row:
     """A shard as a person wants to read it."""
     return {

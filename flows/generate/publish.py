@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import BinaryIO
 
@@ -15,9 +16,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from db import history
 from db.requests import Progress, finish_request
 from flows.clients.ledger import Ledger
-from flows.clients.retry import with_retry
+from flows.clients.retry import best_effort, with_retry
 from flows.generate.outcome import Outcome
-from flows.generate.page import Page, summarise
+from flows.generate.page import Page, show_clips, summarise
 from infra.store.contract import Store
 
 SHEET_CLIPS = 24  # clips on a contact sheet
@@ -45,6 +46,7 @@ def publish(
         lambda session: finish_request(session, request_id, manifest_key=manifest, sheet_key=sheet)
     )
     outcome = Outcome.of_request(request_id, status, progress, cache_hits)
+    best_effort(partial(show_clips, page, ledgers, store, progress))
     with_retry(lambda: summarise(page, store, outcome, progress, manifest=manifest, sheet=sheet))
     return outcome
 

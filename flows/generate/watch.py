@@ -17,11 +17,13 @@ from db.tables import ClipStatus
 from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort
 from flows.generate.estimates import cost_model
-from flows.generate.page import ROUND, Page, Report
+from flows.generate.gallery import Occasions
+from flows.generate.page import ROUND, Page, Report, show_clips
 from flows.generate.request import RequestFile
 from flows.library.models import gpus_of
 from flows.plan import shards
 from flows.settings import AUTO, Settings
+from infra.store.contract import Store
 from infra.tracing import carrier
 from model.config import Partition
 
@@ -50,6 +52,7 @@ class EnginePool(Protocol):
 def watch(
     settings: Settings,
     ledgers: sessionmaker[Session],
+    store: Store,
     request_id: str,
     source: RequestFile,
     *,
@@ -58,6 +61,7 @@ def watch(
 ) -> Progress:
     """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
     planner, report = Planner(settings, ledgers, request_id, source, page, engines), Report(page, request_id)
+    occasions = Occasions()
     next_round = 0.0
     looked: float | None = None  # when it looked for cached renders
     every_take = time.monotonic() + EVERY_TAKE
@@ -83,6 +87,8 @@ def watch(
             send = partial(report.send, ledgers, progress)
             end_leases = partial(end_leases_of_the_dead, ledgers, engines)
             all(best_effort(step) for step in (send, end_leases, planner.staff))
+            if occasions.due(progress, began):
+                best_effort(partial(show_clips, page, ledgers, store, progress))
         time.sleep(POLL)
 
 

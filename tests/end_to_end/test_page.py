@@ -64,7 +64,7 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(stack: Stack, pag
 
     page.goto(f"{ui}/runs/flow-run/{run_id}")
     page.get_by_text("Artifacts", exact=True).first.click()
-    for kind in ("0-status", "shards", "summary", "outputs", "contact-sheet"):
+    for kind in ("0-status", "clips", "shards", "summary", "outputs", "contact-sheet"):
         page.get_by_text(kind).first.wait_for()
     page.goto(f"{ui}/artifacts/artifact/{stack.artifacts(run_id)['contact-sheet']['id']}")
     picture = page.locator("img[src^='data:image/png']").first

@@ -81,6 +81,7 @@ def test_the_page_of_the_run_shows_it(stack: Stack, runs: dict[str, str], way: s
     assert {name: artifact["type"] for name, artifact in artifacts.items()} == {
         "0-status": "markdown",
         "shards": "table",
+        "clips": "markdown",
         "summary": "markdown",
         "outputs": "markdown",
         "contact-sheet": "image",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from html import unescape
 
 import pytest
+from markdown_it import MarkdownIt
 
 from db.tenants import set_tenant
 from flows.generate.outcome import Ending
+from flows.show import printable
 from tests.platform import Platform
 
 HOSTILE = [
@@ -75,7 +79,14 @@ def test_a_clip_for_every_prompt_and_sample(platform: Platform) -> None:
     for line, clip in zip(map(json.loads, manifest), clips, strict=True):
         for name in ("clip_id", "prompt", "seed", "recipe", "status", "object_key", "sha256", "trace_id"):
             assert line[name] == clip[name]
-    assert set(page.shown) == {"0-status", "shards", "summary", "outputs", "contact-sheet"}
+    assert set(page.shown) == {"0-status", "shards", "clips", "summary", "outputs", "contact-sheet"}
+    assert page.shown["clips"].startswith("# 4 of 4 clips\n")
+    for clip in clips:
+        assert re.search(
+            rf"^\| !\[{clip['clip_id']}\]\(data:image/webp;base64,\S+\) \| {clip['prompt']} \| {clip['seed']} \|",
+            page.shown["clips"],
+            re.MULTILINE,
+        )
     assert page.descriptions["0-status"] == "4 of 4 clips."
     assert f"`{'█' * 40}` 100 %" in page.shown["0-status"]
     assert any(line.startswith("first clip after ") for line in page.lines)
@@ -85,7 +96,7 @@ def test_a_clip_for_every_prompt_and_sample(platform: Platform) -> None:
 
 
 def test_prompts_are_shown_as_themselves(platform: Platform) -> None:
-    """SQL, shell, HTML and Markdown: in ledger, files and manifest to the letter, and on no page."""
+    """SQL, shell, HTML and Markdown: in ledger, files and manifest to the letter, and on pages nothing but text."""
     with platform.engines():
         outcome, page = platform.make(
             [{"prompt": prompt, "frames": 1, "steps": 1} for prompt in HOSTILE], name="<b>'; drop table clips; --</b>"
@@ -99,6 +110,11 @@ def test_prompts_are_shown_as_themselves(platform: Platform) -> None:
     assert [json.loads(line)["prompt"] for line in manifest] == HOSTILE
     for shown in page.shown.values():
         assert not any(part in str(shown) for part in ("<script>", "javascript:", "<b>"))
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(page.shown["clips"])
+    cells = re.findall(r"<td>(.*?)</td>", html, re.DOTALL)
+    assert [unescape(cell) for cell in cells[1::6]] == [printable(prompt) for prompt in HOSTILE]
+    assert set(re.findall(r"<(\w+)", html)) == {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "img", "code"}
+    assert re.findall(r'<img src="(.{22})', html) == ["data:image/webp;base64"] * len(HOSTILE)
     assert platform.breaches() == []
 
 

@@ -431,6 +431,8 @@ INDEXES = (
     "create index ix_clips_newest on clips (queued_at desc, index, sample)",
     "create index ix_clips_artifact on clips (artifact) where artifact is not null",
     "create index ix_clips_source on clips (source) where source is not null",
+    "create index ix_clips_ended_badly on clips (request_id, index, sample)"
+    " where status in ('failed', 'quarantined', 'rejected')",
     "create index ix_tallies_request_id on tallies (request_id)",
     "create unique index uq_attempts_running on attempts (clip_id) where status = 'running'",
     "create index ix_attempts_engine on attempts (engine, started_at)",
