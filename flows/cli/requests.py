@@ -49,7 +49,7 @@ def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple
     `options` are fields of GenerationRequest.
     """
     from flows.library.models import card_of
-    from flows.request.read import untrained_shapes
+    from flows.request.read import warnings_of
     from flows.request.submit import check_file, readable
     from flows.request.submit import submit as send
     from flows.request.unpack import BadFile
@@ -69,8 +69,11 @@ def submit_file(settings: Settings, file: str, options: dict[str, Any]) -> tuple
             errors = f"{counted(checked.faults, 'error')} in {checked.bad} of {lines}"
             hint = "" if skip_invalid or not checked.prompts else "; --skip-invalid goes on without these lines"
             fail(f"{errors}: nothing was submitted{hint}", BAD_INPUT)
-        if warning := untrained_shapes(card, checked.shapes):
+        warnings = warnings_of(card, checked)
+        for warning in warnings:
             typer.echo(f"rushes: warning: {warning}", err=True)
+        if warnings and good.request.strict:
+            fail(f"{counted(len(warnings), 'warning')} under --strict: nothing was submitted", BAD_INPUT)
         finished = _finished(settings, good.request_id)
         if finished:
             typer.echo(f"{good.request_id} is complete: all {finished} clips were found, nothing is to be rendered")

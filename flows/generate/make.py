@@ -22,7 +22,7 @@ from flows.generate.watch import EnginePool, watch
 from flows.library.models import BrokenModel
 from flows.request.files import BadUri
 from flows.request.form import GenerationRequest
-from flows.request.read import check_defaults, untrained_shapes
+from flows.request.read import check_defaults, warnings_of
 from flows.request.rewriting import RewriterFailed, rewriter_of
 from flows.request.unpack import BadFile
 from flows.settings import Settings
@@ -56,6 +56,9 @@ def make_clips(
         more = checked.faults - len(checked.messages)
         messages = [*wrong, *checked.messages, *([f"… and {more} more"] if more else [])]
         return refuse(page, messages, count=len(wrong) + checked.faults)
+    warnings = warnings_of(source.card, checked)
+    if warnings and request.strict:
+        return refuse(page, warnings, count=len(warnings))
 
     try:
         with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
@@ -68,7 +71,7 @@ def make_clips(
         return refuse(page, [str(error)], reason="QuotaExceeded")
     request_id = opened.id
     page.info(f"request {request_id}: {source.checked.clips} clips asked for by {source.name}")
-    if warning := untrained_shapes(source.card, source.checked.shapes):
+    for warning in warnings:
         page.warn(warning)
     if opened.created:
         query = f"select status, count(*) from history where request_id = '{request_id}' group by 1"

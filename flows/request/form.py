@@ -289,6 +289,11 @@ class GenerationRequest(ClipOptions):
     skip_invalid: bool = Field(
         default=False, title="Skip bad lines", description="Record them as rejected, make the others"
     )
+    strict: bool = Field(
+        default=False,
+        title="Strict",
+        description="Refuse what else is made with a warning: settings without effect, sizes unknown to the model",
+    )
 
     files: dict[str, str] = Field(
         default_factory=dict[str, str],
@@ -320,6 +325,7 @@ class GenerationRequest(ClipOptions):
             window=card.window,
             asked_size=self.width is not None or self.height is not None,
             asked_frames=self.frames,
+            asked=tuple(given),
             conditions={name: value for name in CONDITIONS if (value := getattr(self, name)) is not None},
         )
 
@@ -373,6 +379,7 @@ class Defaults(LineSettings):
     window: int = 0  # the most frames that the model makes at once; 0: not known
     asked_size: bool = False  # the request itself says width or height
     asked_frames: int | None = None  # the length that the request itself asks for
+    asked: tuple[str, ...] = ()  # the settings that the request itself gives
     conditions: dict[str, Any] = field(default_factory=dict[str, Any])  # of prompts that name neither mode nor source
 
 
@@ -395,7 +402,7 @@ def request_key(
     if request.idempotency_key:
         return f"{request.tenant}:{request.idempotency_key}"
     settings = asdict(defaults)
-    for name in ("window", "asked_size", "asked_frames"):  # the model's, or said by another setting
+    for name in ("window", "asked_size", "asked_frames", "asked"):  # the model's, or said by another setting
         del settings[name]
     for name, absent in {**ADDED, "conditions": {}}.items():
         if settings[name] == absent:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
+from flows.request.advice import Advice
 from flows.request.fields import (
     JSON,
     Given,
@@ -100,6 +101,7 @@ class Checked:
     messages: tuple[str, ...]  # the first of them, as `file:line: message`
     made_from: str | None = None  # sha256 hex over all sources that lines name; None: no line names one
     shapes: Mapping[str, int] = field(default_factory=dict[str, int])  # WxHxF that the model makes at once: clips
+    warnings: tuple[str, ...] = ()  # about good ones
 
 
 def check_prompts(
@@ -120,10 +122,12 @@ def check_prompts(
     messages: list[str] = []
     identity, named = hashlib.sha256(), False
     shapes: Counter[str] = Counter()
+    advice = Advice(defaults)
     for line in read_prompts(stream, source=source, format=format, defaults=defaults, find=find):
         if isinstance(line, Prompt):
             prompts += 1
             clips += line.samples
+            advice.add(line)
             for shape in line.shapes:
                 shapes[shape] += line.samples
             for each in line.conditions.identity:
@@ -145,7 +149,13 @@ def check_prompts(
         messages=tuple(messages),
         made_from=identity.hexdigest() if named else None,
         shapes=shapes,
+        warnings=advice.warnings(),
     )
+
+
+def warnings_of(card: ModelCard, checked: Checked) -> list[str]:
+    """Everything to be told of a request that can be made, a line each."""
+    return [*filter(None, [untrained_shapes(card, checked.shapes)]), *checked.warnings]
 
 
 def untrained_shapes(card: ModelCard, shapes: Mapping[str, int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from flows.request.form import ADDED, MAX_SEED, SETTINGS, LineSettings, digest_of
+from flows.request.form import ADDED, MAX_SEED, SETTINGS, LineSettings, Solver, digest_of
 from flows.request.modes import PLAIN, Conditions
 
 # Goes up when the same settings begin to give other pixels (sampler, noise, decoder, precision), so that old takes are
@@ -36,18 +36,37 @@ def recipe(prompt: Prompt, sample: int, *, model_digest: str, rewritten: str | N
     `rewritten` takes the prompt's place if there is one. The partition is not part of it: pixels of different
     partitions differ by rounding only, and that drift is measured and stored with the clip.
     """
-    settings = {name: value for name in _IN_RECIPE if (value := getattr(prompt, name)) != ADDED.get(name, ...)}
+    idle = without_effect(prompt)
+    named = (name for name in _IN_RECIPE if name not in idle)
+    settings = {name: value for name in named if (value := getattr(prompt, name)) != ADDED.get(name, ...)}
     return digest_of(
         {
             "numerics": NUMERICS,
             "model": model_digest,
             "prompt": rewritten or prompt.prompt,
-            "negative_prompt": prompt.negative_prompt or "",
+            "negative_prompt": (None if "negative_prompt" in idle else prompt.negative_prompt) or "",
             "seed": prompt.seed_of(sample),
             **{name: float(value) if name in _FLOATS else value for name, value in settings.items()},
             **prompt.conditions.recipe(),
         }
     )
+
+
+def without_effect(clip: LineSettings) -> dict[str, str]:
+    """Settings that change no pixel of such a clip, each with the reason; they are no part of its recipe.
+
+    A step cache computes the first and the last step in full. The one step of Euler's method goes all the way from
+    noise, wherever the schedule would spend more of them, and is the first one of ab2.
+    """
+    idle: dict[str, str] = {}
+    if clip.guidance == 1 and clip.negative_prompt:
+        idle["negative_prompt"] = "guidance=1 is off: nothing is steered away from"
+    if clip.steps <= 2 and clip.step_cache is not None:
+        idle["step_cache"] = "the first and the last step are always computed"
+    if clip.steps == 1 and clip.solver in (Solver.EULER, Solver.AB2):
+        idle["shift"] = "there is one step, from noise to the clip"
+        idle["solver"] = "euler and ab2 take the same first step"
+    return idle
 
 
 def derived_seed(request_seed: int, prompt: str, custom_id: str | None) -> int:

@@ -197,3 +197,15 @@ def test_a_deadline_that_cannot_be_met_is_told_and_the_clips_are_made(platform: 
         assert early.ending is Ending.COMPLETED
         assert "deadline" not in page.shown and not any("deadline" in line for line in page.warnings)
         assert any(line.endswith("in time") for line in page.lines)
+
+
+def test_settings_without_effect_are_told_and_refused_when_strict(platform: Platform) -> None:
+    """Two clips that differ in them alone are one rendering."""
+    lines = [{"prompt": "a red ball", "seed": 1, "guidance": 1, "negative_prompt": words} for words in ("fog", "rain")]
+    outcome, _ = platform.make(lines, strict=True)
+    assert outcome.ending is Ending.REFUSED and 'negative_prompt="fog" has no effect' in outcome.message
+    with platform.engines(1):
+        outcome, page = platform.make(lines)
+    assert any('negative_prompt="fog" has no effect (2 prompts' in line for line in page.warnings)
+    clips = platform.clips(outcome.request_id)
+    assert len(clips) == 2 and len({clip["recipe"] for clip in clips}) == 1
