@@ -96,14 +96,14 @@ class Settings(BaseSettings):
         default=None,
         description="Most that fetched models may take of the home folder, such as 200GB; default: without bound",
     )
+    device: Literal["cpu", "cuda"] = "cpu"
     partition: str = Field(
-        default="tp=2",
+        default_factory=lambda said: "tp=1" if said.get("device") == "cuda" else "tp=2",
         description="How an engine divides the model over its ranks: cfg=…,sp=…,tp=…,zero=…; or auto: by plan",
     )
     gpus: str | None = Field(
-        default=None, description="With partition auto: what the engines of a host share, like 8xh200, or 2xcpu"
+        default=None, description="What the engines of a host share, like 8xh200, or 2xcpu; auto needs to know it"
     )
-    device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of each rank")
     micro_batch: int = Field(
         default=1, ge=1, le=256, description="Clips denoised together; another number may change a clip's last bits"
@@ -112,6 +112,13 @@ class Settings(BaseSettings):
         default=False,
         description="Compile the model's blocks: quicker steps, a slower first start; on a CPU it needs a C++ compiler."
         " reduce-overhead: and replay them as CUDA graphs",
+    )
+    start_timeout: float = Field(
+        default=600,
+        ge=1,
+        le=86400,
+        description="Seconds in which the ranks of an engine that loads its model read nothing, after which they count"
+        " as hung",
     )
     engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
     linger: float = Field(

@@ -24,7 +24,7 @@ from db.artifacts import NewArtifact
 from db.reproductions import NewReproduction, NoOriginal, Original, add_reproduction, original
 from flows.library.models import resolve
 from flows.render.clip import WrongDigest, as_file, proven, spec_of
-from flows.render.engine import engine_of
+from flows.render.engine import devices_of, engine_of
 from flows.render.worker import code_version, machine
 from flows.settings import Settings
 from flows.show import printable, terminal_bars
@@ -171,7 +171,7 @@ def reproduce(
     results: list[ReproductionResult] = []
     for (card, partition), group in grouped(jobs):
         progress.say(f"loading {card.name} on {partition}")
-        with engine_of(settings, card, partition) as engine:
+        with devices_of(settings, partition) as gpus, engine_of(settings, card, partition, gpus) as engine:
             for job in group:
                 reproduced, row = reproduce_clip(job, engine, store, device, progress)
                 if row is not None:

@@ -5,9 +5,12 @@ A number of a GPU is a file that is locked for as long as its engine lives: howe
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,17 +25,35 @@ class NoDevices(RuntimeError):
     exit_code = 1
 
 
+class TooFewDevices(RuntimeError):
+    """A partition needs more GPUs than this host has."""
+
+    exit_code = 2
+
+
+def visible_gpus(folder: Path = Path("/dev")) -> list[str]:
+    """Names of the GPUs that this process may use, in CUDA's order; found without CUDA, which takes memory on each."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:  # CUDA itself stops at the first that it does not know
+        return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, shown.split(","))))
+    return [str(k) for k in range(sum(re.fullmatch(r"nvidia\d+", each.name) is not None for each in folder.iterdir()))]
+
+
 @contextmanager
-def hold_devices(home: Path, total: int, wanted: int, seconds: float) -> Generator[tuple[int, ...]]:
+def hold_devices(
+    home: Path, total: int, wanted: int, seconds: float, names: Sequence[str] | None = None
+) -> Generator[tuple[int, ...]]:
     """Numbers of `wanted` of the host's `total` GPUs, which nobody else gets before the context ends.
 
+    names: of all of them, by which engines with other numbers for them know them; None: their numbers.
     Waits for all of them at once, holding none meanwhile, so that two engines never wait for each other.
     Raises NoDevices after `seconds`.
     """
     folder = home / FOLDER
     folder.mkdir(exist_ok=True)
     until = time.monotonic() + seconds
-    while (found := _take(folder, total, wanted)) is None:
+    files = [name.replace("/", "-") for name in names or map(str, range(total))][:total]
+    while (found := _take(folder, files, wanted)) is None:
         if time.monotonic() > until:
             raise NoDevices(f"{wanted} of this host's {total} GPUs were never free at once for {seconds:g} s")
         time.sleep(POLL)
@@ -41,14 +62,14 @@ def hold_devices(home: Path, total: int, wanted: int, seconds: float) -> Generat
         yield numbers
 
 
-def _take(folder: Path, total: int, wanted: int) -> tuple[tuple[int, ...], ExitStack] | None:
+def _take(folder: Path, files: Sequence[str], wanted: int) -> tuple[tuple[int, ...], ExitStack] | None:
     with FileLock(folder / "turn"), ExitStack() as held:
         numbers: list[int] = []
-        for number in range(total):
+        for number, file in enumerate(files):
             if len(numbers) == wanted:
                 break
             with suppress(Timeout):
                 # Whichever thread ends the engine gives the device back.
-                held.enter_context(FileLock(folder / str(number), timeout=0, thread_local=False))
+                held.enter_context(FileLock(folder / file, timeout=0, thread_local=False))
                 numbers.append(number)
         return (tuple(numbers), held.pop_all()) if len(numbers) == wanted else None

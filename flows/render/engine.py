@@ -20,7 +20,7 @@ from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.retry import never, with_retry
 from flows.library.models import card_of, gpus_of, partition_for, resolve
-from flows.render.devices import hold_devices
+from flows.render.devices import TooFewDevices, hold_devices, visible_gpus
 from flows.render.renderer import Renderer
 from flows.render.shard import Shard
 from flows.render.worker import Worker, code_version, log, machine, owner_name
@@ -159,6 +159,7 @@ def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: t
         device=settings.device,
         threads_per_rank=settings.threads,
         micro_batch=settings.micro_batch,
+        start_timeout=settings.start_timeout,
         compile=settings.compile,
         cache=settings.compiled,
         gpus=gpus,
@@ -166,10 +167,22 @@ def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: t
 
 
 def devices_of(settings: Settings, partition: Partition) -> AbstractContextManager[tuple[int, ...] | None]:
-    """The GPUs of an engine, where several share the host's: held until it ends. Raises NoDevices."""
-    if settings.partition != AUTO:
+    """The GPUs of an engine, which several may share: held until it ends. None on a CPU, unless a plan divides it.
+
+    Raises NoDevices, and TooFewDevices.
+    """
+    if settings.device == "cpu" and settings.partition != AUTO:
         return nullcontext()
-    return hold_devices(settings.home, gpus_of(settings)[1], partition.world, DEVICES_WAIT)
+    names = visible_gpus() if settings.device == "cuda" else []
+    counts = [count for count in (settings.gpus and gpus_of(settings)[1], len(names)) if count]
+    total = min(counts, default=partition.world)  # where nothing is known, torch will say
+    if partition.world > total:
+        raise TooFewDevices(
+            f"partition {partition} needs {partition.world} GPUs, and this host's engines have {total}: set "
+            f"RUSHES_PARTITION to one of at most {total} ranks, such as tp={total}, or show them more GPUs "
+            "(RUSHES_GPUS, CUDA_VISIBLE_DEVICES)"
+        )
+    return hold_devices(settings.home, total, partition.world, DEVICES_WAIT, names or None)
 
 
 def register(

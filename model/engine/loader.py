@@ -26,6 +26,10 @@ from model.parallel.self_test import self_test
 from model.parallel.vae_rows import DividedDecoder
 
 
+class NotEnoughDevices(ValueError):
+    """A partition has more ranks than this machine has GPUs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Networks:
     """The networks of one rank."""
@@ -41,14 +45,19 @@ class Networks:
 def load(settings: RankSettings, started: float) -> Networks:
     """Joins the group, loads this rank's part and tests it; the time since `started` (perf_counter) went to imports.
 
-    Raises ValueError or NotEnoughMemory for a model that this partition or machine cannot serve, NoCompiler, and
-    SelfTestFailed.
+    Raises NotEnoughDevices, ValueError or NotEnoughMemory for a model that this partition or machine cannot serve,
+    NoCompiler, and SelfTestFailed.
     """
+    divided = Partition.parse(settings.partition)
+    if settings.device == "cuda" and (found := torch.cuda.device_count()) < divided.world:
+        raise NotEnoughDevices(
+            f"partition {divided} needs a GPU for each of its {divided.world} ranks, and torch finds {found}: choose a "
+            "smaller one, such as tp=1, or look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
     torch.set_num_threads(settings.threads)
     torch.set_grad_enabled(False)
     cpu.prepare()
     device, path, dtype = settings.device, Path(settings.path), getattr(torch, settings.dtype)
-    divided = Partition.parse(settings.partition)
     if settings.compile:
         from model.network.compiled import check_compiler
 

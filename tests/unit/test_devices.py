@@ -11,8 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from flows.render.devices import NoDevices, hold_devices
+from flows.render import engine
+from flows.render.devices import NoDevices, TooFewDevices, hold_devices, visible_gpus
+from flows.render.engine import devices_of
+from flows.settings import Settings
+from model.config import Partition
+from model.engine.loader import NotEnoughDevices, load
+from model.engine.messages import RankSettings
 
 HOLDER = """
 import sys, time
@@ -53,3 +60,63 @@ def test_a_killed_engine_gives_its_devices_back(tmp_path: Path) -> None:
         holder.wait()
         with hold_devices(tmp_path, 4, 4, 5) as numbers:
             assert numbers == (0, 1, 2, 3)
+
+
+def test_engines_of_one_host_hold_their_gpus_with_a_fixed_partition_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "DEVICES_WAIT", 0.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    settings, other = Settings(home=tmp_path, device="cuda"), Settings(home=tmp_path, device="cuda", gpus="1xh100")
+    one = Partition.parse(settings.partition)
+    assert one.world == 1, "the default fits a host of one GPU"
+    with devices_of(settings, one) as first, devices_of(settings, one) as second:
+        assert (first, second) == ((0,), (1,))
+        with pytest.raises(NoDevices, match="1 of this host's 2 GPUs"), devices_of(settings, one):
+            pass
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # an engine that is shown others knows them by their names
+        with devices_of(settings, one) as third, pytest.raises(NoDevices), devices_of(other, one):
+            assert third == (1,)
+
+
+def test_a_partition_that_needs_more_gpus_than_there_are_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    settings = Settings(home=tmp_path, device="cuda", partition="tp=2")
+    with pytest.raises(TooFewDevices, match=r"cfg1xsp1xtp2 needs 2 GPUs, and this host's engines have 1: set RUSHES_"):
+        devices_of(settings, Partition(tp=2))
+    rank = RankSettings(
+        path="/nowhere",
+        partition=f"tp={torch.cuda.device_count() + 1}",
+        device="cuda",
+        dtype="bfloat16",
+        threads=1,
+        micro_batch=1,
+        compile=False,
+        frame_step=4,
+        boundary=None,
+    )
+    with pytest.raises(NotEnoughDevices, match=f"and torch finds {torch.cuda.device_count()}: choose a smaller one"):
+        load(rank, 0.0)
+
+
+@pytest.mark.parametrize(("partition", "device"), [("tp=2", "cpu"), ("tp=1", "cuda")])
+def test_the_default_partition_goes_by_the_device(tmp_path: Path, partition: str, device: str) -> None:
+    settings = Settings.model_validate({"home": tmp_path, "device": device})
+    assert settings.partition == partition
+    assert Settings.model_validate({"home": tmp_path, "device": device, "partition": "tp=4"}).partition == "tp=4"
+    if device == "cpu":
+        with devices_of(settings, Partition(tp=2)) as numbers:
+            assert numbers is None
+
+
+def test_gpus_are_found_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(tmp_path) == []
+    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert visible_gpus(tmp_path) == ["0", "1"]
+    for shown, names in (("", []), ("-1", []), ("3", ["3"]), ("GPU-8f, 1", ["GPU-8f", "1"]), ("0,-1,2", ["0"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert visible_gpus(tmp_path) == names
