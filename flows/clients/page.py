@@ -10,7 +10,9 @@ from prefect import get_run_logger
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
+    create_progress_artifact,
     create_table_artifact,
+    update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
@@ -37,6 +39,12 @@ class PrefectPage:
 
     def image(self, key: str, address: str, description: str) -> None:
         create_image_artifact(address, key=key, description=description)
+
+    def progress(self, key: str, percent: float, description: str) -> None:
+        if key in self.shown:
+            update_progress_artifact(self.shown[key], percent)
+        else:
+            self.shown[key] = create_progress_artifact(percent, key=key, description=description)
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
         table = [dict(row) for row in rows]

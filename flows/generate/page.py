@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.planning import ShardRow, shard_table
 from db.requests import Progress
-from db.tables import ClipStatus
+from db.tables import ClipStatus, ShardStatus
 from db.watching import FailureCause, engines_now, failure_causes
 from flows.generate.estimates import Estimate, as_duration
 from flows.generate.outcome import Outcome
@@ -131,10 +131,11 @@ def show_clips(page: Page, ledgers: sessionmaker[Session], store: Store, progres
 
 
 def as_line(row: ShardRow) -> Row:
-    """A shard as a person wants to read it."""
+    """A shard as a person reads it: done as soon as its last clip is, though its engine has yet to give it back."""
+    over = row.status is ShardStatus.LEASED and row.done + row.failed == row.size
     return {
         "shard": row.id,
-        "status": str(row.status),
+        "status": str(ShardStatus.DONE if over else row.status),
         "clips": row.size,
         "done": row.done,
         "failed": row.failed,
