@@ -14,7 +14,7 @@ from sqlalchemy import Engine, Select, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from db.reproductions import Comparison
-from db.roles import READER
+from db.roles import READER, SEARCH_PATH
 from db.tables import Attempt, AttemptStatus, Clip, ClipStatus, Edge, EdgeKind, Reproduction
 from db.view import COLUMNS, HistoryRow, history, row_of
 
@@ -131,7 +131,8 @@ def rows_of(session: Session, wanted: Select[Any]) -> Iterator[HistoryRow]:
 
 
 def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | None = None) -> Answer:
-    """Run one query somebody typed, as `rushes_reader`: it may read `history`, and take `timeout` seconds.
+    """Run one query somebody typed, as `rushes_reader`: it may read `history` and the views of `ask`, whose schema it
+    need not name (`requests` is `ask.requests`), and take `timeout` seconds.
 
     A login that may not become `rushes_reader`, as those of the app, asks with its own rights; read-only all the same.
     Raises SqlFailed for what the database refuses, a second statement included.
@@ -139,6 +140,7 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
     with engine.connect() as connection, connection.begin() as transaction:
         connection.execute(text("set transaction read only"))
         connection.execute(text("select set_config('statement_timeout', :ms, true)"), {"ms": f"{timeout * 1000:.0f}"})
+        connection.execute(text("select set_config('search_path', :path, true)"), {"path": SEARCH_PATH})
         role = connection.scalar(text(_ASKED_AS))
         if role is not None:
             connection.exec_driver_sql(f"set local role {role}")
@@ -154,13 +156,14 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
         except psycopg.Error as error:
             hint = ""
             if isinstance(error, psycopg.errors.InsufficientPrivilege) and role == READER:
-                hint = f"\nHINT:  questions are asked as {READER}, who may read the view history and nothing else"
+                hint = f"\nHINT:  questions are asked as {READER}, who may read {SEEN} and nothing else"
             raise SqlFailed(str(error).strip() + hint) from error
         finally:
             transaction.rollback()
     return Answer(columns, rows[:limit], limit is not None and len(rows) > limit)
 
 
+SEEN = "history and the views of the schema ask,"
 # The role to ask as, if there is one to change to. A superuser could reach the server's files even from a read-only
 # query, so it never stays what it is.
 _ASKED_AS = f"""

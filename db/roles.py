@@ -1,4 +1,4 @@
-"""Who may do what: `rushes_app` reads and writes rows, `rushes_reader` reads the view `history`; see docs/security.md.
+"""Who may do what: `rushes_app` reads and writes rows, `rushes_reader` reads views; see docs/security.md.
 
 Every upgrade ends with `settle_roles`, so no migration has to remember a grant, and roles that an administrator made
 after the migrations, or a dump that was restored on another server, get theirs by `rushes migrate`.
@@ -12,19 +12,21 @@ from sqlalchemy import Connection, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 APP, READER = "rushes_app", "rushes_reader"
+SEARCH_PATH = "ask, public"  # of those who ask: the views of ask by their short names
 
 # Statements, one a row, that give the roles what they lack. Views and the schema's version are nobody's to write.
 # A database may be closed to the public.
 _LACKING = f"""
 with relations as (
-    select oid, relkind, relname, relkind = 'v' or relname = 'alembic_version' as read_only
-    from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'v')
+    select oid, relkind, relname, relkind = 'v' or relname = 'alembic_version' as read_only,
+           relnamespace = to_regnamespace('ask') or relkind = 'v' and relname = 'history' as asked
+    from pg_class where relnamespace in ('public'::regnamespace, to_regnamespace('ask')) and relkind in ('r', 'v')
 ), wanted as (
     select '{APP}' as role, oid, unnest(array['select', 'insert', 'update', 'delete']) as privilege
     from relations where not read_only
     union all select '{APP}', oid, 'select' from relations where read_only
     union all select '{APP}', oid, 'maintain' from relations where relname = 'clips' and :maintain  -- analyze
-    union all select '{READER}', oid, 'select' from relations where relname = 'history'
+    union all select '{READER}', oid, 'select' from relations where asked
 ), unwanted as (
     select '{APP}' as role, oid, unnest(array['insert', 'update', 'delete']) as privilege
     from relations where read_only
@@ -32,8 +34,9 @@ with relations as (
 select format('grant connect on database %I to %I', current_database(), rolname)
 from pg_roles where rolname in ('{APP}', '{READER}') and not has_database_privilege(oid, current_database(), 'connect')
 union all
-select format('grant usage on schema public to %I', rolname)
-from pg_roles where rolname in ('{APP}', '{READER}') and not has_schema_privilege(oid, 'public', 'usage')
+select format('grant usage on schema %I to %I', nspname, rolname)
+from pg_roles r, pg_namespace n where rolname in ('{APP}', '{READER}') and nspname in ('public', 'ask')
+and not has_schema_privilege(r.oid, n.oid, 'usage')
 union all
 select format('grant %s on %s to %I', string_agg(privilege, ', '), w.oid::regclass, role)
 from wanted w join pg_roles r on rolname = role

@@ -208,7 +208,7 @@ class View:
 
     @property
     def comment(self) -> str:
-        """What a row is, and a digest of everything that the view is made of: by it `settle_views` knows it."""
+        """The meaning of a row, and a digest of everything that the view is made of: by it `settle_views` knows it."""
         made_of = repr((self.query, self.means, [column.means for column in self.columns.values()]))
         return f"{self.means} [{hashlib.sha256(made_of.encode()).hexdigest()[:12]}]"
 

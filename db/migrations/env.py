@@ -11,10 +11,10 @@ import os
 from alembic import context
 from sqlalchemy import Connection, text
 
+from db.ask import MAKE_SCHEMA, VIEWS, settle
 from db.roles import settle_roles
 from db.session import connect
 from db.tables import Base
-from db.view import HISTORY, settle_views
 
 TURN = 0x527573686573  # advisory lock: "Rushes"
 
@@ -35,7 +35,7 @@ def main() -> None:
         with context.begin_transaction():
             context.run_migrations()
             if context.get_revision_argument() == context.get_head_revision():
-                for statement in HISTORY.remake:
+                for statement in (*MAKE_SCHEMA, *(each for view in VIEWS for each in view.remake)):
                     context.execute(statement)
         return
     engine = connect(url, application="rushes-migrations")
@@ -43,7 +43,7 @@ def main() -> None:
         with engine.connect() as connection, connection.begin():
             migrate(connection)
             if upgraded_to_head():
-                settle_views(connection, (HISTORY,))
+                settle(connection)
                 left = config.attributes["left"] = settle_roles(connection)
                 for statement in () if "url" in config.attributes else left:
                     logging.getLogger("rushes").warning("an administrator has to run: %s", statement)

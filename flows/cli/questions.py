@@ -121,8 +121,9 @@ def sql(
 ) -> None:
     """Ask the ledger in SQL. The view `history` has one row per clip: `select * from history limit 1`.
 
-    Read only, and as the role rushes_reader, which sees `history` and no other
-    table; with the rights of the login, where it may not become that role.
+    The views `requests`, `attempts`, `stages`, `engines`, `usage` and `lineage`
+    answer the rest. Read only, and as the role rushes_reader, which sees these
+    and no table; with the login's rights, where it may not become that role.
     """
     text = sys.stdin.read() if query == "-" else query
     if not text.strip():

@@ -1,4 +1,4 @@
-"""Measures the ledger under a million clips, and prints Markdown: opening, claiming, progress, the ten questions.
+"""Measures the ledger under a million clips, and prints Markdown: opening, claiming, progress, the twenty questions.
 
 Everything is real (the embedded Postgres, the prompt reader, the ledger's functions) but the engines: they claim
 shards, sleep a tenth of a second and give them back. Clips of the past are made by the database itself. All of it lies

@@ -12,15 +12,16 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db.claim import claim_shard
 from db.clips import add_clips
+from db.engines import register_engine
 from db.history import SqlFailed, find_clips, run_sql, show_clip
 from db.leases import STAGES, complete_shard, fail_clip, record_clip, start_clip
 from db.planning import reuse_renders
 from db.requests import request_id
 from db.session import connect, sessions
-from db.tables import AttemptStatus, ClipStatus, EdgeKind
+from db.tables import AttemptStatus, ClipMode, ClipStatus, EdgeKind
 from db.view import COLUMNS
 from tests.documents import QUESTIONS
-from tests.factories import ENGINE, MODEL, artifact_of, new_clip, opened, planned
+from tests.factories import ENGINE, MODEL, artifact_of, digest, new_clip, opened, planned
 
 Ledger = sessionmaker[Session]
 
@@ -75,6 +76,85 @@ def rendered(ledger: Ledger) -> None:
             reuse_renders(session, request)
     with ledger.begin() as session:
         assert add_clips(session, request, clips) == 0  # again: no clip and no parent comes twice
+
+
+@pytest.fixture(scope="module")
+def studio(clone: Callable[[str], AbstractContextManager[str]], migrated_template: str) -> Iterator[Engine]:
+    """`dailies`, and a second request, of another tenant and model, that connects clips of it and is still open."""
+    with clone(migrated_template) as url:
+        engine = connect(url)
+        rendered(sessions(engine))
+        connected(sessions(engine))
+        yield engine
+        engine.dispose()
+
+
+TAKES, OTHER_MODEL = request_id("takes"), digest("other")
+FIRST, SECOND = f"{REQUEST}-000000-0", f"{REQUEST}-000001-0"
+
+
+def connected(ledger: Ledger) -> None:
+    """One done at its first attempt, one that connects two clips at its second, one that is rendered now."""
+    ends = {"source": artifact_of(FIRST).sha256, "end_source": artifact_of(SECOND).sha256}
+    clips = [
+        new_clip(0, prompt="a red ball rolls left", recipe="take 0", width=32),
+        new_clip(1, recipe="take 1", width=32, mode=ClipMode.CONNECT, **ends,
+                 parents=((FIRST, EdgeKind.CONNECT), (SECOND, EdgeKind.CONNECT))),
+        new_clip(2, recipe="take 2", width=32),
+    ]  # fmt: skip
+    with ledger.begin() as session:
+        described = {"tenant": "agency", "model": "other", "model_digest": OTHER_MODEL, "settings": {"steps": 8}}
+        request = opened(session, clips, key="takes", **described)
+        named = {"host": "gpu1", "pid": 1, "device": "cpu", "partition": "cfg1xsp1xtp2", "code_version": "1.0"}
+        register_engine(session, "engine-1", model_digest=OTHER_MODEL, **named)
+    for fails in (True, False):
+        with ledger.begin() as session:
+            session.execute(text("update clips set not_before = null"))
+            planned(session, request)
+            lease, todo = claim_shard(session, "engine-1", seconds=60, model_digest=OTHER_MODEL) or pytest.fail("none")
+            for clip in todo:
+                start_clip(session, lease, clip.clip_id, **ENGINE, host="gpu1")
+                if clip.clip_id.endswith("1-0") and fails:
+                    fail_clip(session, lease, clip.clip_id, "no memory", error_class="out_of_memory")
+                elif not clip.clip_id.endswith("2-0"):
+                    stored = artifact_of(clip.clip_id)
+                    assert record_clip(session, lease, clip.clip_id, artifact=stored, seconds={"denoise": 2.0})
+                elif fails:
+                    fail_clip(session, lease, clip.clip_id, "no memory", error_class="out_of_memory")
+            if fails:
+                complete_shard(session, lease)
+
+
+def test_the_views_tell_of_requests_attempts_engines_and_costs(studio: Engine) -> None:
+    """Among a request that has not been ended and one that is rendered now."""
+
+    def ask(sql: str) -> list[tuple[object, ...]]:
+        return run_sql(studio, sql).rows
+
+    counts = "clips_left, running, done, reused, failed, rejected, seconds, bytes"
+    assert ask(f"select {counts} from requests where name = 'dailies'") == [(0, 0, 3, 1, 1, 1, 25.0, 2000)]
+    assert ask(f"select {counts} from requests where name = 'takes'") == [(1, 1, 2, 0, 0, 0, 4.0, 2000)]
+    (going,) = ask("select clips_per_minute > 0, eta > now(), gpu_seconds > 8 from requests where name = 'takes'")
+    assert going == (True, True, True)
+    tried = "select status, count(*), count(error_class), bool_and(gpu_seconds > 0) from attempts group by 1 order by 1"
+    assert ask(tried) == [("done", 4, 0, True), ("failed", 4, 4, True), ("running", 1, 0, True)]
+    engines = "select engine_id, state, now_rendering, gpus, busy_share > 0 from engines"
+    assert ask(engines) == [("engine-1", "rendering", [f"{TAKES}-000002-0"], 2, True)]
+    used = "select tenant, model, attempts, rendered, gpu_seconds > 2 * wasted_gpu_seconds from usage order by 1"
+    assert ask(used) == [("agency", "other", 5, 2, True), ("studio", "mini", 4, 2, True)]
+    assert ask("select count(*), sum(seconds) from stages where stage = 'denoise'") == [(4, 7.0)]
+
+
+def test_lineage_knows_both_parents_and_every_descendant(studio: Engine) -> None:
+    connecting = f"{TAKES}-000001-0"
+    rows = run_sql(studio, "select parent, child, kind, depth from lineage").rows
+    assert sorted(rows) == sorted([
+        (FIRST, SECOND, "extend", 1),
+        (FIRST, connecting, "connect", 1),
+        (FIRST, connecting, "connect", 2),
+        (SECOND, connecting, "connect", 1),
+    ])  # fmt: skip
+    assert run_sql(studio, f"select parents from history where clip_id = '{connecting}'").rows == [([FIRST, SECOND],)]
 
 
 def test_history_has_one_row_for_every_clip_with_all_about_it(dailies: Engine) -> None:
@@ -148,18 +228,28 @@ ANSWERS: dict[str, tuple[object, ...] | None] = {
     "Which clips were slowest, and why?": (12.5, 1.5),
     "What did each tenant use?": ("studio", 3, 1, 3000),
     "What goes wrong most?": ("out of memory", 1),
-    "How many clips and how much engine time an hour?": (2, 25),
+    "How many clips and how much engine time an hour?": (4, 29),
     "Was anything rendered twice? (no rows: nothing was)": None,
     "Where does the time go?": (64, 48, 5, 2, 4, 12, 20, 28, 36),
     "Which clips needed more than one attempt?": ("done", 2),
-    "How busy was each engine?": ("engine-1", 2),
+    "How busy was each engine?": ("engine-1", "gpu1", "rendering", 1),
     "Where are the clips about a word?": ("done", "a red ball rolls left"),
+    "How do two models do on the same prompts and seeds?": ("a red ball rolls left", "mini", "other"),
+    "What did each tenant cost, by day and model?": ("agency", "other", 2),
+    "Which clips came from this one?": (1, "connect", f"{TAKES}-000001-0", "done"),
+    "What failed, by hour and cause?": ("out_of_memory", 2, 1),
+    "How long do clips take from submission to file?": ("studio", 5, 3),
+    "What is left, and when will it be done?": ("takes", "agency", 1, 2, 0),
+    "What differs between the last two requests?": ("steps", 4, 8),
+    "What does each request store?": ("dailies", 3, 2000),
+    "How slow is each stage at its slowest?": ("denoise", 4, [1.5, 2.0, 2.0]),
+    "What did it save that clips were reused?": ("studio", 3, 1),
 }
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_every_query_of_the_documents_answers_its_question(dailies: Engine, question: str) -> None:
-    answer = run_sql(dailies, QUESTIONS[question])
+def test_every_query_of_the_documents_answers_its_question(studio: Engine, question: str) -> None:
+    answer = run_sql(studio, QUESTIONS[question])
     assert answer.columns
     expected = ANSWERS[question]
     if expected is None:

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
+from db.ask import VIEWS
 from db.history import SqlFailed, run_sql
 from db.requests import cancel_request, finish_request, progress
 from db.roles import make_reader
@@ -52,7 +53,7 @@ def request_id(ledger: sessionmaker[Session]) -> str:
         return found
 
 
-def test_a_reader_sees_history_and_nothing_else(database_url: str, request_id: str) -> None:
+def test_a_reader_sees_the_views_and_nothing_else(database_url: str, request_id: str) -> None:
     with member(database_url, "rushes_reader") as url, psycopg.connect(url, autocommit=True) as reader:
         rows = reader.execute("select status from history where request_id = %s order by 1", [request_id]).fetchall()
         assert rows == [("done",), ("queued",)]
@@ -60,7 +61,7 @@ def test_a_reader_sees_history_and_nothing_else(database_url: str, request_id: s
             reader.execute(question.encode())
         for table in Base.metadata.tables:
             with pytest.raises(errors.InsufficientPrivilege):
-                reader.execute(sql.SQL("select 1 from {}").format(sql.Identifier(table)))
+                reader.execute(sql.SQL("select 1 from public.{}").format(sql.Identifier(table)))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_a_login_that_may_not_become_the_reader_asks_with_its_own_rights(databas
 # Every privilege there is on every table, view and sequence of the schema that a role has, by whatever way it has it.
 PRIVILEGES = """
 select c.relname::text, p.name from pg_class c, unnest(cast(:names as text[])) as p (name)
-where c.relnamespace = 'public'::regnamespace and case
+where c.relnamespace = to_regnamespace(:schema) and case
     when c.relkind = 'S' then p.name in ('usage', 'select', 'update') and has_sequence_privilege(:role, c.oid, p.name)
     when c.relkind in ('r', 'v') then p.name <> 'usage' and (has_table_privilege(:role, c.oid, p.name)
         or p.name in ('select', 'insert', 'update', 'references') and has_any_column_privilege(:role, c.oid, p.name))
@@ -162,15 +163,17 @@ where c.relnamespace = 'public'::regnamespace and case
 NAMES = ["select", "insert", "update", "delete", "truncate", "references", "trigger", "usage"]
 
 
-def privileges(engine: Engine, role: str) -> set[tuple[str, str]]:
+def privileges(engine: Engine, role: str, schema: str = "public") -> set[tuple[str, str]]:
     with engine.connect() as connection:
-        found = connection.execute(text(PRIVILEGES), {"role": role, "names": NAMES})
+        found = connection.execute(text(PRIVILEGES), {"role": role, "names": NAMES, "schema": schema})
         return {(row.relname, row.name) for row in found}
 
 
 def rights(engine: Engine) -> None:
     """Asserts what each of the roles may do, no more and no less."""
-    assert privileges(engine, "rushes_reader") == {("history", "select")}
+    views = {(view.name.rpartition(".")[2], "select") for view in VIEWS}
+    assert privileges(engine, "rushes_reader", "public") | privileges(engine, "rushes_reader", "ask") == views
+    assert privileges(engine, "rushes_app", "ask") == views - {("history", "select")}
     tables = {name for name in Base.metadata.tables if name != "history"}
     of_app = privileges(engine, "rushes_app")
     assert {(name, way) for name, way in of_app if name in tables} == {

@@ -21,11 +21,11 @@ def test_readme_is_read_in_three_minutes() -> None:
     assert len(README.splitlines()) <= 160
 
 
-def test_readme_asks_two_of_the_ten_questions() -> None:
+def test_readme_asks_two_of_the_twenty_questions() -> None:
     asked = sql_questions("README.md")
     assert len(asked) == 2 and asked.items() <= QUESTIONS.items()
     blocks = len(re.findall(r"^```sql$", DOCUMENTS["docs/questions.md"], re.M))
-    assert len(QUESTIONS) == blocks == 10
+    assert len(QUESTIONS) == blocks == 20
 
 
 def test_the_important_settings_are_explained() -> None:

@@ -32,6 +32,7 @@ def downgrade() -> None:
     for role in ROLES:
         op.execute(DROP.format(role=role))
     op.execute("drop view if exists history")
+    op.execute("drop schema if exists ask cascade")  # whose views are made after the migrations, as history is
     op.execute("drop function tally_clips() cascade")  # with its triggers
     op.execute("drop function tally(boolean, clips)")
     for kind, statements in (("table", TABLES), ("type", ENUMS)):
@@ -436,6 +437,8 @@ INDEXES = (
     "create index ix_tallies_request_id on tallies (request_id)",
     "create unique index uq_attempts_running on attempts (clip_id) where status = 'running'",
     "create index ix_attempts_engine on attempts (engine, started_at)",
+    """create index ix_attempts_started_at on attempts using brin
+       (started_at, ((started_at at time zone 'UTC')::date)) with (pages_per_range = 32, autosummarize = on)""",
     "create index ix_renders_sha256 on renders (sha256)",
     "create index ix_edges_parent on edges (parent)",
     "create index ix_reproductions_clip_id on reproductions (clip_id, id)",
