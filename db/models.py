@@ -52,6 +52,11 @@ def added_model(session: Session, digest: str) -> ModelRow | None:
     return next(iter(_added(session, Model.digest == digest)), None)
 
 
+def model_path(session: Session, digest: str) -> str | None:
+    """The folder in which the model of this digest was, where one is known."""
+    return session.scalar(select(Model.path).where(Model.digest == digest))
+
+
 def added_models(session: Session, name: str) -> list[ModelRow]:
     """The model that was added under this name; without one, those whose digest begins with it."""
     named = _added(session, Model.name == name)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Boolean, Row, delete, distinct, func, insert, literal, or_, select, text, update
+from sqlalchemy import Boolean, Row, case, delete, distinct, func, insert, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -184,6 +184,38 @@ def _check_quota(session: Session, request_id: str, new: NewRequest) -> None:
                 f"{used:,.0f} and asks for about {new.gpu_seconds:,.0f} more: wait, or have the bound raised "
                 "(`rushes tenants`)"
             )
+
+
+def count_try(session: Session, request_id: str, flow_run_id: str) -> int:
+    """Note that the run of an open request has ended without it: how many did, one after the other, for nothing.
+
+    For something was a run under which a clip came to an end. 0: the request has another run by now, or has ended.
+    """
+    request = lock_request(session, request_id)
+    if request.status != RequestStatus.OPEN or request.flow_run_id != flow_run_id:
+        return 0
+    counted = _counted(session, request_id)
+    ended = sum(counted.get(status, 0) for status in TERMINAL)
+    tries = case((Request.ended_before < ended, 1), else_=Request.tries + 1)
+    noted = update(Request).where(Request.id == request_id).values(tries=tries, ended_before=ended)
+    return session.execute(noted.returning(Request.tries)).scalar_one()
+
+
+def hand_over(session: Session, request_id: str, flow_run_id: str | None) -> None:
+    """Note the flow run that works on an open request from now on."""
+    change(
+        session,
+        update(Request)
+        .where(Request.id == request_id, Request.status == RequestStatus.OPEN)
+        .values(flow_run_id=flow_run_id),
+    )
+
+
+def seconds_left(session: Session, request_id: str) -> float | None:
+    """Seconds until the request's deadline, less than 0 after it; None where it has none."""
+    left = func.extract("epoch", Request.deadline - func.statement_timestamp())
+    found = session.scalar(select(left).where(Request.id == request_id))
+    return None if found is None else float(found)
 
 
 def seal_request(session: Session, request_id: str, total: int) -> None:

@@ -217,6 +217,8 @@ class Request(Base):
     status: Mapped[RequestStatus] = mapped_column(server_default=RequestStatus.OPEN.value)
     total: Mapped[int | None]  # null until all clips are in: nothing is planned or finished before that
     flow_run_id: Mapped[str | None]
+    tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # runs that took it up for nothing
+    ended_before: Mapped[int] = mapped_column(server_default=text("0"))  # clips that had ended when the last one did
     carrier: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
     trace_id: Mapped[str | None]
     manifest_key: Mapped[str | None]

@@ -139,15 +139,27 @@ class Platform:
     # --- requests
 
     def submit(
-        self, prompts: Sequence[str | dict[str, Any]] = (), *, pool: EnginePool | None = None, **fields: Any
+        self,
+        prompts: Sequence[str | dict[str, Any]] = (),
+        *,
+        pool: EnginePool | None = None,
+        resumes: str | None = None,
+        **fields: Any,
     ) -> Run:
-        """Begins a run of a request, in a thread of its own."""
+        """Begins a run of a request, in a thread of its own. resumes: the request that maintenance has it take up."""
         asked = GenerationRequest.model_validate({**SMALL, "prompts": list(prompts), **fields})
         page, run_id = RecordedPage(), str(uuid.uuid4())
 
         def make() -> Outcome:
             return make_clips(
-                self.settings, self.sessions, self.store, asked, run_id=run_id, page=page, engines=pool or NoPool()
+                self.settings,
+                self.sessions,
+                self.store,
+                asked,
+                run_id=run_id,
+                page=page,
+                engines=pool or NoPool(),
+                resumes=resumes,
             )
 
         self.runs.append(Run(run_id, page, self.threads.submit(make)))

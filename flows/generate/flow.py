@@ -55,8 +55,11 @@ def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     flow_run_name=name_run,
     on_cancellation=[cancel_in_ledger],
 )
-def generate(request: GenerationRequest) -> State[Any]:
-    """Read and check the prompts, open the request, plan shards, start engines, watch, publish."""
+def generate(request: GenerationRequest, resumes: str | None = None) -> State[Any]:
+    """Read and check the prompts, open the request, plan shards, start engines, watch, publish.
+
+    resumes: leave empty; maintenance names here the request that it takes up since its run has ended.
+    """
     settings = load_settings()
     setup_tracing("rushes-generate")
     try:
@@ -69,6 +72,7 @@ def generate(request: GenerationRequest) -> State[Any]:
                 run_id=str(this_run.id),
                 page=PrefectPage(),
                 engines=PrefectPool(settings, ledgers),
+                resumes=resumes,
             )
             return state_of(outcome)
     finally:

@@ -11,14 +11,16 @@ from functools import partial
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.requests import QuotaExceeded
+from db.models import model_path
+from db.requests import QuotaExceeded, RequestRow, hand_over, request_by, seconds_left
 from db.tables import ClipStatus
+from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort, with_retry
-from flows.generate.outcome import Outcome
+from flows.generate.outcome import Ending, Outcome
 from flows.generate.page import Page, refuse, tell_deadline
 from flows.generate.publish import publish
-from flows.generate.request import find_source, forecast, record, reuse_cached, too_large
-from flows.generate.watch import EnginePool, watch
+from flows.generate.request import RequestChanged, find_source, forecast, opened_with, record, reuse_cached, too_large
+from flows.generate.watch import EnginePool, Watched, watch
 from flows.library.models import BrokenModel
 from flows.request.files import BadUri
 from flows.request.form import GenerationRequest
@@ -27,7 +29,7 @@ from flows.request.rewriting import RewriterFailed, rewriter_of
 from flows.request.unpack import BadFile
 from flows.settings import Settings
 from infra.store.contract import NoSuchKey, Store
-from model.loading.card import ModelNotFound
+from model.loading.card import ModelCard, ModelNotFound
 
 
 def make_clips(
@@ -39,11 +41,16 @@ def make_clips(
     run_id: str | None,
     page: Page,
     engines: EnginePool,
+    resumes: str | None = None,
 ) -> Outcome:
     """Reads and checks the prompts, opens the request, plans shards, sees to engines, watches, publishes.
 
-    run_id: the flow run that this is: made again with the same one, a `fresh` request is the same request.
+    run_id: the flow run that this is: made again with the same one, a `fresh` request is the same request. resumes: the
+    request whose run has ended without it. If all its clips are in, nothing is read or decided again.
     """
+    begun = None if resumes is None else Ledger(ledgers).read(lambda session: request_by(session, resumes))
+    if begun is not None and begun.total is not None:
+        return resume(settings, ledgers, store, begun, run_id=run_id, page=page, engines=engines)
     if request.fresh and request.idempotency_key is None:
         request = request.model_copy(update={"idempotency_key": f"fresh-{run_id}"})
     try:
@@ -63,8 +70,12 @@ def make_clips(
     try:
         with rewriter_of(settings, source.card) if request.rewrite else nullcontext() as rewriter:
             opened = with_retry(
-                lambda: record(settings, ledgers, store, source, request, rewriter, run_id=run_id, say=page.info)
+                lambda: record(
+                    settings, ledgers, store, source, request, rewriter, run_id=run_id, say=page.info, begun=begun
+                )
             )
+    except RequestChanged as error:
+        return gone(page, begun.id if begun else "", error)
     except RewriterFailed as error:
         return refuse(page, [str(error)], reason="RewriterFailed")
     except QuotaExceeded as error:
@@ -81,7 +92,50 @@ def make_clips(
         expected = with_retry(lambda: forecast(settings, ledgers, source, request))
         best_effort(partial(tell_deadline, page, request_id, request.deadline, expected))
 
+    return finish(settings, ledgers, store, request_id, source.model, source.card, page, engines)
+
+
+def resume(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    row: RequestRow,
+    *,
+    run_id: str | None,
+    page: Page,
+    engines: EnginePool,
+) -> Outcome:
+    """Goes on with a request whose clips are all in: with the model, settings and deadline it was opened with."""
+    page.info(f"request {row.id}: goes on in place of a run that has ended")
+    path = Ledger(ledgers).read(lambda session: model_path(session, row.model_digest))
+    try:
+        model, card = with_retry(lambda: opened_with(settings, row, path))
+    except (ModelNotFound, BrokenModel) as error:
+        return gone(page, row.id, error)
+    Ledger(ledgers).write(lambda session: hand_over(session, row.id, run_id))
+    return finish(settings, ledgers, store, row.id, model, card, page, engines)
+
+
+def gone(page: Page, request_id: str, error: Exception) -> Outcome:
+    """The end of a run that cannot go on with its request: the request stays as it is."""
+    page.warn(str(error))
+    return Outcome(ending=Ending.FAILED, message=str(error), request_id=request_id)
+
+
+def finish(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    request_id: str,
+    model: str,
+    card: ModelCard,
+    page: Page,
+    engines: EnginePool,
+) -> Outcome:
+    """Watches an open request to its end and publishes it."""
     before = reuse_cached(ledgers, request_id)
-    progress = watch(settings, ledgers, store, request_id, source, page=page, engines=engines)
+    left = Ledger(ledgers).read(lambda session: seconds_left(session, request_id))
+    watched = Watched(model=model, card=card, deadline=left)
+    progress = watch(settings, ledgers, store, request_id, watched, page=page, engines=engines)
     cache_hits = before.counts[ClipStatus.DONE] + progress.reused - before.reused
     return publish(ledgers, store, page, progress, cache_hits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from db.artifacts import add_artifacts
 from db.clips import NewClip, add_clips
 from db.models import register_model
 from db.planning import reuse_renders
-from db.requests import NewRequest, OpenedRequest, Progress, open_request, request_by, seal_request
+from db.requests import NewRequest, OpenedRequest, Progress, RequestRow, open_request, request_by, seal_request
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
 from flows.clients.ledger import Ledger
@@ -36,7 +37,7 @@ from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from infra.tracing import carrier, current_trace_id
 from model.config import ClipShape
-from model.loading.card import TRANSFORMER, ModelCard
+from model.loading.card import TRANSFORMER, ModelCard, ModelNotFound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,6 @@ class RequestFile:
     defaults: Defaults
     checked: Checked
     sources: Sources  # what lines are made from, found and stored
-    deadline: float | None  # seconds in which all should be done
     fresh: bool = False  # what was rendered before will not do
 
 
@@ -88,7 +88,6 @@ def find_source(
         defaults=defaults,
         checked=checked,
         sources=sources,
-        deadline=request.deadline,
         fresh=request.fresh,
     )
 
@@ -124,10 +123,12 @@ def record(
     *,
     run_id: str | None,
     say: Callable[[str], None],
+    begun: RequestRow | None = None,
 ) -> OpenedRequest:
     """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
 
-    run_id: the flow run that works on it. Raises RewriterFailed before anything of it is in the ledger.
+    run_id: the flow run that works on it. begun: the request, where a run that has ended was at opening it. Raises
+    RewriterFailed before anything of it is in the ledger, and RequestChanged.
     """
     card, checked = source.card, source.checked
     key = request_key(
@@ -138,6 +139,8 @@ def record(
         made_from=checked.made_from,
         rewriter=card.rewriter,
     )
+    if begun is not None:
+        key = key_of_begun(begun, source)
     with ledgers() as session:
         before = request_by(session, request_id(key))
     if rewriter and (before is None or before.total is None):
@@ -177,6 +180,43 @@ def record(
         with ledgers.begin() as session:
             seal_request(session, opened.id, checked.clips + checked.bad)
     return opened
+
+
+class RequestChanged(RuntimeError):
+    """The prompts, settings or model of a request whose clips are not all in are no longer those it was opened with."""
+
+
+def key_of_begun(begun: RequestRow, source: RequestFile) -> str:
+    """The key of a request that is gone on with, if it is still the same one. Raises RequestChanged."""
+    was = (begun.source_sha256, begun.model_digest, begun.settings)
+    now = (source.sha256, source.card.digest, json.loads(json.dumps(asdict(source.defaults))))
+    names = ("prompts", "model", "settings")
+    if changed := [name for name, one, other in zip(names, was, now, strict=True) if one != other]:
+        raise RequestChanged(
+            f"{begun.id} was not opened to its end, and its {' and '.join(changed)} changed since: submit it again"
+        )
+    return begun.key
+
+
+def opened_with(settings: Settings, row: RequestRow, path: str | None) -> tuple[str, ModelCard]:
+    """The model that a request was opened with, and the name under which engines find it.
+
+    path: of its folder then. Its own name may mean another model by now, which renders nothing of it. Raises
+    ModelNotFound.
+    """
+    for name in (row.model, row.model_digest, path):
+        if name is None:
+            continue
+        try:
+            card = card_of(settings, name)
+        except ModelNotFound:
+            continue
+        if card.digest == row.model_digest:
+            return name, card
+    raise ModelNotFound(
+        f"{row.id} was opened with the model {row.model!r} of digest {row.model_digest[:12]}, which is no longer to be "
+        "had: add its folder again (`rushes models add FOLDER`), or cancel the request"
+    )
 
 
 def forecast(

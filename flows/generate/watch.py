@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -19,13 +20,13 @@ from flows.clients.retry import best_effort
 from flows.generate.estimates import cost_model
 from flows.generate.gallery import Occasions
 from flows.generate.page import ROUND, Page, Report, show_clips
-from flows.generate.request import RequestFile
 from flows.library.models import gpus_of
 from flows.plan import shards
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from infra.tracing import carrier
 from model.config import Partition
+from model.loading.card import ModelCard
 
 POLL = 1.0  # seconds between two looks at the ledger
 SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
@@ -49,12 +50,21 @@ class EnginePool(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """An open request's model, as it was opened with it, and the seconds that are left."""
+
+    model: str  # under which engines find it
+    card: ModelCard
+    deadline: float | None  # seconds from now in which all should be done
+
+
 def watch(
     settings: Settings,
     ledgers: sessionmaker[Session],
     store: Store,
     request_id: str,
-    source: RequestFile,
+    source: Watched,
     *,
     page: Page,
     engines: EnginePool,
@@ -114,7 +124,7 @@ class Planner:
         settings: Settings,
         ledgers: sessionmaker[Session],
         request_id: str,
-        source: RequestFile,
+        source: Watched,
         page: Page,
         engines: EnginePool,
     ) -> None:

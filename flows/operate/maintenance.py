@@ -27,14 +27,14 @@ from prefect.deployments import run_deployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed, Crashed
+from prefect.states import Completed, Crashed, Failed
 from prefect.types import DateTime
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import watching
 from db.engines import ALIVE, EngineRow, close_engine, silent_engines
 from db.leases import expire_leases, expire_owner
-from db.requests import cancel_request
+from db.requests import cancel_request, count_try, hand_over
 from flows.clients.ledger import ledger as ledger_of
 from flows.operate.audit import ORPHAN_AGE, REFERENCES
 from flows.render import pool
@@ -43,6 +43,7 @@ from infra.store.contract import Store
 from infra.tracing import flush, setup_tracing
 
 CRASHED_AGE = timedelta(days=1)  # of runs that crashed before the ledger knew of their request: theirs is not forgotten
+MAX_TRIES = 5  # runs of a recorded request, one after the other, under which no clip came to an end
 MAX_RUNS = 3  # of such a request, one after the other
 GENERATE = "generate/default"
 RESTART_OF = "restart-of-"  # begins the idempotency key of a run that goes on in place of another
@@ -206,9 +207,25 @@ def restart_abandoned_requests(client: SyncPrefectClient, ledgers: sessionmaker[
             with ledgers.begin() as session:
                 cancel_request(session, request.id)
         else:
-            restart(run)
+            take_up(client, ledgers, request.id, run)
         ended += 1
     return ended
+
+
+def take_up(client: SyncPrefectClient, ledgers: sessionmaker[Session], request_id: str, run: FlowRun) -> None:
+    """Give a request another run in place of one that has ended, MAX_TRIES for nothing at most; then cancel it."""
+    with ledgers.begin() as session:
+        tries = count_try(session, request_id, str(run.id))
+        if tries > MAX_TRIES:
+            cancel_request(session, request_id)
+    if tries > MAX_TRIES:
+        said = run.state.message if run.state else None
+        reason = f"{request_id} was given up: {tries} runs ended without one finished clip; the last: {said}"
+        client.set_flow_run_state(run.id, Failed(message=f"{reason}. `rushes retry {request_id}`"), force=True)
+    elif tries:
+        again = restart(run, request_id)
+        with ledgers.begin() as session:
+            hand_over(session, request_id, str(again.id))
 
 
 def end_stuck_runs(client: SyncPrefectClient) -> int:
@@ -260,20 +277,24 @@ def _predecessor(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
     return None
 
 
-def restart(run: FlowRun) -> None:
-    """Start a run with the same input, once for all callers; in place of one that has ended as well, the next."""
+def restart(run: FlowRun, request_id: str | None = None) -> FlowRun:
+    """Start a run with the same input, once for all callers; in place of one that has ended as well, the next.
+
+    request_id: that it goes on with, where the ledger knows it.
+    """
     while run.state is not None and run.state.is_final():
         run = cast(
             FlowRun,
             run_deployment(
                 GENERATE,
-                parameters=run.parameters,
+                parameters=run.parameters | ({"resumes": request_id} if request_id else {}),
                 timeout=0,
                 as_subflow=False,
                 flow_run_name=run.name,
                 idempotency_key=f"{RESTART_OF}{run.id}",
             ),
         )
+    return run
 
 
 def sweep_orphans(ledgers: sessionmaker[Session], store: Store) -> tuple[int, int]:
