@@ -40,7 +40,7 @@ class Engine:
     """One model on `partition.world` ranks of this machine. Not for use from two threads at a time.
 
     step_timeout: seconds without a sign of life (a step, a decoded clip) after which the ranks count as hung.
-    start_timeout: seconds that loading may take.
+    start_timeout: seconds in which ranks that load may read nothing, after which they count as hung.
     micro_batch: clips of one shape that are denoised together; they join and leave between any two steps. A clip's
         bytes do not depend on its neighbours (`model.engine.batch`), but may on this number. Halved when memory runs
         out.

@@ -35,6 +35,9 @@ from model.engine.messages import Exit, FromRank, RankFailed, RankReady, RankSet
 from model.engine.wire import Wire, encode, packed
 
 POLL = 0.1  # seconds that `next_message` waits
+LOOK = 1.0  # seconds between two looks at what ranks that load have read
+READS = 1 << 16  # bytes between two looks that count: less is what any process reads now and then
+PAGE = os.sysconf("SC_PAGE_SIZE")
 EXIT = 2.0  # seconds that ranks have to leave
 Report: TypeAlias = RankFailed | None  # of a rank: its last message, or None where it is gone without one
 
@@ -66,10 +69,11 @@ class Ranks:
     def start(self, timeout: float) -> None:
         """Starts the ranks and waits until every one has loaded and tested its part.
 
-        timeout: seconds. Raises StartFailed, RankDied or RankHung; `end` must be called then.
+        timeout: seconds without one that becomes ready or reads. Raises StartFailed, RankDied or RankHung; `end` must
+        be called then.
         """
         self._starter.submit(self._spawn).result()
-        self.ready = tuple(self._greeting(rank, timeout) for rank in range(self.world))
+        self.ready = self._greetings(timeout)
 
     def tell(self, message: ToRank, rank: int = 0) -> None:
         """Raises RankDied, or the error that the rank reported, where it is gone."""
@@ -179,19 +183,34 @@ class Ranks:
             if output is not None:
                 output.close()
 
-    def _greeting(self, number: int, timeout: float) -> RankInfo:
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
+    def _greetings(self, timeout: float) -> tuple[RankInfo, ...]:
+        ready: dict[int, RankInfo] = {}
+        heard, read = time.monotonic(), self._bytes_read()
+        while len(ready) < self.world:
             connections = [rank.wire.connection for rank in self._ranks]
-            for connection in wait(connections, min(left, 1.0)):
-                other = connections.index(connection)  # pyright: ignore
-                if other > number:
-                    continue  # its turn comes
-                message = self._listen(other)
-                if other == number and isinstance(message, RankReady):
-                    return message.info
-                raise self._trouble(other, message if isinstance(message, RankFailed) else None)
-        raise RankHung(f"rank {number} was not ready after {timeout:g} s; {self.states()}")
+            for connection in wait(connections, min(timeout, LOOK)):
+                number = connections.index(connection)  # pyright: ignore
+                message = self._listen(number)
+                if not isinstance(message, RankReady):
+                    raise self._trouble(number, message if isinstance(message, RankFailed) else None)
+                ready[number], heard = message.info, time.monotonic()
+            if (now := self._bytes_read()) > read + READS:  # weights on a slow disk or network
+                heard, read = time.monotonic(), now
+            elif time.monotonic() - heard > timeout and len(ready) < self.world:
+                first = min(set(range(self.world)) - ready.keys())
+                raise RankHung(f"rank {first} was not ready and read nothing for {timeout:g} s; {self.states()}")
+        return tuple(ready[number] for number in range(self.world))
+
+    def _bytes_read(self) -> int:
+        """Bytes that the ranks have read so far, from files or by touching pages of mapped ones (proc(5))."""
+        total = 0
+        for rank in self._ranks:
+            with suppress(OSError):  # it has ended
+                process = Path(f"/proc/{rank.process.pid}")
+                faults = int((process / "stat").read_text().rpartition(")")[2].split()[9])  # that read from a disk
+                said = dict(line.split(": ") for line in (process / "io").read_text().splitlines())
+                total += int(said["rchar"]) + faults * PAGE
+        return total
 
     def _listen(self, number: int) -> FromRank | None:
         """The next message of a rank, None if it is gone."""
