@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import (
-    create_image_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.logging.loggers import flow_run_logger
+from prefect.runtime import flow_run as this_run
 
 
 class PrefectPage:
-    """The page of the flow run that it is made in. Raises the errors of Prefect's client."""
+    """The page of a flow run, by default of the one that it is made in. Raises the errors of Prefect's client.
 
-    def __init__(self) -> None:
-        self.log = get_run_logger()
-        self.shown: dict[str, Any] = {}  # what is changed in place: a new artifact would be one more card on the page
+    Everything is changed in place, also what an earlier process of the same run has shown: a new artifact would be one
+    more card on the page.
+    """
+
+    def __init__(self, flow_run: FlowRun | None = None) -> None:
+        self.log = get_run_logger() if flow_run is None else flow_run_logger(flow_run)
+        self.run_id = UUID(str(this_run.id)) if flow_run is None else flow_run.id
+        self.shown: dict[str, UUID] = {}
 
     def info(self, message: str) -> None:
         self.log.info("%s", message)
@@ -32,27 +36,29 @@ class PrefectPage:
         self.log.warning("%s", message)
 
     def markdown(self, key: str, text: str, description: str | None = None) -> None:
-        if key in self.shown:
-            self._change(key, text, description)
-        else:
-            self.shown[key] = create_markdown_artifact(text, key=key, description=description)
+        self._show("markdown", key, text, description)
 
     def image(self, key: str, address: str, description: str) -> None:
-        create_image_artifact(address, key=key, description=description)
+        self._show("image", key, address, description)
 
     def progress(self, key: str, percent: float, description: str) -> None:
-        if key in self.shown:
-            update_progress_artifact(self.shown[key], percent)
-        else:
-            self.shown[key] = create_progress_artifact(percent, key=key, description=description)
+        self._show("progress", key, percent, description)
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
-        table = [dict(row) for row in rows]
-        if key in self.shown:
-            self._change(key, json.dumps(table), description)
-        else:
-            self.shown[key] = create_table_artifact(table, key=key, description=description)
+        self._show("table", key, json.dumps([dict(row) for row in rows]), description)
 
-    def _change(self, key: str, data: str, description: str | None) -> None:
+    def _show(self, kind: str, key: str, data: str | float, description: str | None) -> None:
         with get_client(sync_client=True) as client:
-            client.update_artifact(self.shown[key], ArtifactUpdate(data=data, description=description))
+            artifact = self.shown.get(key) or self._find(client, key)
+            if artifact is None:
+                new = ArtifactCreate(key=key, type=kind, data=data, description=description, flow_run_id=self.run_id)
+                self.shown[key] = client.create_artifact(new).id
+                return
+            self.shown[key] = artifact
+            client.update_artifact(artifact, ArtifactUpdate(data=data, description=description))
+
+    def _find(self, client: SyncPrefectClient, key: str) -> UUID | None:
+        """The artifact that the run has under this key."""
+        own = ArtifactFilter(key=ArtifactFilterKey(any_=[key]), flow_run_id=ArtifactFilterFlowRunId(any_=[self.run_id]))
+        found = client.read_artifacts(artifact_filter=own, sort=ArtifactSort.UPDATED_DESC, limit=1)
+        return found[0].id if found else None

@@ -25,6 +25,7 @@ from flows.clients.ledger import ledger as ledger_of
 from flows.clients.page import PrefectPage
 from flows.generate.make import make_clips
 from flows.generate.outcome import Ending, Outcome
+from flows.generate.publish import publish_cancelled
 from flows.render.pool import PrefectPool
 from flows.request.form import GenerationRequest
 from flows.settings import load_settings
@@ -39,14 +40,21 @@ def name_run() -> str:
 
 
 def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
-    """Cancelling the run in the UI cancels its clips; engines stop at their next denoising step."""
+    """Cancelling the run in the UI cancels its clips, and shows what was finished.
 
-    def cancel(session: Session) -> None:
-        for request in watching.open_requests(session, flow_run_id=str(flow_run.id)):
-            cancel_request(session, request.id)
+    Engines stop at their next denoising step. The run's own process has ended; Prefect's worker calls this.
+    """
 
-    with ledger_of(load_settings()) as ledgers:
-        Ledger(ledgers).within(60).write(cancel)
+    def cancel(session: Session) -> list[str]:
+        ids = [request.id for request in watching.open_requests(session, flow_run_id=str(flow_run.id))]
+        for request_id in ids:
+            cancel_request(session, request_id)
+        return ids
+
+    settings = load_settings()
+    with ledger_of(settings) as ledgers:
+        for request_id in Ledger(ledgers).within(60).write(cancel):
+            publish_cancelled(ledgers, settings.open_store(), PrefectPage(flow_run), request_id)
 
 
 @flow(

@@ -13,12 +13,12 @@ from typing import BinaryIO
 from opentelemetry import trace
 from sqlalchemy.orm import Session, sessionmaker
 
-from db import history
+from db import history, requests
 from db.requests import Progress, finish_request
 from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort, with_retry
 from flows.generate.outcome import Outcome
-from flows.generate.page import Page, show_clips, summarise
+from flows.generate.page import Page, Report, show_clips, summarise
 from infra.store.contract import Store
 
 SHEET_CLIPS = 24  # clips on a contact sheet
@@ -49,6 +49,17 @@ def publish(
     best_effort(partial(show_clips, page, ledgers, store, progress))
     with_retry(lambda: summarise(page, store, outcome, progress, manifest=manifest, sheet=sheet))
     return outcome
+
+
+def publish_cancelled(ledgers: sessionmaker[Session], store: Store, page: Page, request_id: str) -> None:
+    """Publishes what was finished of a request whose run was cancelled, and so cannot do it itself.
+
+    Nothing of a request that was cancelled before it had all its clips.
+    """
+    progress = Ledger(ledgers).read(lambda session: requests.progress(session, request_id))
+    if progress.finished:
+        Report(page, request_id).send(ledgers, progress, last=True)
+        page.info(publish(ledgers, store, page, progress, progress.reused).message)
 
 
 def publish_manifest(session: Session, store: Store, request_id: str) -> str:

@@ -7,12 +7,13 @@ import pytest
 from db.requests import cancel_request, retry_request
 from db.tables import MAX_LOST_ATTEMPTS, ClipStatus
 from flows.generate.outcome import Ending
+from flows.generate.publish import publish_cancelled
 from flows.generate.status import as_text
 from flows.render import clip as clips_to_files
 from flows.render.worker import EngineUnfit
 from model.engine.clip import RankDied
 from tests.fake_renderer import Fault, Trouble
-from tests.platform import Platform, wait_for
+from tests.platform import Platform, RecordedPage, wait_for
 
 LINES = ["a red ball", "a green ball", "a blue ball", "a blue cube"]
 
@@ -167,6 +168,14 @@ def test_cancelled_clips_stop_at_their_next_step(platform: Platform) -> None:
         outcome = run.outcome()
         assert outcome.ending is Ending.CANCELLED
         statuses = platform.statuses(request)
+        page = RecordedPage()
+        publish_cancelled(platform.sessions, platform.store, page, request)  # as where its run was killed
+        for shown in (run.page.shown, page.shown):
+            assert {"0-status", "clips", "summary", "contact-sheet"} <= set(shown)
+            assert (
+                shown["clips"].startswith("# 1 of 6 clips\n") and "| 1 | 0 | 0 | 5 | 0 | 0 | 6 |" in shown["0-status"]
+            )
+        assert page.lines == [outcome.message] == [f"{request}: 5 cancelled, 1 done (0 found, not rendered again)"]
         other, _ = platform.make(["a green cube"])
         assert other.ending is Ending.COMPLETED, "the same engine takes what comes next"
         computed = [platform.script.steps[line] for line in lines]
