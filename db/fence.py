@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, func, select
+from sqlalchemy import ColumnElement, bindparam, func, select, text
 from sqlalchemy.orm import Session
 
 from db.tables import Clip, ClipStatus, Shard, ShardStatus
@@ -47,6 +47,22 @@ HELD = (
 def held_params(lease: Lease) -> dict[str, Any]:
     """Bind parameters of HELD."""
     return {"held_shard": lease.shard_id, "held_attempt": lease.attempt}
+
+
+TURN_SECONDS = 60  # that a turn is waited for: longer than any transaction of ours that holds one
+
+
+def take_turn(session: Session, key: int) -> None:
+    """Waits until no other transaction has this advisory lock, and keeps it to the end of this one.
+
+    A wait without a bound would let anybody who can take the lock stop all planning: after TURN_SECONDS it is an error,
+    after which a caller begins again as after any other of the server's.
+    """
+    set_bound = text("select set_config('lock_timeout', :bound, true)")
+    before = session.scalar(text("select current_setting('lock_timeout')"))
+    session.execute(set_bound, {"bound": f"{TURN_SECONDS}s"})
+    session.execute(select(func.pg_advisory_xact_lock(key)))
+    session.execute(set_bound, {"bound": before})
 
 
 # Statements that engines say all the time are built once: that takes longer than the server needs to answer them.

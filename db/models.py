@@ -15,6 +15,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
+from db.fence import take_turn
 from db.session import change
 from db.tables import Artifact, Clip, Model, Render, Request, RequestStatus
 
@@ -75,7 +76,7 @@ def check_name(session: Session, name: str, digest: str) -> None:
 def add_model(session: Session, digest: str, name: str, path: str, card: Mapping[str, Any]) -> None:
     """Note a model whose files, listed in `card`, lie in the store. Raises NameTaken. One at a time, so that a name
     is given once; note the files as artifacts after this, since until then another model may take them with it."""
-    session.execute(select(func.pg_advisory_xact_lock(_NAMING)))
+    take_turn(session, _NAMING)
     check_name(session, name, digest)
     register_model(session, digest, name, path, card)
 
@@ -86,7 +87,7 @@ def remove_model(session: Session, digest: str) -> int:
     The row stays, since clips were rendered with it, its list of files as `removed`. The objects are orphans then, and
     go with a later round of maintenance. Raises ModelNeeded.
     """
-    session.execute(select(func.pg_advisory_xact_lock(_NAMING)))
+    take_turn(session, _NAMING)
     # A request that is being opened refers to the row: this waits until it is, or makes it wait.
     row = session.scalars(select(Model).where(Model.digest == digest).with_for_update()).one()
     session.refresh(row)

@@ -14,6 +14,7 @@ from sqlalchemy import ARRAY, BigInteger, Text, any_, exists, func, insert, lite
 from sqlalchemy.orm import Session, aliased
 
 from db.engines import ALIVE, live_engines
+from db.fence import take_turn
 from db.renders import reusable, reused
 from db.requests import lock_request
 from db.session import ANALYZE_FROM, change
@@ -151,7 +152,7 @@ def create_shards(
     request = lock_request(session, request_id)
     if request.status != RequestStatus.OPEN or request.total is None:
         return []
-    session.execute(select(func.pg_advisory_xact_lock(_PLANNING)))
+    take_turn(session, _PLANNING)
     asked = [clip_id for shard in shards for clip_id in shard.clip_ids]
     takable = select(Clip.id, *(getattr(Clip, name) for name in _SHAPE), Clip.attempts).distinct(Clip.recipe)
     takable = takable.where(

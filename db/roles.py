@@ -6,6 +6,8 @@ after the migrations, or a dump that was restored on another server, get theirs 
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 import psycopg
 from psycopg import errors, sql
 from sqlalchemy import Connection, make_url, text
@@ -13,6 +15,13 @@ from sqlalchemy.exc import DBAPIError
 
 APP, READER = "rushes_app", "rushes_reader"
 SEARCH_PATH = "ask, public"  # of those who ask: the views of ask by their short names
+# Of a reader's login, since a login has no settings of the groups that it is in. A query that is forgotten ends, and a
+# transaction that is left open does not hold back the server's clean-up; who needs longer may say so.
+READER_SETTINGS: tuple[LiteralString, ...] = (
+    "statement_timeout = '60s'",
+    "idle_in_transaction_session_timeout = '10min'",
+    "search_path = ask, public",
+)
 
 # Statements, one a row, that give the roles what they lack. Views and the schema's version are nobody's to write.
 # A database may be closed to the public.
@@ -81,7 +90,7 @@ def _try(connection: Connection, statement: str) -> list[str]:
 
 
 def make_reader(url: str, reader_url: str) -> None:
-    """Makes the login of `reader_url`, a member of `rushes_reader`, or gives it the password that stands there."""
+    """Makes the login of `reader_url`, a member of `rushes_reader`, or gives it that password and READER_SETTINGS."""
     reader = make_url(reader_url)
     name, password = str(reader.username), str(reader.password)
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
@@ -92,3 +101,5 @@ def make_reader(url: str, reader_url: str) -> None:
         made = "alter role {} login password {}" if known else "create role {} login password {}"
         connection.execute(sql.SQL(made).format(sql.Identifier(name), sql.Literal(verifier)))
         connection.execute(sql.SQL("grant {} to {}").format(sql.Identifier(READER), sql.Identifier(name)))
+        for setting in READER_SETTINGS:
+            connection.execute(sql.SQL("alter role {} set {}").format(sql.Identifier(name), sql.SQL(setting)))

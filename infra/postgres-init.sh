@@ -11,6 +11,10 @@ CREATE ROLE rushes_app NOLOGIN;
 CREATE ROLE rushes_reader NOLOGIN;
 CREATE ROLE platform LOGIN PASSWORD :'platform' IN ROLE rushes_app;
 CREATE ROLE reader LOGIN PASSWORD :'reader' IN ROLE rushes_reader;
+-- A query that is forgotten ends; the views of the schema `ask` go by their short names.
+ALTER ROLE reader SET statement_timeout = '60s';
+ALTER ROLE reader SET idle_in_transaction_session_timeout = '10min';
+ALTER ROLE reader SET search_path = ask, public;
 CREATE DATABASE rushes OWNER rushes;
 CREATE DATABASE prefect OWNER prefect;
 -- Each role keeps to its own database.

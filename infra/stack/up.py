@@ -358,7 +358,7 @@ class _Start:
         return Stack(
             home=self.home,
             database_url=postgres.url_of(LEDGER.name),
-            reader_url=postgres.url_of(READER, LEDGER.name),
+            reader_url=postgres.url_of(READER, LEDGER.name).replace("+psycopg", "", 1),  # as psql takes it
             store_url=(self.home / "store").as_uri(),
             prefect_api_url=api.url,
             prefect_ui_url=api.url.removesuffix("/api"),

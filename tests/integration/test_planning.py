@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.planning import NewShard, create_shards, unplanned
@@ -57,3 +58,20 @@ def test_the_statistics_know_that_clips_are_planned(ledger: sessionmaker[Session
         assert len(wave(session, request, 100, limit=2000)) == 20
         query = "select null_frac from pg_stats where tablename = 'clips' and attname = 'shard_id'"
         assert session.scalar(text(query)) == pytest.approx(0.5)
+
+
+def test_a_planner_waits_for_its_turn_with_a_bound(
+    database: Engine, ledger: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who holds the planners' lock, and can be no planner, does not stop them for ever."""
+    monkeypatch.setattr("db.fence.TURN_SECONDS", 0.2)
+    with ledger.begin() as session:
+        request = opened(session, [new_clip(0)])
+        todo = [NewShard(clip_ids=[clip.clip_id for clip in unplanned(session, request, 1)])]
+    with database.connect() as other, other.begin():
+        other.execute(text("select pg_advisory_xact_lock(0x506c616e)"))
+        with pytest.raises(OperationalError, match="lock timeout"), ledger.begin() as session:
+            create_shards(session, request, todo)
+    with ledger.begin() as session:
+        assert len(create_shards(session, request, todo)) == 1
+        assert session.scalar(text("select current_setting('lock_timeout')")) == "0", "of the turn alone"

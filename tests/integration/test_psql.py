@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home.mkdir(mode=0o700)
     try:
         server = start_postgres(home / POSTGRES, settings={"fsync": "off"}, databases=(LEDGER,))
-        url, reader = server.url_of(LEDGER.name), server.url_of(READER, LEDGER.name)
+        url, reader = server.url_of(LEDGER.name), server.url_of(READER, LEDGER.name).replace("+psycopg", "", 1)
         prepare_ledger(url, reader)
         (home / "stack.json").write_text(json.dumps({"database_url": url, "reader_url": reader}))
         yield home
@@ -49,6 +49,7 @@ def psql(home: Path) -> Psql:
 def test_it_asks_by_the_readers_login(psql: Psql) -> None:
     done = psql("-At", "-c", "select count(*), session_user, current_database() from history")
     assert (done.returncode, done.stdout) == (0, "0|reader|rushes\n"), done.stderr
+    assert psql("-At", "-c", "show statement_timeout").stdout == "1min\n"
     refused = psql("-c", "select 1 from clips")
     assert refused.returncode == 1
     assert "permission denied for table clips" in refused.stderr

@@ -271,6 +271,10 @@ def test_a_readers_login_is_made_and_its_password_changed(database_url: str) -> 
             engine = connect(url)
             assert run_sql(engine, "select current_user, session_user").rows == [("rushes_reader", name)]
             engine.dispose()
+            # As people and BI tools open it: a query that is forgotten ends, and short names do.
+            with psycopg.connect(url.replace("+psycopg", "")) as reader:
+                assert reader.execute("show statement_timeout").fetchone() == ("1min",)
+                assert reader.execute("select count(*) from requests, usage, history").fetchone() == (0,)
         with pytest.raises(psycopg.OperationalError, match="password authentication"):
             psycopg.connect(f"postgresql://{name}:first@{place}").close()
     finally:
