@@ -12,7 +12,7 @@ and columns, L text tokens, Dt their channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -85,9 +85,18 @@ class Batch:
     """
 
     def __init__(
-        self, experts: Sequence[DiT], *, size: int = 1, boundary: float | None = None, groups: Groups = ALONE
+        self,
+        experts: Sequence[DiT],
+        *,
+        size: int = 1,
+        boundary: float | None = None,
+        groups: Groups = ALONE,
+        at_work: Callable[[], None] = lambda: None,
     ) -> None:
-        """experts: one network, or two of which the first works above the time `boundary` and the second below."""
+        """experts: one network, or two of which the first works above the time `boundary` and the second below.
+        at_work: is called after each forward but a step's last one: a step with measurements takes many times longer.
+        """
+        self.at_work = at_work
         self.experts, self.boundary, self.groups, self.size = experts, boundary or 0.0, groups, size
         self.device = experts[0].proj_out.weight.device
         self.slots: list[Slot] = []
@@ -199,7 +208,11 @@ class Batch:
             def ask(rows: int) -> Tensor:
                 text = _rows_of(self.texts[expert], [0] * rows)
                 halves = self._ask(expert, x[:rows], times[:rows], text, slot.key.guided)
-                return torch.stack([half[:count] for half in halves])
+                asked = torch.stack([half[:count] for half in halves])
+                if asked.is_cuda:
+                    torch.cuda.current_stream().synchronize()  # it is computed, and not only queued
+                self.at_work()
+                return asked
 
             full = ask(self.size)
             same = (rows for rows in range(count, self.size) if torch.equal(ask(rows), full))

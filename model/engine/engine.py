@@ -39,7 +39,8 @@ KEPT_MEMORY = {f"MALLOC_{name}_THRESHOLD_": str(1 << 30) for name in ("MMAP", "T
 class Engine:
     """One model on `partition.world` ranks of this machine. Not for use from two threads at a time.
 
-    step_timeout: seconds without a sign of life (a step, a decoded clip) after which the ranks count as hung.
+    step_timeout: seconds without a sign of life (a step, a decoded clip) after which the ranks count as hung: for each
+        row of a batch, of which a forward may compute `micro_batch`.
     start_timeout: seconds in which ranks that load may read nothing, after which they count as hung.
     micro_batch: clips of one shape that are denoised together; they join and leave between any two steps. A clip's
         bytes do not depend on its neighbours (`model.engine.batch`), but may on this number. Halved when memory runs
@@ -196,7 +197,7 @@ class Engine:
         if self._rendering is None:
             raise EngineError("the engine has not been started")
         try:
-            yield from self._rendering.clips(specs, callbacks, self.step_timeout)
+            yield from self._rendering.clips(specs, callbacks, lambda: self.step_timeout * self.micro_batch)
         except EngineError:
             self._end()
             raise

@@ -82,6 +82,11 @@ class RankFailed:
     time: float  # unix seconds
 
 
+@dataclass(frozen=True, slots=True)
+class RankAtWork:
+    """A sign of life within a step that measures a batch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipBegan:
     job: int
@@ -127,4 +132,4 @@ class ClipDropped:
 
 ToRank: TypeAlias = RenderClip | CancelClip | SuspendClip | Exit
 Ended: TypeAlias = ClipDone | ClipFailed | ClipDropped
-FromRank: TypeAlias = RankReady | RankFailed | ClipBegan | StepsTaken | ClipSaved | Ended
+FromRank: TypeAlias = RankReady | RankFailed | RankAtWork | ClipBegan | StepsTaken | ClipSaved | Ended

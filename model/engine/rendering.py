@@ -25,6 +25,7 @@ from model.engine.messages import (
     ClipSaved,
     Ended,
     FromRank,
+    RankAtWork,
     RankFailed,
     RankReady,
     RenderClip,
@@ -71,10 +72,13 @@ class Rendering:
         self.jobs: dict[int, EngineJob] = {}
         self.numbers = count()
 
-    def clips(self, specs: Mapping[int, ClipSpec], callbacks: Callbacks, timeout: float) -> Generator[Made]:
+    def clips(
+        self, specs: Mapping[int, ClipSpec], callbacks: Callbacks, timeout: Callable[[], float]
+    ) -> Generator[Made]:
         """Yields each clip, by its place, as it is done.
 
-        timeout: seconds without a message after which the ranks count as hung. Raises RankHung, RankDied, OutOfMemory.
+        timeout: says the seconds without a message after which the ranks count as hung. Raises RankHung, RankDied,
+        OutOfMemory.
         """
         waiting = deque(specs.items())
         heard = time.monotonic()
@@ -83,8 +87,8 @@ class Rendering:
                 self._command(waiting, callbacks)
                 message = self.ranks.next_message()
                 if message is None:
-                    if time.monotonic() - heard > timeout:
-                        raise RankHung(f"no step for {timeout:g} s; {self.ranks.states()}")
+                    if time.monotonic() - heard > (bound := timeout()):
+                        raise RankHung(f"no step for {bound:g} s; {self.ranks.states()}")
                     continue
                 heard = time.monotonic()
                 if (ended := self._route(message, callbacks)) is None:
@@ -155,6 +159,8 @@ class Rendering:
                 if (buffer := self.abandoned.pop(message.job, None)) is None:
                     return message
                 self.free.append(buffer)
+            case RankAtWork():
+                pass  # that it came was the message
             case RankReady() | RankFailed():
                 raise AssertionError(f"{message} is `Ranks`' to read")
         return None

@@ -33,6 +33,7 @@ from model.engine.messages import (
     Ended,
     Exit,
     FromRank,
+    RankAtWork,
     RankReady,
     RankSettings,
     RenderClip,
@@ -64,7 +65,11 @@ class Runner:
         self.rank, self.world = settings.rank, Partition.parse(settings.partition).world
         self.device, self.frame_step, self.wire, self.inbox = settings.device, settings.frame_step, wire, inbox
         self.batch = Batch(
-            networks.experts, size=settings.micro_batch, boundary=settings.boundary, groups=networks.groups
+            networks.experts,
+            size=settings.micro_batch,
+            boundary=settings.boundary,
+            groups=networks.groups,
+            at_work=self._at_work,
         )
         self.jobs: dict[int, RankJob] = {}  # of rank 0: all that are not done; of the others: those under way
         self.scheduler = Scheduler(settings.micro_batch, self.jobs)  # rank 0 asks its own
@@ -77,6 +82,10 @@ class Runner:
     def at_work(self) -> list[str]:
         """Ids of the clips that are being denoised."""
         return [self.jobs[number].spec.clip_id for number in self.batch]
+
+    def _at_work(self) -> None:
+        if self.rank == 0:
+            self.wire.send(RankAtWork())
 
     def serve(self) -> None:
         """Takes step after step, until the engine says exit."""

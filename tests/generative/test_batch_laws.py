@@ -119,3 +119,28 @@ def test_only_clips_with_one_key_share_a_batch() -> None:
     Clip(2, 3).join(batch, 2)
     with pytest.raises(ValueError, match="clip 3 cannot join 2 of 2 clips"):
         Clip(3, 3).join(batch, 3)
+
+
+def test_a_step_that_measures_gives_a_sign_of_life_after_each_forward() -> None:
+    """The longest silence is one forward of a full batch, however many forwards the first step of a shape takes."""
+    said: list[str] = []
+
+    def forward(module: object, given: tuple[Tensor, ...], made: object) -> None:
+        said.append("forward")
+
+    dit = network(0)
+    batch = Batch((dit,), size=6, at_work=lambda: said.append("sign"))
+    for number in range(2):
+        Clip(number, 4).join(batch, number)
+    watched = dit.register_forward_hook(forward)
+    try:
+        batch.step()
+        first = [*said]
+        said.clear()
+        batch.step()
+    finally:
+        watched.remove()
+    assert first.count("sign") >= 2, "a full batch and at least one smaller one were measured"
+    silences = [part.count("forward") for part in " ".join(first).split("sign")]
+    assert max(silences) == silences[-1] == said.count("forward"), "no silence is longer than that of any other step"
+    assert "sign" not in said, "it is measured once"

@@ -1,4 +1,4 @@
-"""How long an engine waits for ranks that load: as long as they read."""
+"""How long an engine waits for its ranks: while they load, as long as they read; then for signs of life."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from model.engine import ranks as module
 from model.engine.clip import RankDied, RankHung
-from model.engine.messages import FromRank, RankSettings, ToRank
+from model.engine.messages import ClipFailed, FromRank, RankAtWork, RankSettings, ToRank
 from model.engine.ranks import Ranks
+from model.engine.rendering import Callbacks, Rendering
 from model.engine.wire import Wire
+from tests.tiny import CLIP
 
 SLEEPS = "import time; time.sleep(600)"
 READS = """
@@ -94,3 +98,43 @@ def test_a_rank_that_reads_is_waited_for_and_one_that_does_not_is_hung(
         pytest.raises(RankHung, match="rank 0 was not ready and read nothing for 1 s; rank 0 is"),
     ):
         ranks._greetings(1.0)  # pyright: ignore[reportPrivateUsage]
+
+
+class SlowRanks:
+    """Ranks that are at one step for so many seconds, and say so now and then, or not."""
+
+    def __init__(self, seconds: float, says: bool) -> None:
+        self.ends, self.says = time.monotonic() + seconds, says
+        self.buffers = [0]
+
+    def tell_all(self, message: ToRank) -> None:
+        pass
+
+    tell = tell_all
+
+    def states(self) -> str:
+        return "rank 0 is running"
+
+    def next_message(self) -> FromRank | None:
+        time.sleep(0.05)
+        if time.monotonic() > self.ends:
+            return ClipFailed(job=0, reason="at its end")
+        return RankAtWork() if self.says else None
+
+
+def test_a_rank_that_says_that_it_is_at_work_is_not_hung() -> None:
+    callbacks = Callbacks(
+        on_step=lambda clip_id, step, steps: None,
+        cancelled=set,
+        on_checkpoint=None,
+        checkpoint_every=(0, 0.0),
+        leave=lambda: False,
+    )
+
+    def rendered(says: bool) -> list[Any]:
+        ranks = cast(Ranks, SlowRanks(1.5, says))
+        return list(Rendering(ranks, lambda spec: "").clips({0: CLIP}, callbacks, lambda: 0.5))
+
+    assert [str(made) for _, made in rendered(says=True)] == [f"clip {CLIP.clip_id}: at its end"]
+    with pytest.raises(RankHung, match=r"no step for 0\.5 s; rank 0 is running"):
+        rendered(says=False)
