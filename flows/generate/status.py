@@ -135,6 +135,8 @@ def headline(progress: Progress, pace: Pace) -> str:
         parts += ["no clip yet"] * (by_engines(progress) == 0)
         parts += [rate_in_words(rate), f"about {spoken(left)} left"] if rate and left else []
     parts += [f"{failed:,} failed"] * (failed > 0)
+    cancelled = progress.counts[ClipStatus.CANCELLED]
+    parts += [f"{cancelled:,} cancelled"] * (cancelled > 0)
     return ", ".join(parts)
 
 

@@ -44,6 +44,7 @@ def test_cancelled_in_the_ui(stack: Stack) -> None:
     after = seconds_of(ranks)
     stack.ended(run, state="Cancelled")
     assert stack.statuses(request) == statuses, "nothing came of it later"
+    assert {"0-status", "clips", "summary", "contact-sheet"} <= set(stack.artifacts(run)), "what was finished is shown"
     assert {attempt["status"] for attempt in stack.attempts(request)} <= {"done", "cancelled"}
 
     # The same engine takes what comes next. By the way it shows what a step costs.

@@ -75,6 +75,7 @@ def test_the_sentence() -> None:
     assert headline(later, watched(waiting, later)) == "312 of 10,000 clips, 42 a minute, about 3 h 53 left, 2 failed"
     assert headline(at(90, queued=1), Pace()) == "0 of 1 clip, no clip yet"
     assert headline(at(90, done=1), Pace()) == "1 of 1 clip"
+    assert headline(at(90, done=1, cancelled=5), Pace()) == "1 of 6 clips, 5 cancelled"
     assert headline(at(90, done=4, reused=4, queued=1), Pace()) == "4 of 5 clips, no clip yet", "reuse is no pace"
 
 
