@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Boolean, Row, case, delete, distinct, func, insert, literal, or_, select, text, update
+from sqlalchemy import Boolean, Row, case, delete, distinct, func, insert, literal, or_, select, text, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
+from db.engines import QUIET, server_age
 from db.renders import NO_RESUME_STATE
 from db.session import ANALYZE_FROM, change
 from db.tables import (
@@ -35,6 +36,8 @@ from db.tables import (
 )
 from db.tenants import clips_waiting, gpu_seconds_of
 from db.usage import end_leases
+
+SIGN = 5.0  # seconds between two signs of life of a request's run
 
 
 class RequestNotFound(LookupError):
@@ -157,7 +160,8 @@ def open_request(session: Session, new: NewRequest) -> OpenedRequest:
         _queue_again(session, found.id, [ClipStatus.CANCELLED])
         status = RequestStatus.OPEN
     if status == RequestStatus.OPEN:
-        asking = {"flow_run_id": new.flow_run_id, "carrier": dict(new.carrier), "trace_id": new.trace_id}
+        asking: dict[str, Any] = {"flow_run_id": new.flow_run_id, "carrier": dict(new.carrier), "watched_at": None}
+        asking["trace_id"] = new.trace_id
         change(session, update(Request).where(Request.id == found.id).values(asking))
     return OpenedRequest(found.id, False, status)
 
@@ -207,8 +211,29 @@ def hand_over(session: Session, request_id: str, flow_run_id: str | None) -> Non
         session,
         update(Request)
         .where(Request.id == request_id, Request.status == RequestStatus.OPEN)
-        .values(flow_run_id=flow_run_id),
+        .values(flow_run_id=flow_run_id, watched_at=None),
     )
+
+
+def note_watched(session: Session, request_id: str, flow_run_id: str | None) -> None:
+    """Note a sign of life of the flow run that works on a request, every few seconds at most; no other run's counts."""
+    stale = func.coalesce(func.statement_timestamp() - Request.watched_at > timedelta(seconds=SIGN), true())
+    change(
+        session,
+        update(Request)
+        .where(Request.id == request_id, Request.flow_run_id == flow_run_id, stale)
+        .values(watched_at=func.statement_timestamp()),
+    )
+
+
+def is_watched(session: Session, request_id: str) -> bool:
+    """True when the request's flow run gave a sign of life in the last QUIET seconds: it lives, or has just ended.
+
+    While the server was down none could be given, so silence counts from its start at the earliest.
+    """
+    ago = func.extract("epoch", func.statement_timestamp() - Request.watched_at)
+    silent = session.scalar(select(ago).where(Request.id == request_id))
+    return silent is not None and min(float(silent), server_age(session)) <= QUIET
 
 
 def seconds_left(session: Session, request_id: str) -> float | None:

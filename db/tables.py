@@ -217,6 +217,7 @@ class Request(Base):
     status: Mapped[RequestStatus] = mapped_column(server_default=RequestStatus.OPEN.value)
     total: Mapped[int | None]  # null until all clips are in: nothing is planned or finished before that
     flow_run_id: Mapped[str | None]
+    watched_at: Mapped[datetime | None]  # when its flow run last gave a sign of life
     tries: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # runs that took it up for nothing
     ended_before: Mapped[int] = mapped_column(server_default=text("0"))  # clips that had ended when the last one did
     carrier: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))

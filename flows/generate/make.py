@@ -92,7 +92,7 @@ def make_clips(
         expected = with_retry(lambda: forecast(settings, ledgers, source, request))
         best_effort(partial(tell_deadline, page, request_id, request.deadline, expected))
 
-    return finish(settings, ledgers, store, request_id, source.model, source.card, page, engines)
+    return finish(settings, ledgers, store, request_id, run_id, source.model, source.card, page, engines)
 
 
 def resume(
@@ -113,7 +113,7 @@ def resume(
     except (ModelNotFound, BrokenModel) as error:
         return gone(page, row.id, error)
     Ledger(ledgers).write(lambda session: hand_over(session, row.id, run_id))
-    return finish(settings, ledgers, store, row.id, model, card, page, engines)
+    return finish(settings, ledgers, store, row.id, run_id, model, card, page, engines)
 
 
 def gone(page: Page, request_id: str, error: Exception) -> Outcome:
@@ -127,6 +127,7 @@ def finish(
     ledgers: sessionmaker[Session],
     store: Store,
     request_id: str,
+    run_id: str | None,
     model: str,
     card: ModelCard,
     page: Page,
@@ -135,7 +136,7 @@ def finish(
     """Watches an open request to its end and publishes it."""
     before = reuse_cached(ledgers, request_id)
     left = Ledger(ledgers).read(lambda session: seconds_left(session, request_id))
-    watched = Watched(model=model, card=card, deadline=left)
+    watched = Watched(run_id=run_id, model=model, card=card, deadline=left)
     progress = watch(settings, ledgers, store, request_id, watched, page=page, engines=engines)
     cache_hits = before.counts[ClipStatus.DONE] + progress.reused - before.reused
     return publish(ledgers, store, page, progress, cache_hits)

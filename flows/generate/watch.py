@@ -54,6 +54,7 @@ class EnginePool(Protocol):
 class Watched:
     """An open request's model, as it was opened with it, and the seconds that are left."""
 
+    run_id: str | None  # the flow run that works on it
     model: str  # under which engines find it
     card: ModelCard
     deadline: float | None  # seconds from now in which all should be done
@@ -80,6 +81,7 @@ def watch(
         reuse_renders(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
         planner.plan(session)
         compact(session, request_id)
+        requests.note_watched(session, request_id, source.run_id)
         return requests.progress(session, request_id)
 
     while True:

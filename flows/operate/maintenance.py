@@ -6,6 +6,7 @@ Every step is safe to repeat and to run beside living engines, since each asks t
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,14 +28,14 @@ from prefect.deployments import run_deployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Completed, Crashed, Failed, Running
 from prefect.types import DateTime
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import watching
-from db.engines import ALIVE, EngineRow, close_engine, silent_engines
+from db.engines import ALIVE, QUIET, EngineRow, close_engine, silent_engines
 from db.leases import expire_leases, expire_owner
-from db.requests import cancel_request, count_try, hand_over
+from db.requests import SIGN, cancel_request, count_try, hand_over, is_watched
 from flows.clients.ledger import ledger as ledger_of
 from flows.operate.audit import ORPHAN_AGE, REFERENCES
 from flows.render import pool
@@ -189,27 +190,53 @@ def kill_if_hung(engine: EngineRow) -> None:
 def restart_abandoned_requests(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:
     """Give open requests whose run has ended a new run with the same input; cancel those whose run was cancelled.
 
-    Returns how many.
+    A run has ended that Prefect calls so and that is silent in the ledger: of others it waits for QUIET seconds to see
+    which it is. Returns how many requests.
     """
+    done, until = 0, time.monotonic() + QUIET + SIGN
     with ledgers() as session:
-        open_requests = watching.open_requests(session)
-    ended = 0
-    for request in open_requests:
-        if request.flow_run_id is None:
-            continue
-        try:
-            run = client.read_flow_run(UUID(request.flow_run_id))
-        except ObjectNotFound:
-            continue
-        if run.state is None or not run.state.is_final():
-            continue
-        if run.state.is_cancelled():
-            with ledgers.begin() as session:
-                cancel_request(session, request.id)
-        else:
-            take_up(client, ledgers, request.id, run)
-        ended += 1
-    return ended
+        left = watching.open_requests(session)
+    while left:
+        last, unclear = time.monotonic() >= until, list[watching.OpenRequest]()
+        for request in left:
+            outcome = rescue_request(client, ledgers, request, last=last)
+            done += outcome is True
+            unclear += [request] * (outcome is None)
+        if left := unclear:
+            time.sleep(1.0)
+    return done
+
+
+def rescue_request(
+    client: SyncPrefectClient, ledgers: sessionmaker[Session], request: watching.OpenRequest, *, last: bool
+) -> bool | None:
+    """Rescue one open request. True when it was, False when its run lives, None when that is not known yet.
+
+    last: it is to be decided now.
+    """
+    if request.flow_run_id is None:
+        return False
+    try:
+        run = client.read_flow_run(UUID(request.flow_run_id))
+    except ObjectNotFound:
+        return False
+    if run.state is None or not run.state.is_final():
+        return False
+    if run.state.is_cancelled():
+        with ledgers.begin() as session:
+            cancel_request(session, request.id)
+        return True
+    with ledgers() as session:
+        watched = is_watched(session, request.id)
+    if watched and not last:
+        return None
+    if watched:  # it gave signs of life for longer than one that ended just before could have left one
+        if run.state.is_crashed():
+            state = Running(message="The ledger hears of this run: it had not crashed.")
+            client.set_flow_run_state(run.id, state, force=True)
+        return False
+    take_up(client, ledgers, request.id, run)
+    return True
 
 
 def take_up(client: SyncPrefectClient, ledgers: sessionmaker[Session], request_id: str, run: FlowRun) -> None:

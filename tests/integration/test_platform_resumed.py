@@ -10,13 +10,15 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from db.requests import count_try, request_by, seconds_left
+import db.requests
+from db.requests import count_try, hand_over, is_watched, note_watched, request_by, seconds_left
 from flows.generate.outcome import Ending
 from flows.generate.request import opened_with
 from flows.library.models import card_of
-from flows.operate.maintenance import MAX_TRIES, take_up
+from flows.operate import maintenance
+from flows.operate.maintenance import MAX_TRIES, restart_abandoned_requests, take_up
 from model.loading.card import ModelNotFound
-from tests.platform import Platform
+from tests.platform import Platform, wait_for
 
 LINE = "a red ball moves left"
 
@@ -107,3 +109,53 @@ def test_runs_for_nothing_are_bounded_and_the_last_one_says_why(platform: Platfo
     assert f"{MAX_TRIES + 1} runs" in state.message and message in state.message
     assert run.outcome().ending is Ending.CANCELLED
     assert platform.statuses(request) == ["cancelled"]
+
+
+class Mistaken:
+    """A Prefect that calls every run crashed, until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.states: list[State[Any]] = []
+
+    def read_flow_run(self, run: UUID) -> FlowRun:
+        return FlowRun(id=run, flow_id=uuid4(), state=State(type=StateType.CRASHED), state_type=StateType.CRASHED)
+
+    def set_flow_run_state(self, flow_run_id: UUID, state: State[Any], force: bool = False) -> None:
+        self.states.append(state)
+
+
+def test_a_living_run_that_is_called_crashed_is_not_doubled_but_called_running_again(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db.requests, "SIGN", 0.1)
+    monkeypatch.setattr(maintenance, "SIGN", 0.5)
+    monkeypatch.setattr(maintenance, "QUIET", 1.0)
+    run = platform.submit([LINE])
+    request = platform.request_of(run)
+    wait_for(lambda: platform.sql("select 1 from requests where watched_at is not null"), "a sign of life")
+    client = Mistaken()
+    assert restart_abandoned_requests(client, platform.sessions) == 0  # type: ignore[arg-type]
+    assert [state.type for state in client.states] == [StateType.RUNNING]
+    assert platform.sql("select id, tries, flow_run_id from requests") == [
+        {"id": request, "tries": 0, "flow_run_id": run.id}
+    ]
+    with platform.engines():
+        assert run.outcome().ending is Ending.COMPLETED
+
+
+def test_only_the_request_s_own_run_gives_signs_of_life(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = platform.submit([LINE])
+    request = platform.request_of(run)
+    with platform.sessions.begin() as session:
+        hand_over(session, request, "another")
+    with platform.sessions.begin() as session:
+        assert not is_watched(session, request)
+        note_watched(session, request, run.id)
+        assert not is_watched(session, request)
+        note_watched(session, request, "another")
+        assert is_watched(session, request)
+        monkeypatch.setattr(db.requests, "QUIET", 0.1)  # of which the server is older
+        session.connection().exec_driver_sql("update requests set watched_at = now() - interval '1 second'")
+        assert not is_watched(session, request)
+    with platform.engines():
+        assert run.outcome().ending is Ending.COMPLETED

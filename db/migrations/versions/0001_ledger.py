@@ -158,6 +158,7 @@ create table requests (
     status request_status default 'open' not null,
     total integer,
     flow_run_id text,
+    watched_at timestamptz,
     tries smallint default 0 not null,
     ended_before integer default 0 not null,
     carrier jsonb default '{}'::jsonb not null,
