@@ -226,13 +226,13 @@ def note_watched(session: Session, request_id: str, flow_run_id: str | None) -> 
     )
 
 
-def is_watched(session: Session, request_id: str) -> bool:
-    """True when the request's flow run gave a sign of life in the last QUIET seconds: it lives, or has just ended.
+def is_watched(session: Session, request_id: str, flow_run_id: str) -> bool:
+    """True when this flow run, the request's own, gave a sign of life in the last QUIET seconds or has just ended.
 
     While the server was down none could be given, so silence counts from its start at the earliest.
     """
     ago = func.extract("epoch", func.statement_timestamp() - Request.watched_at)
-    silent = session.scalar(select(ago).where(Request.id == request_id))
+    silent = session.scalar(select(ago).where(Request.id == request_id, Request.flow_run_id == flow_run_id))
     return silent is not None and min(float(silent), server_age(session)) <= QUIET
 
 

@@ -227,7 +227,7 @@ def rescue_request(
             cancel_request(session, request.id)
         return True
     with ledgers() as session:
-        watched = is_watched(session, request.id)
+        watched = is_watched(session, request.id, request.flow_run_id)
     if watched and not last:
         return None
     if watched:  # it gave signs of life for longer than one that ended just before could have left one

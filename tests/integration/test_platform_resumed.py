@@ -149,13 +149,13 @@ def test_only_the_request_s_own_run_gives_signs_of_life(platform: Platform, monk
     with platform.sessions.begin() as session:
         hand_over(session, request, "another")
     with platform.sessions.begin() as session:
-        assert not is_watched(session, request)
+        assert not is_watched(session, request, "another")
         note_watched(session, request, run.id)
-        assert not is_watched(session, request)
+        assert not is_watched(session, request, "another")
         note_watched(session, request, "another")
-        assert is_watched(session, request)
+        assert is_watched(session, request, "another") and not is_watched(session, request, run.id)
         monkeypatch.setattr(db.requests, "QUIET", 0.1)  # of which the server is older
         session.connection().exec_driver_sql("update requests set watched_at = now() - interval '1 second'")
-        assert not is_watched(session, request)
+        assert not is_watched(session, request, "another")
     with platform.engines():
         assert run.outcome().ending is Ending.COMPLETED
