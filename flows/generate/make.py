@@ -76,6 +76,8 @@ def make_clips(
             )
     except RequestChanged as error:
         return gone(page, begun.id if begun else "", error)
+    except BadFile as error:
+        return refuse(page, [str(error)])
     except RewriterFailed as error:
         return refuse(page, [str(error)], reason="RewriterFailed")
     except QuotaExceeded as error:

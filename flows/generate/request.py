@@ -25,6 +25,7 @@ from flows.clients.ledger import Ledger
 from flows.generate.estimates import Estimate, estimate
 from flows.library.models import card_of, gpus_of, network_of
 from flows.plan.layout import CannotFit, Rates, Work, best_layout
+from flows.request.advice import words_beyond
 from flows.request.files import digest_stream, open_uri, prompts_key
 from flows.request.form import SETTINGS as PROMPT_SETTINGS
 from flows.request.form import Defaults, GenerationRequest, Mode, request_id, request_key
@@ -33,6 +34,7 @@ from flows.request.read import BadLine, Checked, check_prompts, read_prompts
 from flows.request.recipe import Prompt, recipe
 from flows.request.rewriting import Rewriter, rewrite_all, with_new_words
 from flows.request.sources import Sources, for_run
+from flows.request.unpack import BadFile
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from infra.tracing import carrier, current_trace_id
@@ -78,7 +80,14 @@ def find_source(
         sha256, _ = digest_stream(stream)
     sources = for_run(ledgers, store, settings.prompts, request.files)
     with open_source(settings, store, uri) as stream:
-        checked = check_prompts(stream, source=name, format=request.format, defaults=defaults, find=sources.find)
+        checked = check_prompts(
+            stream,
+            source=name,
+            format=request.format,
+            defaults=defaults,
+            find=sources.find,
+            beyond=words_beyond(card, rewriter=request.rewrite and bool(card.rewriter or settings.rewriter_url)),
+        )
     return RequestFile(
         name=name,
         uri=uri,
@@ -128,7 +137,8 @@ def record(
     """Opens the request in the ledger and writes all its clips. Doing it again changes nothing.
 
     run_id: the flow run that works on it. begun: the request, where a run that has ended was at opening it. Raises
-    RewriterFailed before anything of it is in the ledger, and RequestChanged.
+    RewriterFailed, and BadFile for prompts that `strict` refuses, before anything of it is in the ledger, and
+    RequestChanged.
     """
     card, checked = source.card, source.checked
     key = request_key(
@@ -145,7 +155,10 @@ def record(
         before = request_by(session, request_id(key))
     if rewriter and (before is None or before.total is None):
         with open_source(settings, store, source.uri) as stream:
-            say(str(rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))))
+            rewritten = rewrite_all(ledgers, rewriter, card, lines_of(stream, source, request))
+        say(str(rewritten))
+        if rewritten.cut and request.strict:
+            raise BadFile(f"{source.name}: {rewritten.about_cut}")
     seconds = 0.0 if before else forecast(settings, ledgers, source, request).gpu_seconds
     deadline = None if request.deadline is None else datetime.now(UTC) + timedelta(seconds=request.deadline)
     with ledgers.begin() as session:

@@ -292,7 +292,7 @@ class GenerationRequest(ClipOptions):
     strict: bool = Field(
         default=False,
         title="Strict",
-        description="Refuse what else is made with a warning: settings without effect, sizes unknown to the model",
+        description="Refuse what is else made with a warning: settings without effect, words that the model drops",
     )
 
     files: dict[str, str] = Field(

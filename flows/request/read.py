@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
-from flows.request.advice import Advice
+from flows.request.advice import Advice, Beyond, nothing_beyond
 from flows.request.fields import (
     JSON,
     Given,
@@ -113,8 +113,11 @@ def check_prompts(
     keep: int = 100,
     report: Callable[[str], None] | None = None,
     find: Find = nowhere,
+    beyond: Beyond = nothing_beyond,
 ) -> Checked:
     """Reads the whole file and counts. `report` gets every message as it is found; `keep` of them are kept.
+
+    `beyond` finds the words that the model will not read.
 
     Raises BadFile.
     """
@@ -122,7 +125,7 @@ def check_prompts(
     messages: list[str] = []
     identity, named = hashlib.sha256(), False
     shapes: Counter[str] = Counter()
-    advice = Advice(defaults)
+    advice = Advice(defaults, beyond)
     for line in read_prompts(stream, source=source, format=format, defaults=defaults, find=find):
         if isinstance(line, Prompt):
             prompts += 1

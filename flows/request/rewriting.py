@@ -25,12 +25,14 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from db import rewrites
 from db.rewrites import Words
+from flows.request.advice import quoted, spoken
 from flows.request.form import MAX_PROMPT, digest_of
 from flows.request.read import BadLine
 from flows.request.recipe import Prompt
 from flows.settings import Settings
 from model.language.chat import Chat, ChatFailed
 from model.loading.card import REWRITER, ModelCard
+from model.network.words import PromptTokens
 from model.world import lexicon
 
 CHUNK = 1000  # lines looked up, rewritten and recorded together
@@ -85,9 +87,16 @@ class Rewritten:
     rewritten: int = 0
     left: int = 0  # as they were: in the model's words already, or about nothing that it knows
     unknown: Counter[str] = field(default_factory=Counter[str])  # words that mean nothing to the model
+    cut: int = 0  # longer than the model reads, in the words that they have now
+    dropped: str = ""  # of the first of these
+
+    @property
+    def about_cut(self) -> str:
+        return f"{self.cut} of them longer than the model reads: of the first it drops {quoted(self.dropped)}"
 
     def __str__(self) -> str:
         text = f"{self.rewritten} of {self.rewritten + self.left} prompts were rewritten"
+        text += f", {self.about_cut}" if self.cut else ""
         if not self.unknown:
             return text
         words = ", ".join(word for word, _ in self.unknown.most_common(SHOWN))
@@ -100,9 +109,10 @@ def rewrite_all(
 ) -> Rewritten:
     """Sees to it that every prompt's new words are recorded. Raises RewriterFailed."""
     counts = Rewritten()
+    tokens = PromptTokens(card.path / "tokenizer", card.max_prompt_tokens)
     for chunk in _chunks(lines):
         asked = [_words(rewriter, line) for line in chunk if isinstance(line, Prompt)]
-        wanted = {words for words in asked if not _spoken(card, words.prompt)}
+        wanted = {words for words in asked if not spoken(card, words.prompt)}
         with ledgers() as session:
             found = rewrites.known(session, wanted)
         for moving in (True, False):
@@ -115,6 +125,11 @@ def rewrite_all(
             changed = found.get(words) is not None
             counts.rewritten += changed
             counts.left += not changed
+            if words in wanted and (
+                dropped := tokens.dropped(found.get(words) or words.prompt)
+            ):  # others: when checked
+                counts.cut += 1
+                counts.dropped = counts.dropped or dropped
             if card.rewriter and words in wanted:
                 counts.unknown.update(lexicon.unknown_words(words.prompt))
     return counts
@@ -122,7 +137,7 @@ def rewrite_all(
 
 def try_out(rewriter: Rewriter, card: ModelCard, prompt: str, *, moving: bool) -> tuple[str | None, list[str]]:
     """One prompt rewritten (None: it stays as it is), and its words that mean nothing. Raises RewriterFailed."""
-    if _spoken(card, prompt):
+    if spoken(card, prompt):
         return None, []
     (rewritten,) = rewriter.rewrite([prompt], moving=moving)
     return rewritten, lexicon.unknown_words(prompt) if card.rewriter else []
@@ -144,11 +159,6 @@ def with_new_words(
 
 def _words(rewriter: Rewriter, line: Prompt) -> Words:
     return Words(rewriter=rewriter.name, prompt=line.prompt, moving=line.frames > 1)
-
-
-def _spoken(card: ModelCard, prompt: str) -> bool:
-    """Is the prompt written like the captions of the model already?"""
-    return card.rewriter is not None and lexicon.read(prompt) is not None
 
 
 def _chunks(lines: Iterable[Prompt | BadLine]) -> Iterator[list[Prompt | BadLine]]:

@@ -16,6 +16,7 @@ from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from flows.request.advice import words_beyond
 from flows.request.files import open_file, prompts_key
 from flows.request.form import MAX_FILES, GenerationRequest, PromptsFormat, format_of, request_id, request_key
 from flows.request.modes import Find, MediaSource, nowhere
@@ -94,10 +95,18 @@ def check_file(
     if not path.exists():
         raise BadFile(f"{source}: no such file")
     files: dict[str, Path] = {}
+    rewriter = request.rewrite and bool(card.rewriter or (settings and settings.rewriter_url))
+    beyond = words_beyond(card, rewriter=rewriter)
     with open_file(path) as file, lazy_lookup(settings, Path(source).parent, files) as find:
         stream = _Hashing(file)
         checked = check_prompts(
-            cast(BinaryIO, stream), source=source, format=format, defaults=defaults, report=report, find=find
+            cast(BinaryIO, stream),
+            source=source,
+            format=format,
+            defaults=defaults,
+            report=report,
+            find=find,
+            beyond=beyond,
         )
         while stream.read(CHUNK):  # where reading ended early: the digest is that of the whole file
             pass

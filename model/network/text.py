@@ -6,23 +6,18 @@ what a prompt said in vain.
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor, nn
 
+from model.network.words import clean
+
 SURE = 8.0  # of a bias: a place that is so much likelier gets nearly all of the attention
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-
-
-def clean(prompt: str) -> str:
-    """Cleans a prompt before it is tokenised as Wan's pipeline does: text mended, entities resolved, spaces single."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 class TextEncoder(nn.Module):

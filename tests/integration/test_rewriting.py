@@ -26,6 +26,7 @@ from flows.generate.request import find_source, lines_of, record
 from flows.request import rewriting
 from flows.request.form import GenerationRequest
 from flows.request.rewriting import Endpoint, RewriterFailed, rewrite_all, rewriter_of
+from flows.request.unpack import BadFile
 from flows.settings import Settings, WrongSetting, load_settings
 from model.language import chat
 from model.loading.card import ModelCard, find_model
@@ -163,6 +164,20 @@ def test_off_on_request_means_untouched(
     assert words_of(ledger, off) == [("a red ball", None)]
     assert said == [] and len(server.asked) == 1
     assert recipes_of(ledger, off) != recipes_of(ledger, on)
+
+
+def test_words_that_the_model_does_not_read_are_told_and_refused_when_strict(
+    settings: Settings, server: Server, ledger: sessionmaker[Session], tiny: ModelCard
+) -> None:
+    server.answer = lambda prompt: " ".join(["red"] * 11) + " ball cube"
+    with pytest.raises(BadFile, match=r'1 of them longer than the model reads: of the first it drops "ball cube"$'):
+        submitted(settings, ledger, tiny.path, ["a red ball"], strict=True)
+    with ledger() as session:
+        assert session.scalars(select(Request)).all() == []
+    _, said = submitted(settings, ledger, tiny.path, ["a red ball"])
+    assert said == [
+        '1 of 1 prompts were rewritten, 1 of them longer than the model reads: of the first it drops "ball cube"'
+    ]
 
 
 def test_the_same_prompt_becomes_the_same_words_whatever_the_endpoint_says_next(
