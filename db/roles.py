@@ -60,6 +60,45 @@ from pg_class s, pg_roles r where rolname = '{APP}' and s.relkind = 'S' and s.re
 and not has_sequence_privilege(r.oid, s.oid, 'usage')
 """
 
+# Functions of Postgres that are everybody's until they are taken from PUBLIC: by the first a login that only reads
+# could hold the locks of planners and migrations, by the others fill the disk.
+_LOCKS = "proname ~ '^pg_(try_)?advisory_'"
+_LARGE_OBJECTS = "proname ~ '^lo_(creat|create|from_bytea|put|truncate|truncate64|unlink)$' or proname = 'lowrite'"
+# Statements that leave PUBLIC no more than it needs, and whether they are ours to run: of others Postgres only warns.
+_OPEN = f"""
+with closed as (
+    select oid, proowner, {_LOCKS} as locks, oid::regprocedure::text as named, proacl
+    from pg_proc where pronamespace = 'pg_catalog'::regnamespace and ({_LOCKS} or {_LARGE_OBJECTS})
+), open as (
+    select * from closed where has_function_privilege('public', oid, 'execute')
+)
+select 1 as place, pg_has_role(proowner, 'usage') as ours,
+       format('grant execute on function %s to %I with grant option', string_agg(named, ', ' order by named), rolname)
+           as statement
+from open, pg_database d join pg_roles r on r.oid = datdba
+where locks and datname = current_database() group by proowner, rolname
+union all
+select 2, pg_has_role(proowner, 'usage'),
+       format('revoke execute on function %s from public', string_agg(named, ', ' order by named))
+from open group by proowner
+union all
+select 3, bool_and(has_function_privilege(c.oid, 'execute with grant option')),
+       format('grant execute on function %s to %I', string_agg(named, ', ' order by named), rolname)
+from closed c, pg_roles r
+where rolname = '{APP}' and locks and not exists (select from aclexplode(proacl) a where a.grantee = r.oid)
+group by rolname
+union all
+select 4, pg_has_role(datdba, 'usage'), format('grant temporary on database %I to %I', datname, rolname)
+from pg_database, pg_roles r
+where datname = current_database() and rolname = '{APP}' and not exists (
+    select from aclexplode(datacl) a where a.grantee = r.oid and a.privilege_type = 'TEMPORARY')
+union all
+select 5, pg_has_role(datdba, 'usage'), format('revoke temporary on database %I from public', datname)
+from pg_database
+where datname = current_database() and has_database_privilege('public', oid, 'temporary')
+order by place
+"""
+
 
 def settle_roles(connection: Connection) -> tuple[str, ...]:
     """Makes the roles that are missing and gives both what they lack; nothing is written where nothing lacks.
@@ -73,6 +112,10 @@ def settle_roles(connection: Connection) -> tuple[str, ...]:
     major: int = (connection.dialect.server_version_info or (0,))[0]
     for statement in connection.scalars(text(_LACKING), {"maintain": major >= 17}).all():
         left += _try(connection, statement)
+    for place in range(1, 6):  # one after another: what was granted in one is what the next may give on
+        for row in connection.execute(text(_OPEN)).all():
+            if row.place == place:
+                left += _try(connection, row.statement) if row.ours else [row.statement]
     return tuple(left)
 
 

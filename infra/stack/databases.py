@@ -18,7 +18,7 @@ from infra.stack.postgres import Database, Postgres, client_command, client_prog
 PREFECT_POOL = 15  # connections of a Prefect server at most, the default of its settings
 
 # Its owner makes the platform's roles and the login of those who ask.
-LEDGER = Database(name="rushes", makes_roles=True)
+LEDGER = Database(name="rushes", makes_roles=True, keeps_locks=True)
 # Prefect's rows are not the truth about any clip, and it writes them without end (events, signs of life). So none of
 # its commits waits for the disk, where the ledger's commits would queue behind it; a crash of the machine may cost it
 # its last half second. Twice its pool: when it is killed and started anew, the server still holds what it left behind.

@@ -67,6 +67,7 @@ class Database:
     makes_roles: bool = False  # its owner may create other logins
     most_connections: int = -1  # of its owner; -1: as many as the server has
     settings: Mapping[str, str] = field(default_factory=dict[str, str])  # of every session in it
+    keeps_locks: bool = False  # its owner alone, and those whom it lets, may use advisory locks and make large objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,6 +531,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_KEEP_LOCKS = r"""
+do $$ declare
+    each record;
+begin
+    for each in
+        select oid::regprocedure as named, proname like 'pg\_%' as locks from pg_proc
+        where pronamespace = 'pg_catalog'::regnamespace and has_function_privilege('public', oid, 'execute') and (
+            proname ~ '^pg_(try_)?advisory_' or proname = 'lowrite'
+            or proname ~ '^lo_(creat|create|from_bytea|put|truncate|truncate64|unlink)$')
+    loop
+        if each.locks then
+            execute format('grant execute on function %s to %s with grant option', each.named,
+                           (select datdba::regrole from pg_database where datname = current_database()));
+        end if;
+        execute format('revoke execute on function %s from public', each.named);
+    end loop;
+end $$"""
+
+
 def _make_databases(server: Postgres, databases: Sequence[Database]) -> None:
     """Make what is missing of each, such that its owner alone may enter it. Every statement may run twice."""
     if not databases:
@@ -552,3 +572,7 @@ def _make_databases(server: Postgres, databases: Sequence[Database]) -> None:
             for setting, value in database.settings.items():
                 change = sql.SQL("alter database {} set {} = {}")
                 session.execute(change.format(name, sql.Identifier(setting), sql.Literal(value)))
+    for database in databases:
+        if database.keeps_locks:
+            with psycopg.connect(server.libpq_url, dbname=database.name, autocommit=True) as session:
+                session.execute(_KEEP_LOCKS)

@@ -78,9 +78,15 @@ def test_a_reader_sees_the_views_and_nothing_else(database_url: str, request_id:
         "alter role current_user superuser",
         "copy history to '/tmp/history'",
         "select pg_read_file('/etc/passwd')",
+        "select pg_advisory_lock(0x506c616e)",  # that planners wait for
+        "select pg_try_advisory_xact_lock_shared(1, 2)",
+        "select lo_create(0)",
+        "select lo_from_bytea(0, 'x')",
+        "create temporary table mine (a int)",
     ],
 )
 def test_a_reader_changes_nothing(database_url: str, request_id: str, statement: str) -> None:
+    upgrade(database_url)  # a database's own grants do not come with a template
     refusals = (errors.InsufficientPrivilege, errors.ObjectNotInPrerequisiteState, errors.FeatureNotSupported)
     with (
         member(database_url, "rushes_reader") as url,
@@ -183,6 +189,42 @@ def rights(engine: Engine) -> None:
     assert others == {("history", "select"), ("alembic_version", "select")}
 
 
+# All that a login in rushes_reader may use beside what every database of Postgres gives: relations, schemas, functions
+# of ours, and of Postgres' own the functions that leave something behind or hold somebody up.
+REACHED = """
+select 'relation', c.oid::regclass::text from pg_class c
+where c.relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+and c.relkind in ('r', 'v', 'm', 'p', 'f')
+and has_any_column_privilege('rushes_reader', c.oid, 'select, insert, update')
+union all
+select 'schema', nspname from pg_namespace where nspname !~ '^pg_|^information_schema$'
+and has_schema_privilege('rushes_reader', oid, 'usage')
+union all
+select 'creates in', nspname from pg_namespace where has_schema_privilege('rushes_reader', oid, 'create')
+union all
+select 'database', privilege from unnest(array['create', 'temporary']) privilege
+where has_database_privilege('rushes_reader', current_database(), privilege)
+union all
+select 'function', p.oid::regprocedure::text from pg_proc p
+where has_function_privilege('rushes_reader', p.oid, 'execute') and (
+    pronamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+    or proname ~ 'advisory|^lo_(creat|from|put|trunc|unlink|import|export)|^lowrite$|reload'
+    or proname ~ '^pg_(read|ls|write)_.*(file|dir)')
+"""
+
+
+def test_what_the_reader_reaches_is_what_is_promised(database: Engine, database_url: str) -> None:
+    upgrade(database_url)
+    with database.connect() as connection:
+        reached = {tuple(row) for row in connection.execute(text(REACHED))}
+    triggers = {("function", "tally(boolean,clips)"), ("function", "tally_clips()")}  # of tables it cannot read
+    assert reached - triggers == {
+        *(("relation", view.name) for view in VIEWS),
+        ("schema", "public"),
+        ("schema", "ask"),
+    }
+
+
 def test_the_roles_may_do_at_head_what_is_said_and_nothing_else(database: Engine) -> None:
     rights(database)
 
@@ -233,7 +275,10 @@ def test_who_may_not_make_roles_migrates_and_is_told_what_an_administrator_must_
     assert told.exit_code == 0, told.output
     assert told.stdout == "The ledger is up to date.\n"
     statements = [line.strip() for line in told.stderr.splitlines()[1:]]
-    assert statements == ["create role rushes_app nologin;", "create role rushes_reader nologin;"]
+    assert statements[:2] == ["create role rushes_app nologin;", "create role rushes_reader nologin;"]
+    grant, revoke = statements[2:]  # what Postgres gives to everybody, and an administrator alone can take
+    assert grant.startswith("grant execute on function pg_advisory_lock(") and grant.endswith("with grant option;")
+    assert revoke.startswith("revoke execute on function lo_creat(integer), ") and revoke.endswith(" from public;")
     assert "an administrator has to run this, and then `rushes migrate` again" in told.stderr
 
     engine = connect(administrator)
