@@ -20,4 +20,20 @@ CREATE DATABASE prefect OWNER prefect;
 -- Each role keeps to its own database.
 REVOKE CONNECT ON DATABASE rushes, prefect FROM PUBLIC;
 GRANT CONNECT ON DATABASE rushes TO rushes_app, rushes_reader;
+-- Advisory locks are for the owner and whom `rushes migrate` lets, large objects for nobody: see docs/security.md.
+\connect rushes
+DO $$ DECLARE
+    each record;
+BEGIN
+    FOR each IN
+        SELECT oid::regprocedure AS named, proname LIKE 'pg%' AS locks FROM pg_proc
+        WHERE pronamespace = 'pg_catalog'::regnamespace AND (proname ~ '^pg_(try_)?advisory_' OR proname = 'lowrite'
+            OR proname ~ '^lo_(creat|create|from_bytea|put|truncate|truncate64|unlink)$')
+    LOOP
+        IF each.locks THEN
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO rushes WITH GRANT OPTION', each.named);
+        END IF;
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', each.named);
+    END LOOP;
+END $$;
 SQL
