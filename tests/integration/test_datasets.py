@@ -105,7 +105,7 @@ def test_an_s3_prefix_is_a_data_set(
     settings = load_settings(home=settings.home, database_url=settings.database_url, store_url=url, **keys)
 
     row = find(settings, ledger, "s3://my-videos/raw/takes")
-    assert (row.name, row.clips, row.digest) == ("takes", 3, digest(scan(tmp_path / "renders", SHAPES, 8).cuts, 8))
+    assert (row.name, row.clips, row.digest) == ("takes", 3, digest(scan(tmp_path / "takes", SHAPES, 8).cuts, 8))
     assert source_of(settings, row).folder == source_of(settings, row).folder
 
     store.delete("raw/takes/01.mp4")
