@@ -28,7 +28,7 @@ SLEEPS = "import time; time.sleep(600)"
 READS = """
 import os, sys, time
 file = os.open(sys.argv[1], os.O_RDONLY)
-until = time.monotonic() + 3
+until = time.monotonic() + 8
 while time.monotonic() < until:
     os.pread(file, 1 << 20, 0)
     time.sleep(0.05)
@@ -37,7 +37,7 @@ sys.exit(3)
 MAPPED = """
 import mmap, os, sys, time
 file = os.open(sys.argv[1], os.O_RDONLY)
-until = time.monotonic() + 3
+until = time.monotonic() + 8
 while time.monotonic() < until:
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     with mmap.mmap(file, 0, prot=mmap.PROT_READ) as weights:
@@ -77,7 +77,10 @@ def loading(*programs: str, file: Path) -> Generator[Ranks]:
         yield ranks
 
 
-@pytest.mark.parametrize("reads", [READS, MAPPED], ids=["read", "mapped"])
+# On a busy machine a process may get no turn for seconds; which pages stay in memory is the kernel's: chaos.
+@pytest.mark.parametrize(
+    "reads", [pytest.param(READS, id="read"), pytest.param(MAPPED, id="mapped", marks=pytest.mark.chaos)]
+)
 def test_a_rank_that_reads_is_waited_for_and_one_that_does_not_is_hung(
     reads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,12 +95,12 @@ def test_a_rank_that_reads_is_waited_for_and_one_that_does_not_is_hung(
         loading(SLEEPS, reads, file=weights) as ranks,
         pytest.raises(RankDied, match=r"rank 1 of 2 died \(exit code 3\)"),
     ):
-        ranks._greetings(1.0)  # pyright: ignore[reportPrivateUsage]
+        ranks._greetings(5.0)  # pyright: ignore[reportPrivateUsage]
     with (
         loading(SLEEPS, SLEEPS, file=weights) as ranks,
-        pytest.raises(RankHung, match="rank 0 was not ready and read nothing for 1 s; rank 0 is"),
+        pytest.raises(RankHung, match="rank 0 was not ready and read nothing for 5 s; rank 0 is"),
     ):
-        ranks._greetings(1.0)  # pyright: ignore[reportPrivateUsage]
+        ranks._greetings(5.0)  # pyright: ignore[reportPrivateUsage]
 
 
 class SlowRanks:
