@@ -598,6 +598,8 @@ class Engine(Base):
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.now())
     closed_at: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None]  # its model was loaded; null again where it then failed without one clip
+    error: Mapped[str | None]  # why it ended, where not in order
 
     __table_args__ = (Index("ix_engines_live", "heartbeat_at", postgresql_where=text("closed_at is null")),)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Text, cast, func, select
 from sqlalchemy.orm import Session
 
-from db.engines import ALIVE
+from db.engines import ALIVE, FailedStart, failed_starts
 from db.leases import STAGES
 from db.tables import (
     Attempt,
@@ -129,6 +129,11 @@ def engines_now(session: Session, request_id: str, *, limit: int = 50) -> list[E
         .limit(limit)
     )
     return [EngineNow(**row) for row in rows.mappings()]
+
+
+def failed_starts_for(session: Session, request_id: str) -> list[FailedStart]:
+    """Starts of engines with a request's model that failed since the last one got ready, oldest first."""
+    return failed_starts(session, select(Request.model_digest).where(Request.id == request_id).scalar_subquery())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from model.engine.clip import (
     RenderedClip,
     RenderFailed,
     SavedState,
+    StartFailed,
 )
 from model.engine.resume import fingerprint
 from model.media.windows import Frames
@@ -63,6 +64,7 @@ class Script:
     attempts: Counter[str] = field(default_factory=Counter[str])  # times that a clip was begun
     steps: Counter[str] = field(default_factory=Counter[str])  # that were computed
     starts: int = 0  # of ranks
+    bad_starts: int = 0  # of the next starts so many fail
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -99,10 +101,13 @@ class FakeRenderer:
 
     def start(self) -> None:
         if not self.running:
-            self.running = True
-            self.killed.clear()
             with self.script.lock:
                 self.script.starts += 1
+                if self.script.bad_starts:
+                    self.script.bad_starts -= 1
+                    raise StartFailed("rank 1 of 2: NotEnoughDevices: partition tp=2 needs 2 GPUs")
+            self.running = True
+            self.killed.clear()
 
     def close(self) -> None:
         self.running = False

@@ -28,7 +28,7 @@ from flows.generate import watch
 from flows.generate.make import make_clips
 from flows.generate.outcome import Outcome
 from flows.generate.page import Row
-from flows.generate.watch import EnginePool
+from flows.generate.watch import EnginePool, Room, unbounded
 from flows.operate.audit import AuditReport, audit
 from flows.render import engine, shard
 from flows.render.engine import EngineTotals, run_engine
@@ -89,7 +89,9 @@ class RecordedPage:
 class NoPool:
     """Engines are the test's own: none is started, and none is known to have ended."""
 
-    def ensure(self, request_id: str, *, model: str, model_digest: str, gpus: int | None) -> str | None:
+    def ensure(
+        self, request_id: str, *, model: str, model_digest: str, gpus: int | None, room: Room = unbounded
+    ) -> str | None:
         return None
 
     def dead_owners(self, owners: object) -> list[str]:
@@ -196,7 +198,12 @@ class Platform:
     # --- engines
 
     def engine(
-        self, runner: UntilStopped | None = None, *, replaced: Callable[[], bool] = never, **changes: Any
+        self,
+        runner: UntilStopped | None = None,
+        *,
+        replaced: Callable[[], bool] = never,
+        flow_run_id: str | None = None,
+        **changes: Any,
     ) -> EngineTotals:
         """An engine's life, in this thread."""
         assert changes.keys() <= Settings.model_fields.keys(), changes
@@ -205,7 +212,9 @@ class Platform:
         def build(settings: Settings, card: ModelCard, partition: Partition, gpus: object) -> FakeRenderer:
             return FakeRenderer(self.script, card.digest, partition, micro_batch=settings.micro_batch)
 
-        return run_engine(settings, runner=runner, say=self.said.append, build=build, replaced=replaced)
+        return run_engine(
+            settings, runner=runner, say=self.said.append, build=build, replaced=replaced, flow_run_id=flow_run_id
+        )
 
     @contextmanager
     def engines(self, count: int = 1, **changes: Any) -> Generator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -74,12 +75,17 @@ def down() -> None:
 @app.command(rich_help_panel=STACK)
 def status(format: Format = "table") -> None:
     """Show which parts of the local stack run. Exit code 1 if one does not."""
+    from flows.operate import checks
     from flows.show import show_rows
     from infra.stack.up import status as status_of
 
-    now = status_of(current_settings().home)
+    settings = current_settings()
+    now = status_of(settings.home)
     rows = [{"part": p.name, "state": "running" if p.running else "stopped", "detail": p.detail} for p in now.parts]
     rows.append({"part": "flow runs", "state": str(now.flow_runs), "detail": "processes that execute one now"})
+    if now.running:
+        with suppress(Exception):  # doctor says what is wrong with the ledger
+            rows += [{"part": "engines", "state": "failing", "detail": said} for said in checks.failing(settings)]
     show_rows(rows, ["part", "state", "detail"], format)
     raise typer.Exit(DONE if now.running else FAILED)
 
@@ -97,6 +103,7 @@ def doctor(format: Format = "table") -> None:
         schema=checks.schema,
         store=lambda: checks.store(settings),
         weights=lambda: checks.weights(settings),
+        engines=lambda: checks.engines(settings),
     )
     rows = [
         {"check": "ok" if check.ok else "wrong", "part": check.name, "detail": check.detail, "mend": check.mend}

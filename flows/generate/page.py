@@ -17,10 +17,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.planning import ShardRow, shard_table
 from db.requests import Progress
 from db.tables import ClipStatus, ShardStatus
-from db.watching import FailureCause, engines_now, failure_causes
+from db.watching import FailureCause, engines_now, failed_starts_for, failure_causes
 from flows.generate.estimates import Estimate, as_duration
 from flows.generate.outcome import Outcome
 from flows.generate.status import Pace, Story, count_of, failed_in, headline, status_text
+from flows.plan import starts
 from infra.store.contract import LINK_SECONDS, Store
 
 ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at least
@@ -92,6 +93,7 @@ class Report:
         self.page, self.request_id = page, request_id
         self.pace, self.story = Pace(), Story()
         self.said: tuple[Any, ...] = ()
+        self.failed_start: str | None = None  # the last one that was told
         self.causes: Sequence[FailureCause] = ()
         self.causes_of = 0  # clips that had ended badly when the causes were looked up
         self.began = time.monotonic()
@@ -102,9 +104,13 @@ class Report:
         self.pace.see(progress)
         with ledgers() as session:
             engines = engines_now(session, self.request_id)
+            failed = failed_starts_for(session, self.request_id) if progress.waiting else []
+        if failed and failed[-1].id != self.failed_start:
+            self.failed_start = failed[-1].id
+            self.page.warn(starts.tell(failed, progress.now))
         for line in self.story.tell(progress, self.pace, engines=len({engine.id for engine in engines})):
             self.page.info(line)
-        said, now = (*sorted(progress.counts.items()), *engines), time.monotonic()
+        said, now = (*sorted(progress.counts.items()), *engines, *(start.id for start in failed)), time.monotonic()
         if said == self.said or (now < self.not_before and not last):
             return
         ended_badly = failed_in(progress) + progress.counts[ClipStatus.REJECTED]
@@ -112,7 +118,7 @@ class Report:
             if ended_badly != self.causes_of:
                 self.causes, self.causes_of = failure_causes(session, self.request_id), ended_badly
             rows = [as_line(row) for row in shard_table(session, self.request_id, limit=TABLE_ROWS)]
-        text = status_text(progress, self.pace, engines, self.causes)
+        text = status_text(progress, self.pace, engines, self.causes, failed)
         self.page.markdown(key_of(self.request_id, STATUS), text, f"{headline(progress, self.pace)}.")
         shards = rows or [{"shard": "none: every clip was found"}]
         self.page.table(key_of(self.request_id, "shards"), shards, "Shards, the newest last")

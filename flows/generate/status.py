@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from db.engines import FailedStart
 from db.requests import Progress
 from db.tables import ClipStatus
 from db.watching import EngineNow, FailureCause
+from flows.plan import starts
 from flows.show import printable
 
 WINDOW = 600.0  # seconds over which the rate is taken, at least
@@ -162,14 +164,20 @@ def expected(progress: Progress, pace: Pace) -> str:
 # --- the page
 
 
-def status_text(progress: Progress, pace: Pace, engines: Sequence[EngineNow], causes: Sequence[FailureCause]) -> str:
-    """The whole status of a request, in Markdown."""
+def status_text(
+    progress: Progress,
+    pace: Pace,
+    engines: Sequence[EngineNow],
+    causes: Sequence[FailureCause],
+    failed: Sequence[FailedStart] = (),
+) -> str:
+    """The whole status of a request, in Markdown. failed: starts of its engines."""
     parts = [
         f"# {headline(progress, pace)}",
         f"`{bar(percent_of(progress))}` {percent_of(progress):.0f} %",
         expected(progress, pace),
         counts_table(progress),
-        f"## Engines\n{engines_table(engines, progress)}",
+        f"## Engines\n{engines_table(engines, progress, failed)}",
     ]
     if causes:
         parts.append(f"## What failed\n{causes_table(causes)}\n\n{remedy(progress, causes)}")
@@ -194,7 +202,10 @@ def counts_table(progress: Progress) -> str:
     return table([name for name, _ in shown], [[f"{count:,}" for _, count in shown]], align="--:")
 
 
-def engines_table(engines: Sequence[EngineNow], progress: Progress) -> str:
+def engines_table(engines: Sequence[EngineNow], progress: Progress, failed: Sequence[FailedStart] = ()) -> str:
+    if progress.waiting and failed:
+        said = f"**E{as_text(starts.tell(failed, progress.now)[1:], 600)}.**"
+        return f"{said}\n\n{engines_table(engines, progress)}" if engines else said
     if not engines:
         return "None is at work." if not progress.waiting else f"None is at work yet: {STARTING}."
     rows = [

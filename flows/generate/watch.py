@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import requests, watching
+from db.engines import failed_starts
 from db.leases import expire_owner
 from db.planning import NewShard, create_shards, reuse_renders, unbind_shards, unplanned
 from db.requests import Progress, compact
@@ -21,7 +22,7 @@ from flows.generate.estimates import cost_model
 from flows.generate.gallery import Occasions
 from flows.generate.page import ROUND, Page, Report, show_clips
 from flows.library.models import gpus_of
-from flows.plan import shards
+from flows.plan import shards, starts
 from flows.settings import AUTO, Settings
 from infra.store.contract import Store
 from infra.tracing import carrier
@@ -34,14 +35,26 @@ UNSEEN = 120.0  # seconds for which what a transaction has written may stay unse
 EVERY_TAKE = 300.0  # seconds between two looks at all takes and not at new ones alone, which should find nothing
 
 
+Room: TypeAlias = Callable[[str], int | None]  # engines of a partition that may be starting now; None: any number
+
+
+def unbounded(_: str) -> int | None:
+    """Room for any number of engines."""
+    return None
+
+
 class EnginePool(Protocol):
     """Who starts engines, and knows which of them have ended."""
 
-    def ensure(self, request_id: str, *, model: str, model_digest: str, gpus: int | None) -> str | None:
+    def ensure(
+        self, request_id: str, *, model: str, model_digest: str, gpus: int | None, room: Room = unbounded
+    ) -> str | None:
         """Starts as many engines of `model` as the request's work wants and there is room for.
 
-        gpus: that the plan needs; None: all there are. Returns the partition whose turn it is, where no engine of it is
-        at work or could be started since others have the GPUs; else None. Several requests may call it at once.
+        gpus: that the plan needs; None: all there are. room: asked right before engines of a partition ("": of
+        whichever the settings name) are started, when the ledger knows of those that failed. Returns the partition
+        whose turn it is, where no engine of it is at work or could be started; else None. Several requests may call it
+        at once.
         """
         ...
 
@@ -196,7 +209,7 @@ class Planner:
         """Starts engines; shards that have waited too long for theirs may be rendered by any."""
         source = self.source
         short = self.engines.ensure(
-            self.request_id, model=source.model, model_digest=source.card.digest, gpus=self.gpus
+            self.request_id, model=source.model, model_digest=source.card.digest, gpus=self.gpus, room=self.room
         )
         if short is None:
             self.short_since = None
@@ -206,3 +219,9 @@ class Planner:
             with self.ledgers.begin() as session:
                 freed = unbind_shards(session, self.request_id, [short])
             self.page.info(f"no GPUs are free for {short}: {freed} shards may be rendered by any engine")
+
+    def room(self, partition: str) -> int | None:
+        """How many engines of this partition ("": of any) may be starting: after failed starts one, or none yet."""
+        with self.ledgers() as session:
+            paused = starts.pause(failed_starts(session, self.source.card.digest, partition or None))
+        return None if paused is None else paused.room

@@ -10,10 +10,14 @@ from pathlib import Path
 
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import func, select
 
 import db
+from db.engines import FailedStart, failed_starts
 from db.session import connect
+from flows.clients.ledger import reading
 from flows.library.models import card_of, partition_for
+from flows.plan import starts
 from flows.settings import Settings
 
 
@@ -42,6 +46,26 @@ def store(settings: Settings) -> str:
     finally:
         store.delete(key)
     return settings.store
+
+
+def failing(settings: Settings) -> list[str]:
+    """A line for each model and partition whose engines cannot start, as far as the ledger has heard."""
+    with reading(settings) as session:
+        failed, now = failed_starts(session), session.execute(select(func.statement_timestamp())).scalar_one()
+    groups: dict[tuple[str, str], list[FailedStart]] = {}
+    for start in failed:
+        groups.setdefault((start.model_digest, start.partition), []).append(start)
+    return [
+        f"{starts.tell(group, now)} (model {digest[:12]}{f', {partition}' if partition else ''})"
+        for (digest, partition), group in sorted(groups.items())
+    ]
+
+
+def engines(settings: Settings) -> str:
+    """Check that the engines that were started last could start."""
+    if said := failing(settings):
+        raise RuntimeError("; ".join(said))
+    return "none failed to start"
 
 
 def weights(settings: Settings) -> str:

@@ -159,7 +159,7 @@ def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Sessio
     with ledgers.begin() as session:
         silent = silent_engines(session, ALIVE * 4)
         for engine in silent:
-            close_engine(session, engine.id)
+            close_engine(session, engine.id, f"it gave no sign of life since {engine.heartbeat_at:%H:%M:%S}")
             expire_owner(session, engine.id)
     for engine in silent:
         if engine.flow_run_id is None:

@@ -15,7 +15,7 @@ from typing import Protocol
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import models
-from db.engines import close_engine, engine_heartbeat, register_engine
+from db.engines import close_engine, engine_heartbeat, engine_ready, register_engine
 from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.retry import never, with_retry
@@ -99,16 +99,22 @@ def run_engine(
                 )
                 try:
                     renderer.start()
+                    Ledger(ledgers).write(lambda session: engine_ready(session, owner))
                     say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
                     render_shards(worker, totals, runner, replaced)
                 finally:
                     renderer.close()
 
+        error: str | None = None
         try:
             with Heartbeat(ledgers, owner):
                 begin()
+        except Exception as problem:  # what a signal raises is none: told to stop, it leaves in order
+            error = str(problem) or type(problem).__name__
+            raise
         finally:
-            Ledger(ledgers).within(LEAVING).write(lambda session: close_engine(session, owner))
+            useless = error is not None and not totals.clips
+            Ledger(ledgers).within(LEAVING).write(lambda session: close_engine(session, owner, error, useless=useless))
     totals.alive = time.monotonic() - born
     return totals
 
@@ -140,6 +146,7 @@ def render_shards(
         try:
             totals.clips += runner(shard) if runner else shard.run()
         except BaseException:  # the engine is stopping or broken: others may have the shard at once
+            totals.clips += shard.finished
             shard.give_back()
             raise
         totals.shards += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -35,7 +35,17 @@ from prefect.states import Cancelled, Crashed, Running
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import watching
-from db.engines import ALIVE, QUIET, closed_engines, live_engines, open_engines, server_age, silent_engines
+from db.engines import (
+    ALIVE,
+    FORGET,
+    QUIET,
+    closed_engines,
+    live_engines,
+    note_failed_start,
+    open_engines,
+    server_age,
+    silent_engines,
+)
 from db.requests import progress
 from flows.clients.prefect import TAKEN, date_of
 from flows.library.models import gpus_of
@@ -46,6 +56,7 @@ from model.config import Partition
 DEPLOYMENT = "render/engine"
 ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
 STARTING = timedelta(minutes=2)  # that an engine may take until the ledger hears of it: before it fetches its weights
+NEWEST = 20  # runs among which it looks for those that failed
 PAGE = 200  # runs that the server lists at once, at most
 LEAVING = 3600.0  # seconds for which an engine that has closed its row may still be at telling Prefect so
 
@@ -84,8 +95,18 @@ class PrefectPool:
     settings: Settings
     ledgers: sessionmaker[Session]
 
-    def ensure(self, request_id: str, *, model: str, model_digest: str, gpus: int | None) -> str | None:
-        return ensure(self.settings, self.ledgers, request_id, model=model, model_digest=model_digest, gpus=gpus)
+    def ensure(
+        self,
+        request_id: str,
+        *,
+        model: str,
+        model_digest: str,
+        gpus: int | None,
+        room: Callable[[str], int | None] = lambda _: None,
+    ) -> str | None:
+        return ensure(
+            self.settings, self.ledgers, request_id, model=model, model_digest=model_digest, gpus=gpus, room=room
+        )
 
     def dead_owners(self, owners: Iterable[str]) -> list[str]:
         return dead_owners(owners)
@@ -99,8 +120,9 @@ def ensure(
     model: str,
     model_digest: str,
     gpus: int | None = None,
+    room: Callable[[str], int | None] = lambda _: None,
 ) -> str | None:
-    """Starts as many engines of `model` as the work wants and the pool allows.
+    """Starts as many engines of `model` as the work wants, the pool allows and `room` leaves after failed starts.
 
     With partition auto these are engines of the partitions that shards were planned for, those planned first first, on
     at most `gpus` of the GPUs (None: all). Returns the partition whose turn it is where no engine of it is at work or
@@ -120,7 +142,7 @@ def ensure(
     known, gone = {engine.flow_run_id for engine in there}, {engine.flow_run_id for engine in silent}
     with get_client(sync_client=True) as client:
         now = server_now(client)
-        newest = runs_of(client, DEPLOYMENT, limit=1)
+        newest = runs_of(client, DEPLOYMENT, limit=NEWEST)
         runs = runs_of(client, DEPLOYMENT, in_state(*ACTIVE, StateType.CANCELLING))
         ended: set[uuid.UUID] = set()
         for run in runs:  # nobody else says so where its worker died with it, and it would keep its place in the pool
@@ -130,6 +152,9 @@ def ensure(
         for run in runs_by_id(client, beating - {str(run.id) for run in runs} - {None}):
             if (state := withdrawn(run, now, beating)) is not None:
                 client.set_flow_run_state(run.id, state, force=True)
+    ended_badly = [run for run in newest if (run.parameters.get("model") or settings.model) == model]
+    with ledgers.begin() as session:
+        tell_of_failed(session, ended_badly, now, model_digest)
     active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended and str(run.id) not in left]
     # Started outside Prefect, or called ended by it while they live: these have their GPUs too.
     shown = {str(run.id) for run in active}
@@ -137,11 +162,12 @@ def ensure(
     by_hand += [engine for engine in there if engine.flow_run_id not in {None, *shown} and engine not in quiet]
     ours_by_hand = [engine for engine in by_hand if engine.model_digest == model_digest]
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
-    starter = Starter(model, model_digest, str(newest[0].id) if newest else "none")
+    ready = {str(engine.flow_run_id) for engine in there if engine.ready_at is not None}
+    starter = Starter(model, model_digest, str(newest[0].id) if newest else "none", room, ready)
     if settings.partition != AUTO:
         seconds = work.waiting * work.mean_seconds if work.mean_seconds else sum(each.seconds for each in shards)
         wanted = plan.engines_wanted(seconds, sum(each.count for each in shards), settings.engines)
-        starter.start(wanted - len(ours) - len(ours_by_hand), settings.partition, told=False)
+        starter.start(wanted - len(ours) - len(ours_by_hand), settings.partition, ours, told=False)
         return None
     _, count = gpus_of(settings)
     used = [run.parameters.get("partition") for run in active] + [engine.partition for engine in by_hand]
@@ -150,15 +176,14 @@ def ensure(
     for turn, each in enumerate(shards):
         if each.partition is None:  # any engine will do
             if not ours and not ours_by_hand and free > 0:
-                starter.start(1, AUTO, told=False)
+                starter.start(1, AUTO, ours, told=False)
                 free = 0
             continue
         world = Partition.parse(each.partition).world
         at_work = [run for run in ours if run.parameters.get("partition") == each.partition]
         there_by_hand = [engine for engine in ours_by_hand if engine.partition == each.partition]
         wanted = plan.engines_wanted(each.seconds, each.count, count // world) - len(at_work) - len(there_by_hand)
-        possible = max(0, min(wanted, free // world))
-        starter.start(possible, each.partition, told=True)
+        possible = starter.start(max(0, min(wanted, free // world)), each.partition, at_work, told=True)
         free -= possible * world
         if not turn and not at_work and not there_by_hand and not possible:
             short = each.partition
@@ -172,9 +197,16 @@ class Starter:
     model: str
     model_digest: str
     newest: str  # the newest engine run there is
+    room: Callable[[str], int | None]  # engines of a partition that may be starting; None: any number
+    ready: Set[str]  # the runs of engines that have loaded their model
 
-    def start(self, count: int, partition: str, *, told: bool) -> None:
-        """`told`: the engine is to use this very partition; else it finds it in its settings."""
+    def start(self, count: int, partition: str, there: Iterable[FlowRun], *, told: bool) -> int:
+        """Starts so many engines beside those `there`, or as many as there is room for, and returns how many.
+
+        `told`: the engine is to use this very partition; else it finds it in its settings.
+        """
+        if count > 0 and (room := self.room(partition if told else "")) is not None:
+            count = min(count, room - sum(str(run.id) not in self.ready for run in there))
         parameters = {"model": self.model} | ({"partition": partition} if told else {})
         own = f"-{partition}" if told else ""
         for k in range(count):
@@ -190,6 +222,26 @@ class Starter:
                 ),
             )
             log.info("started engine run %s", run.id)
+        return max(0, count)
+
+
+def tell_of_failed(session: Session, runs: Iterable[FlowRun], now: datetime, model_digest: str) -> None:
+    """Tells the ledger of engines whose run has failed or crashed, of which it may not have heard why, or at all."""
+    for run in runs:
+        ended = _age(run, now).total_seconds()
+        if run.state_type not in (StateType.FAILED, StateType.CRASHED) or ended > FORGET:
+            continue
+        began = (now - (run.start_time or run.state.timestamp)).total_seconds() if run.state else ended
+        note_failed_start(
+            session,
+            str(run.id),
+            (run.state and run.state.message) or "its run ended without a word",
+            model_digest=model_digest,
+            partition=run.parameters.get("partition") or "",
+            host=(run.infrastructure_pid or "").rpartition(":")[0] or "unknown",
+            began=max(began, ended),
+            ended=ended,
+        )
 
 
 def stuck(run: FlowRun, now: datetime) -> State[Any] | None:

@@ -40,12 +40,13 @@ def doctor(
     schema: Callable[[str], str],
     store: Callable[[], str],
     weights: Callable[[], str],
+    engines: Callable[[], str] | None = None,
     deployments: Path = DEPLOYMENTS,
 ) -> list[Check]:
     """Looks at every part, and at what the parts need from the machine.
 
-    `schema` looks at the ledger at a URL, `store` writes to the store, `weights` looks at the model; each returns what
-    it saw and raises when that is wrong.
+    `schema` looks at the ledger at a URL, `store` writes to the store, `weights` looks at the model, `engines` at
+    whether they can start; each returns what it saw and raises when that is wrong.
     """
     home = home.absolute()
     family = process_family(home)
@@ -81,6 +82,8 @@ def doctor(
 
     reinstall = "Run `make up` (or `pip install -c constraints.txt -e .`) to install what fits together."
     start = "Run `rushes up`: it starts what does not run."
+    mend = "Mend what the engine says; its flow run's log in Prefect has more. `rushes engine` tries one here, at once."
+    starts = [_check("engines", engines, mend)] if engines else []
     return [
         _check("packages", _see_packages, reinstall),
         _check("home", lambda: _see_home(home), f"Make {home} yours alone: chmod 700, or name another in RUSHES_HOME."),
@@ -96,6 +99,7 @@ def doctor(
         _check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
         _check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
         _check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
+        *starts,
     ]
 
 

@@ -13,6 +13,7 @@ from db.claim import claim_shard
 from db.engines import close_engine, register_engine
 from db.leases import expire_owner
 from flows.generate.outcome import Ending
+from flows.generate.watch import Room, unbounded
 from tests.platform import Platform, wait_for
 
 LONG = "a red ball moves left"
@@ -24,7 +25,9 @@ class SaysAllAreDead:
 
     asked: int = 0
 
-    def ensure(self, request_id: str, *, model: str, model_digest: str, gpus: int | None) -> str | None:
+    def ensure(
+        self, request_id: str, *, model: str, model_digest: str, gpus: int | None, room: Room = unbounded
+    ) -> str | None:
         return None
 
     def dead_owners(self, owners: Iterable[str]) -> list[str]:

@@ -118,6 +118,8 @@ create table engines (
     started_at timestamptz default now() not null,
     heartbeat_at timestamptz default now() not null,
     closed_at timestamptz,
+    ready_at timestamptz,
+    error text,
     constraint pk_engines primary key (id)
 )""",
     """
