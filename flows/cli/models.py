@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.app import Format, counted, current_settings
+from flows.cli.stack import fill_forms
 
 models = typer.Typer(invoke_without_command=True)
 
@@ -69,6 +70,7 @@ def add(
 
     loras = [Lora.parse(each) for each in lora or ()]
     added = add_model(current_settings(), base, name, loras=loras, weights=weights)
+    fill_forms()
     show_one(added.facts(), format)
     if added.already:
         sent = f"{counted(added.sent, 'lost file')} sent again" if added.sent else "nothing was sent"
@@ -85,5 +87,6 @@ def remove(name: Annotated[str, typer.Argument(help="The name that it was added 
     from flows.library.models import remove as remove_model
 
     row, objects = remove_model(current_settings(), name)
+    fill_forms()
     files = counted(objects, "file") if objects else "no file"
     typer.echo(f"Removed  {row.name} {row.digest[:12]}: {files} will be deleted in a day")

@@ -10,6 +10,7 @@ import typer
 
 from flows.cli.app import OPERATION, REPOSITORY, app, current_settings, working_folder
 from flows.cli.errors import DONE, FAILED
+from flows.cli.stack import fill_forms
 
 CONTROL_RUNS = 100  # requests that the control pool watches at once
 
@@ -90,4 +91,6 @@ def deploy(
     command += ["--folder", str(working_folder(settings)), "--pool", f"control={CONTROL_RUNS}"]
     command += ["--pool", f"gpu={engines or settings.most_engines}"]
     done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
+    if not done.returncode:
+        fill_forms()
     raise typer.Exit(FAILED if done.returncode else DONE)

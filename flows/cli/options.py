@@ -35,7 +35,8 @@ TEXTS = {
     "name": "What you call this batch; empty: the file's name",
     "deadline": "In what time all should be done: 45m, 2h30m, or seconds. Says if it cannot be",
 }
-NOT_OPTIONS = {"prompts", "prompts_uri", "files", "width", "height"}  # the file, what it names, and --size
+# The file, what it names, --size, and what maintenance fills in.
+NOT_OPTIONS = {"prompts", "prompts_text", "prompts_uri", "files", "width", "height", "resumes"}
 
 
 class FormCommand(TyperCommand):

@@ -36,7 +36,22 @@ def start_stack(settings: Settings) -> Stack:
         say=typer.echo,
     )
     _take_up(settings, stack)
+    fill_forms()
     return stack
+
+
+def fill_forms() -> None:
+    """Has the forms in Prefect show the models that there are now; maintenance will, while Prefect cannot be asked."""
+    from flows.clients.prefect import PrefectRefused, PrefectUnavailable
+    from flows.operate.forms import refresh_forms
+
+    settings = current_settings()  # read anew: a stack that has just been started is where its file says
+    if settings.prefect_api_url is None:
+        return
+    try:
+        refresh_forms(settings)
+    except (PrefectRefused, PrefectUnavailable) as error:
+        typer.echo(f"rushes: warning: the forms in Prefect do not show all models yet: {error}", err=True)
 
 
 def _take_up(settings: Settings, stack: Stack) -> None:

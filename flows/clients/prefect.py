@@ -119,6 +119,18 @@ class PrefectApi:
         answer = self._answer("POST", f"/deployments/{found['id']}/create_flow_run", body)
         return replace(_run(answer.json(), date_of(answer.headers)), new=answer.status_code == httpx.codes.CREATED)
 
+    def form(self, deployment: str) -> tuple[str, dict[str, Any]] | None:
+        """The id of `flow/deployment` and the schema of its parameters; None where there is no such deployment."""
+        try:
+            found = self._call("GET", f"/deployments/name/{deployment}", missing="gone")
+        except LookupError:
+            return None
+        return str(found["id"]), found.get("parameter_openapi_schema") or {}
+
+    def change_form(self, deployment_id: str, schema: Mapping[str, Any]) -> None:
+        """Gives a deployment another schema of its parameters."""
+        self._call("PATCH", f"/deployments/{deployment_id}", {"parameter_openapi_schema": dict(schema)})
+
     def tagged(self, tag: str, limit: int = 20) -> list[Run]:
         """The flow runs with this tag, newest first."""
         wanted = {"flow_runs": {"tags": {"all_": [tag]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}

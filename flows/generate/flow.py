@@ -27,7 +27,7 @@ from flows.generate.make import make_clips
 from flows.generate.outcome import Ending, Outcome
 from flows.generate.publish import publish_cancelled
 from flows.render.pool import PrefectPool
-from flows.request.form import GenerationRequest
+from flows.request.form import GenerationRequest, ShortRequest
 from flows.settings import load_settings
 from infra.tracing import continued, flush, setup_tracing
 
@@ -57,17 +57,8 @@ def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
             publish_cancelled(ledgers, settings.open_store(), PrefectPage(flow_run), request_id)
 
 
-@flow(
-    name="generate",
-    description="Makes a clip for every prompt of a request.",
-    flow_run_name=name_run,
-    on_cancellation=[cancel_in_ledger],
-)
-def generate(request: GenerationRequest, resumes: str | None = None) -> State[Any]:
-    """Read and check the prompts, open the request, plan shards, start engines, watch, publish.
-
-    resumes: leave empty; maintenance names here the request that it takes up since its run has ended.
-    """
+def run_request(request: GenerationRequest) -> State[Any]:
+    """Read and check the prompts, open the request, plan shards, start engines, watch, publish."""
     settings = load_settings()
     setup_tracing("rushes-generate")
     try:
@@ -80,11 +71,26 @@ def generate(request: GenerationRequest, resumes: str | None = None) -> State[An
                 run_id=str(this_run.id),
                 page=PrefectPage(),
                 engines=PrefectPool(settings, ledgers),
-                resumes=resumes,
+                resumes=request.resumes,
             )
             return state_of(outcome)
     finally:
         flush()
+
+
+_FLOW: dict[str, Any] = {"name": "generate", "flow_run_name": name_run, "on_cancellation": [cancel_in_ledger]}
+
+
+@flow(**_FLOW, description="Makes a clip for every prompt of a request.")
+def generate(request: ShortRequest) -> State[Any]:
+    """Make the clips of a request. Its form shows what most requests need."""
+    return run_request(request)
+
+
+@flow(**_FLOW, description="Makes clips from pictures, videos and other clips. The form has every field of a request.")
+def generate_from_media(request: GenerationRequest) -> State[Any]:
+    """Make the clips of a request. Its form shows every field there is."""
+    return run_request(request)
 
 
 def state_of(outcome: Outcome) -> State[Any]:

@@ -26,7 +26,7 @@ from flows.generate.estimates import Estimate, estimate
 from flows.library.models import card_of, gpus_of, network_of
 from flows.plan.layout import CannotFit, Rates, Work, best_layout
 from flows.request.advice import words_beyond
-from flows.request.files import digest_stream, open_uri, prompts_key
+from flows.request.files import digest_stream, media_type_of, open_uri, prompts_key
 from flows.request.form import SETTINGS as PROMPT_SETTINGS
 from flows.request.form import Defaults, GenerationRequest, Mode, request_id, request_key
 from flows.request.modes import Conditions
@@ -66,14 +66,13 @@ def find_source(
     """
     card = card_of(settings, request.model)
     defaults = request.resolve(card)
-    if request.prompts:
+    if request.prompts_uri is None:
         data = request.inline_bytes()
         key = prompts_key(hashlib.sha256(data).hexdigest())
         if not store.exists(key):
-            store.put_at(key, data, "application/x-ndjson")
+            store.put_at(key, data, media_type_of(request.format))
         uri, name = f"store:{key}", "prompts"
     else:
-        assert request.prompts_uri is not None
         uri, name = request.prompts_uri, request.prompts_uri.rpartition("/")[2]
         name = request.name or "prompts" if uri.startswith("store:") else name
     with open_source(settings, store, uri) as stream:

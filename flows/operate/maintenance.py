@@ -37,7 +37,9 @@ from db.engines import ALIVE, QUIET, EngineRow, close_engine, silent_engines
 from db.leases import expire_leases, expire_owner
 from db.requests import SIGN, cancel_request, count_try, hand_over, is_watched
 from flows.clients.ledger import ledger as ledger_of
+from flows.clients.prefect import PrefectRefused, PrefectUnavailable
 from flows.operate.audit import ORPHAN_AGE, REFERENCES
+from flows.operate.forms import refresh_forms
 from flows.render import pool
 from flows.settings import load_settings
 from infra.store.contract import Store
@@ -97,6 +99,8 @@ def maintenance() -> State[Any]:
         with ledger_of(settings) as ledgers, get_client(sync_client=True) as client:
             rescue(client, ledgers, report)
             prune(ledgers, settings.open_store(), report)
+        with suppress(PrefectUnavailable, PrefectRefused):  # the next round will do
+            refresh_forms(settings)
     finally:
         flush()
     log.info("%s", report)
@@ -314,7 +318,7 @@ def restart(run: FlowRun, request_id: str | None = None) -> FlowRun:
             FlowRun,
             run_deployment(
                 GENERATE,
-                parameters=run.parameters | ({"resumes": request_id} if request_id else {}),
+                parameters={"request": {**run.parameters["request"], "resumes": request_id}},
                 timeout=0,
                 as_subflow=False,
                 flow_run_name=run.name,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from flows.request.fields import shown_value
+from flows.request.form import PromptsFormat
 from flows.request.unpack import CHUNK, BadFile
 
 
@@ -87,6 +88,14 @@ def open_uri(uri: str, *, folder: Path, store: _Opens) -> BinaryIO:
 def prompts_key(sha256: str) -> str:
     """Where a prompt file lies in the store. Not under blobs/: no clip points at it, so a sweep would take it away."""
     return f"prompts/{sha256}"
+
+
+def media_type_of(format: PromptsFormat) -> str:
+    """The type under which the store keeps a prompt file."""
+    return MEDIA_TYPE.get(format, "text/plain")
+
+
+MEDIA_TYPE = {PromptsFormat.CSV: "text/csv", PromptsFormat.JSONL: "application/x-ndjson"}
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
+from functools import partial
 from pathlib import PurePosixPath
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
@@ -91,10 +93,16 @@ class Direction(StrEnum):
 
 SOURCES = ("image", "video", "clip", "end_image", "end_video", "end_clip")
 CONDITIONS = ("mode", *SOURCES, "direction", "strength", "overlap")
-LEADING = ("name", "prompts", "prompts_uri", "prompts_format", "model", "prompt", "custom_id")  # in the form
+LEADING = (  # in a form, the first of them first
+    *("prompts_text", "model", "width", "height", "frames", "samples", "seed", "name"),
+    *("prompts_uri", "prompts_format", "negative_prompt", "prompt", "custom_id"),
+)
+IN_SIGHT = (*LEADING[:9], "negative_prompt", "tenant", "priority")  # in the form that most requests are made with
+HIDDEN = ("prompts", "files", "resumes")  # what programs fill in: accepted, and shown in no form
 MAX_DEADLINE = 30 * 86400  # seconds
 MAX_NAME = 500  # characters of a source's name
 MAX_FILES = 1000  # that one request may bring along
+MAX_TEXT = 200_000  # characters of pasted prompts: Prefect keeps half a megabyte of parameters, and no more
 
 # Each bound is written once. Multiples of 16 and 4n+1 depend on the model, so the prompt reader checks them.
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE)]
@@ -133,23 +141,36 @@ def limits_of(field: FieldInfo) -> Limits:
     return Limits(kind, low, high, above)
 
 
-def _flatten(schema: dict[str, Any]) -> None:
-    """Shows an optional value as one plain field, not as a choice between a value and None."""
-    shown = schema.get("properties", {})
-    for each in shown.values():
-        kinds = [kind for kind in each.get("anyOf", []) if kind != {"type": "null"}]
-        if len(kinds) == 1 and "type" in kinds[0] and "enum" not in kinds[0]:
-            del each["anyOf"]
-            each.update(kinds[0])
-        if each.get("default", ...) is None:
-            del each["default"]  # Prefect accepts null for an optional field exactly when it shows no default
-    for name in [name for name in shown if name not in LEADING]:  # fields of base classes come first by themselves
-        shown[name] = shown.pop(name)
-    for name in CONDITIONS:
-        shown[name] = shown.pop(name)
-    if "files" in shown:  # a form shows `properties`; what is in neither is refused
-        key = {"anyOf": [shown["idempotency_key"], {"type": "null"}]}
-        schema["patternProperties"] = {"^files$": shown.pop("files"), "^key$": key}
+def _as_form(schema: dict[str, Any], _: object = None, *, in_sight: Sequence[str] | None = None) -> None:
+    """Makes the schema of a class one that a form can show, with all fields or those `in_sight`.
+
+    Optional values are plain fields there, not choices between a value and None. All other fields are accepted too: a
+    form shows `properties`, and what is in neither these nor `patternProperties` is refused.
+    """
+    fields = schema.get("properties", {})
+    names = sorted(fields, key=lambda name: (_place(name), name in CONDITIONS))
+    shown = [name for name in names if name not in HIDDEN and (in_sight is None or name in in_sight)]
+    schema["properties"] = {name: _plain(fields[name]) | {"position": at} for at, name in enumerate(shown)}
+    hidden = {name: field for name, field in fields.items() if name not in shown}
+    if "idempotency_key" in fields:
+        hidden["key"] = {"anyOf": [_plain(dict(fields["idempotency_key"])), {"type": "null"}]}
+    if hidden:
+        schema["patternProperties"] = {f"^{name}$": field for name, field in hidden.items()}
+
+
+def _place(name: str) -> int:
+    return LEADING.index(name) if name in LEADING else len(LEADING)
+
+
+def _plain(field: dict[str, Any]) -> dict[str, Any]:
+    field = dict(field)
+    kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
+    if len(kinds) == 1 and "type" in kinds[0] and "enum" not in kinds[0]:
+        del field["anyOf"]
+        field |= kinds[0]
+    if field.get("default", ...) is None:
+        del field["default"]  # Prefect accepts null for an optional field exactly when it shows no default
+    return field
 
 
 class Conditioned(BaseModel):
@@ -217,7 +238,7 @@ class ClipOptions(Conditioned):
 class PromptLine(ClipOptions):
     """One prompt with settings of its own. What is left empty follows the request, then the model."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Prompt with its own settings")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_as_form, title="Prompt with its own settings")
 
     prompt: str = Field(title="Prompt", description=f"At most {MAX_PROMPT:,} characters")
     custom_id: str | None = Field(
@@ -230,24 +251,32 @@ class PromptLine(ClipOptions):
 class GenerationRequest(ClipOptions):
     """A batch of prompts, and the settings of those that bring none of their own."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_flatten, title="Generation request")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_as_form, title="Generation request")
 
     name: str | None = Field(default=None, max_length=MAX_ID, title="Name", description="What you call this batch")
     prompts: list[str | PromptLine] = Field(
         default_factory=list[str | PromptLine],
         title="Prompts",
-        description='Each a text in quotes, like "a red ball spins", or an object with settings of its own, like '
-        '{"prompt": "a blue cone", "frames": 1}; or name a file below',
+        description='Each a text, or an object with settings of its own, like {"prompt": "a blue cone", "frames": 1}',
+    )
+    prompts_text: str | None = Field(
+        default=None,
+        max_length=MAX_TEXT,
+        title="Prompts",
+        description="Paste them here, one a line, or JSON lines with settings of their own, like "
+        '`{"prompt": "a blue cone", "frames": 1}`',
     )
     prompts_uri: str | None = Field(
         default=None,
         title="Prompt file",
-        description="store:KEY for an object of the store, or the path of a file below the worker's prompts folder",
+        description="In place of pasted prompts: the path of a file below the worker's prompts folder, or store:KEY "
+        "for an object of the store",
     )
     prompts_format: PromptsFormat = Field(
         default=PromptsFormat.AUTO,
         title="Format of the file",
-        description="JSONL has an object a line, CSV a header row, text a prompt a line; auto goes by its ending",
+        description="JSONL has an object a line, CSV a header row, text a prompt a line; auto goes by the file's "
+        "ending, else by its first line",
     )
     model: str = Field(default="mini", min_length=1, max_length=MAX_ID, title="Model", description="Its name or folder")
     negative_prompt: str | None = Field(
@@ -300,17 +329,26 @@ class GenerationRequest(ClipOptions):
         max_length=MAX_FILES,
         description="Where the files that prompts name lie in the store; `rushes submit` fills it in, no form shows it",
     )
+    resumes: str | None = Field(
+        default=None,
+        max_length=MAX_ID,
+        description="The request that maintenance takes up since its run has ended; no form shows it",
+    )
 
-    @field_validator("name", "prompts_uri", "idempotency_key", "negative_prompt", *SOURCES, mode="before")
+    @field_validator(
+        "name", "prompts_text", "prompts_uri", "idempotency_key", "negative_prompt", *SOURCES, mode="before"
+    )
     @classmethod
     def _an_empty_field_is_no_value(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
 
     @model_validator(mode="after")
     def _prompts_come_from_one_place(self) -> GenerationRequest:
-        if bool(self.prompts) == bool(self.prompts_uri):
-            said = "both are" if self.prompts else "neither is"
-            raise ValueError(f"give either prompts or prompts_uri: {said} given")
+        given = [name for name in ("prompts_text", "prompts", "prompts_uri") if getattr(self, name)]
+        if not given:
+            raise ValueError("no prompts are given: paste some (prompts_text), or name a file (prompts_uri)")
+        if len(given) > 1:
+            raise ValueError(f"prompts come from one place: {' and '.join(given)} are given")
         return self
 
     def resolve(self, card: ModelCard) -> Defaults:
@@ -332,16 +370,43 @@ class GenerationRequest(ClipOptions):
     @property
     def format(self) -> PromptsFormat:
         """The format the prompts are read in; AUTO when only a look at the file can tell."""
-        if self.prompts:
+        if self.prompts or _mixed(self):
             return PromptsFormat.JSONL
         if self.prompts_format is not PromptsFormat.AUTO:
             return self.prompts_format
         return format_of(self.prompts_uri or "")
 
     def inline_bytes(self) -> bytes:
-        """The prompts of the form as a JSONL file, so that there is one reader and one digest for every way in."""
+        """The prompts that the request itself holds, as a file: there is one reader and one digest for every way in."""
+        if self.prompts_text:
+            return "\n".join(_mixed(self) or [self.prompts_text]).encode()
         lines = [PromptLine(prompt=p) if isinstance(p, str) else p for p in self.prompts]
         return "".join(json.dumps(line.model_dump(mode="json", exclude_none=True)) + "\n" for line in lines).encode()
+
+
+def _mixed(request: GenerationRequest) -> list[str] | None:
+    """Pasted lines as JSON lines, each in its place, where some are JSON objects and others are prompts; else None."""
+    if not request.prompts_text or request.prompts_format is not PromptsFormat.AUTO:
+        return None
+    lines = re.split(r"\r\n|\r|\n", request.prompts_text)
+    objects = {line for line in lines if _is_object(line)}
+    if not objects or all(line in objects or not line.strip() for line in lines):
+        return None
+    return [line if line in objects or not line.strip() else json.dumps({"prompt": line}) for line in lines]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class ShortRequest(GenerationRequest):
+    """A batch of prompts. What most requests never need is in the form of `generate/from-media`."""
+
+    # The same request as its base, field for field: only its form shows less.
+    model_config = ConfigDict(json_schema_extra=partial(_as_form, in_sight=IN_SIGHT), title="Request")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from flows.request.advice import words_beyond
-from flows.request.files import open_file, prompts_key
+from flows.request.files import media_type_of, open_file, prompts_key
 from flows.request.form import MAX_FILES, GenerationRequest, PromptsFormat, format_of, request_id, request_key
 from flows.request.modes import Find, MediaSource, nowhere
 from flows.request.read import Checked, check_defaults, check_prompts
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 DEPLOYMENT = "generate/default"
 OCTETS = "application/octet-stream"
-MEDIA_TYPE = {PromptsFormat.CSV: "text/csv", PromptsFormat.JSONL: "application/x-ndjson"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +277,7 @@ def store_file(settings: Settings, good: CheckedFile) -> None:
     if store.exists(key):
         return
     packed = guess_type(good.source)[1] == "gzip"
-    media_type = "application/gzip" if packed else MEDIA_TYPE.get(good.request.prompts_format, "text/plain")
+    media_type = "application/gzip" if packed else media_type_of(good.request.prompts_format)
     stored = store.put_at(key, good.path, media_type)
     if stored.sha256 and stored.sha256 != good.sha256:
         store.delete(key)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from tests.end_to_end.stack import Stack, wait_for
 
@@ -42,14 +42,14 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(stack: Stack, pag
     page.goto(f"{ui}/deployments/deployment/{deployment}/run")
     field(page, "Name (Optional)").fill("from a browser")
     field(page, "Seed (Optional)").wait_for()
-    page.wait_for_timeout(2000)  # editors are drawn late: count them when all are there
-    editors = page.locator(".p-code-input__textarea")
-    count = editors.count()
-    page.get_by_role("button", name="Add item").first.click()
-    expect(editors).to_have_count(count + 1, timeout=60_000)
-    editors.first.fill('"a red ball moves left"')
-    field(page, "Model (Optional)").fill(str(stack.model))
+    page.wait_for_timeout(2000)  # fields are drawn late, and lose what was filled in before
+    assert page.locator(".schema-form-property__label").count() <= 13, "the request, and at most twelve fields"
+    field(page, "Prompts (Optional)").fill('a red ball moves left\n{"prompt": "a blue ball moves right"}')
     field(page, "Seed (Optional)").fill(str(stack.seed()))
+    field(page, "Frames (Optional)").fill("50")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text("50 is not one of [49, 53, 57, 61, 65]").first.wait_for()
+    field(page, "Frames (Optional)").fill("9")
     page.get_by_role("button", name="Submit").click()
     page.wait_for_url(lambda url: not url.endswith("/run"), timeout=120_000)
 
@@ -60,7 +60,7 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(stack: Stack, pag
 
     run_id = wait_for(submitted, "the form's flow run")
     stack.ended(run_id)
-    assert stack.statuses(stack.request_of(run_id)) == ["done"]
+    assert stack.statuses(stack.request_of(run_id)) == ["done"] * 2
 
     page.goto(f"{ui}/runs/flow-run/{run_id}")
     page.get_by_text("Artifacts", exact=True).first.click()

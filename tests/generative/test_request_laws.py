@@ -39,6 +39,6 @@ def test_any_json_is_a_request_or_a_plain_error(nearly_good: bool, fields: dict[
     assert again == request
     assert 0 <= request.priority <= 9
     assert request.seed is None or 0 <= request.seed <= MAX_SEED
-    assert bool(request.prompts) != bool(request.prompts_uri)
+    assert [bool(each) for each in (request.prompts, request.prompts_text, request.prompts_uri)].count(True) == 1
     assert "\0" not in request.model_dump_json() and "\\u0000" not in request.model_dump_json()
     json.loads(request.inline_bytes().splitlines()[0]) if request.prompts else None

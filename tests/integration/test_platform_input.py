@@ -50,6 +50,23 @@ SAID = [  # place, value and bound of every error in it
 ]
 
 
+def test_pasted_prompts_are_a_file_of_their_own(platform: Platform) -> None:
+    """What is wrong in one is said in the words of a file; what is good is kept in the store, to be read again."""
+    refused, page = platform.make(prompts_text='{"prompt": "a red ball"}\n{"prompt": "a blue cone", "frames": 50}')
+    assert refused.ending is Ending.REFUSED
+    assert "prompts:2: frames=50 must be 4n+1 (49 or 53)" in page.lines
+    with platform.engines():
+        outcome, _ = platform.make(prompts_text="a red ball\n\na blue cone\n", name="pasted")
+    clips = platform.clips(outcome.request_id)
+    assert [(clip["prompt"], clip["line"], clip["status"]) for clip in clips] == [
+        ("a red ball", 1, "done"),
+        ("a blue cone", 3, "done"),
+    ]
+    (row,) = platform.sql("select source, name from requests where id = :id", id=outcome.request_id)
+    key = row["source"].removeprefix("store:")
+    assert row["name"] == "pasted" and platform.store.get(key) == b"a red ball\n\na blue cone\n"
+
+
 def test_a_clip_for_every_prompt_and_sample(platform: Platform) -> None:
     """In the order of the prompts, each with bytes that are what the ledger says; nothing of it contradicts itself."""
     lines = [

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flows.request.form import (
     GenerationRequest,
     PromptLine,
     PromptsFormat,
+    ShortRequest,
     Solver,
     clip_id,
     digest_of,
@@ -76,6 +78,10 @@ def key_of(source: str = "s", **fields: Any) -> str:
         {"prompts": [{"prompt": "a", "widht": 64}]},
         {"prompts": [{"custom_id": "a"}]},
         {"prompts": ["a"], "name": "x" * 201},
+        {"prompts_text": " \n "},
+        {"prompts_text": "a", "prompts": ["a"]},
+        {"prompts_text": "a", "prompts_uri": "x"},
+        {"prompts_text": "a" * 200_001},
     ],
 )
 def test_what_a_request_may_not_be(fields: dict[str, Any]) -> None:
@@ -89,10 +95,23 @@ def schema() -> Any:
     return parameter_schema(generate).model_dump_for_openapi()
 
 
+def short_schema() -> Any:
+    def generate(request: ShortRequest) -> None: ...
+
+    return parameter_schema(generate).model_dump_for_openapi()
+
+
+FORMS = pytest.mark.parametrize("form", [schema, short_schema])
+
+
+@FORMS
 @pytest.mark.parametrize(
     "request_json",
     [
         {"prompts": ["a red ball"]},
+        {"prompts_text": "a red ball\n{}"},
+        {"prompts_text": "a", "name": None, "height": None, "mode": "extend", "clip": "c", "overlap": 5},
+        {"prompts": ["a"], "resumes": "req_0123456789ab"},
         {"prompts": ["a", {"prompt": "b", "width": 96, "samples": None}], "priority": 0},
         {"prompts_uri": "store:prompts/x", "prompts_format": "jsonl", "solver": "ab2", "seed": 2**63 - 1},
         {"prompts_uri": "store:prompts/x", "files": {"a.png": "blobs/sha256/ab/cd/abcd"}},
@@ -106,11 +125,12 @@ def schema() -> Any:
         },
     ],
 )
-def test_prefect_accepts_what_the_class_accepts(request_json: dict[str, Any]) -> None:
-    assert validate({"request": request_json}, schema()) == []
-    GenerationRequest(**request_json)
+def test_prefect_accepts_what_the_class_accepts(request_json: dict[str, Any], form: Callable[[], Any]) -> None:
+    assert validate({"request": request_json}, form()) == []
+    assert ShortRequest(**request_json).model_dump() == GenerationRequest(**request_json).model_dump()
 
 
+@FORMS
 @pytest.mark.parametrize(
     "request_json",
     [
@@ -127,8 +147,8 @@ def test_prefect_accepts_what_the_class_accepts(request_json: dict[str, Any]) ->
         {"prompts": "a"},
     ],
 )
-def test_prefect_refuses_before_anything_is_scheduled(request_json: dict[str, Any]) -> None:
-    assert validate({"request": request_json}, schema())
+def test_prefect_refuses_before_anything_is_scheduled(request_json: dict[str, Any], form: Callable[[], Any]) -> None:
+    assert validate({"request": request_json}, form())
 
 
 def test_the_form_explains_itself() -> None:
@@ -138,6 +158,40 @@ def test_the_form_explains_itself() -> None:
         # One plain number field with its bounds, not a choice between a number and None.
         assert {"type", "minimum", "maximum"} <= fields[name].keys() and "anyOf" not in fields[name]
     assert "files" not in fields  # only a program could fill it in
+
+
+def test_the_form_of_most_requests_is_short_and_begins_with_a_box_to_paste_prompts_into() -> None:
+    short, whole = (each()["definitions"] for each in (short_schema, schema))
+    assert list(short_schema()["properties"]) == ["request"]
+    fields = short["ShortRequest"]["properties"]
+    assert len(fields) <= 12
+    places = [field["position"] for field in fields.values()]  # Prefect's Postgres keeps no order of keys
+    assert places == sorted(set(places))
+    first, second, *_ = fields
+    assert (first, second) == ("prompts_text", "model") and fields[first]["type"] == "string"
+    every = whole["GenerationRequest"]["properties"]
+    assert next(iter(every)) == "prompts_text" and fields.keys() < every.keys()
+    assert every.keys() | {"prompts", "files", "resumes"} == GenerationRequest.model_fields.keys()
+
+
+def test_pasted_prompts_are_read_like_a_file() -> None:
+    def read(text: str) -> list[Any]:
+        request = GenerationRequest(prompts_text=text)
+        stream = io.BytesIO(request.inline_bytes())
+        return list(read_prompts(stream, source="prompts", format=request.format, defaults=request.resolve(CARD)))
+
+    assert [line.prompt for line in read("a red ball\r\n\n  a blue cone ")] == ["a red ball", "a blue cone"]
+    good, bad = read('{"prompt": "a", "seed": 5}\n\n{"prompt": "b", "frames": 10}')
+    assert good.seed == 5 and bad.messages("prompts") == ["prompts:3: frames=10 must be 4n+1 (9 or 13)"]
+    assert [(line.prompt, line.frames) for line in read("prompt,frames\na,9")] == [("a", 9)]
+    mixed = read('a red ball\n\n{"prompt": "a blue cone", "frames": 9}\n{"prompt": "b", "frames": 10}\n{not json} ball')
+    assert [(line.prompt, line.line) for line in mixed] == [
+        ("a red ball", 1),
+        ("a blue cone", 3),
+        ("b", 4),
+        ("{not json} ball", 5),
+    ]
+    assert mixed[1].frames == 9 and isinstance(mixed[2], BadLine)
 
 
 def test_solvers_are_those_of_the_model() -> None:
