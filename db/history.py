@@ -151,7 +151,7 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
             with contextlib.closing(cast("Generator[tuple[Any, ...]]", cursor.stream(sql.encode()))) as stream:
                 rows = list(stream if limit is None else islice(stream, limit + 1))
             if not rows:  # an empty stream does not say its columns
-                cursor.execute(sql.encode(), prepare=True)
+                cursor.execute(sql.encode(), binary=True)  # one statement: not by the simple protocol
             columns = tuple(column.name for column in cursor.description or ())
         except psycopg.Error as error:
             hint = ""

@@ -6,12 +6,16 @@ after the migrations, or a dump that was restored on another server, get theirs 
 
 from __future__ import annotations
 
-from typing import LiteralString
+from typing import TYPE_CHECKING, Any, LiteralString, cast
 
-import psycopg
 from psycopg import errors, sql
 from sqlalchemy import Connection, make_url, text
 from sqlalchemy.exc import DBAPIError
+
+from db.session import connect
+
+if TYPE_CHECKING:
+    import psycopg
 
 APP, READER = "rushes_app", "rushes_reader"
 SEARCH_PATH = "ask, public"  # of those who ask: the views of ask by their short names
@@ -136,13 +140,20 @@ def make_reader(url: str, reader_url: str) -> None:
     """Makes the login of `reader_url`, a member of `rushes_reader`, or gives it that password and READER_SETTINGS."""
     reader = make_url(reader_url)
     name, password = str(reader.username), str(reader.password)
-    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(plain) as connection:
-        known = connection.execute("select from pg_roles where rolname = %s", [name]).fetchone() is not None
-        # As a verifier: no password stands in the server's log, whatever happens to the statement.
-        verifier = connection.pgconn.encrypt_password(password.encode(), name.encode()).decode()
-        made = "alter role {} login password {}" if known else "create role {} login password {}"
-        connection.execute(sql.SQL(made).format(sql.Identifier(name), sql.Literal(verifier)))
-        connection.execute(sql.SQL("grant {} to {}").format(sql.Identifier(READER), sql.Identifier(name)))
-        for setting in READER_SETTINGS:
-            connection.execute(sql.SQL("alter role {} set {}").format(sql.Identifier(name), sql.SQL(setting)))
+    engine = connect(url)
+    try:
+        with engine.begin() as transaction:
+            _make_reader(cast("psycopg.Connection[Any]", transaction.connection.driver_connection), name, password)
+    finally:
+        engine.dispose()
+
+
+def _make_reader(connection: psycopg.Connection[Any], name: str, password: str) -> None:
+    known = connection.execute("select from pg_roles where rolname = %s", [name]).fetchone() is not None
+    # As a verifier: no password stands in the server's log, whatever happens to the statement.
+    verifier = connection.pgconn.encrypt_password(password.encode(), name.encode()).decode()
+    made = "alter role {} login password {}" if known else "create role {} login password {}"
+    connection.execute(sql.SQL(made).format(sql.Identifier(name), sql.Literal(verifier)))
+    connection.execute(sql.SQL("grant {} to {}").format(sql.Identifier(READER), sql.Identifier(name)))
+    for setting in READER_SETTINGS:
+        connection.execute(sql.SQL("alter role {} set {}").format(sql.Identifier(name), sql.SQL(setting)))

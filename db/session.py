@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import psycopg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import CursorResult, Delete, Engine, Insert, Update, create_engine, event, make_url
+from sqlalchemy import Connection, CursorResult, Delete, Engine, Insert, Update, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 FRESH = 1.0  # seconds since its last use within which a connection is taken to live
 IDLE = 600.0  # seconds: no transaction of ours thinks for so long, so it belongs to a stalled process
-_USED = "used"
-# jit costs more than it gives for statements this short.
-_SERVER_OPTIONS = (
-    "-c timezone=UTC -c jit=off -c plan_cache_mode={plans} -c idle_in_transaction_session_timeout={idle:.0f}"
-)
+_USED, _POOLED = "used", "pooled"
 # A cut network answers nothing, and a connection may wait for it for hours: seconds until that counts as an error.
 _NETWORK = {
     "connect_timeout": 10,
@@ -31,6 +28,8 @@ _NETWORK = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,  # milliseconds
 }
+# What PgBouncer, RDS Proxy and others say of settings that come with a connection.
+_NO_OPTIONS = re.compile("startup parameter|command-line options", re.IGNORECASE)
 
 
 def connect(url: str, *, application: str = "rushes", idle: float = IDLE, keep_plans: bool = False) -> Engine:
@@ -39,19 +38,76 @@ def connect(url: str, *, application: str = "rushes", idle: float = IDLE, keep_p
     idle: seconds after which the server ends a transaction that does nothing, and gives back the locks it held.
     keep_plans: for who says the same few statements about single rows again and again, which take longer to plan than
     to run. Else each is planned for its own parameters: what suits ten clips does not suit a million.
+
+    Behind a pooler of connections, such as PgBouncer with transaction pooling, a server connection is ours for one
+    transaction only: settings go with each transaction, and no statement is prepared.
     """
-    options = _SERVER_OPTIONS.format(idle=1000 * idle, plans="auto" if keep_plans else "force_custom_plan")
     parsed = make_url(url)
     if parsed.get_backend_name() != "postgresql":
         raise ValueError(
             f"the ledger needs Postgres: {parsed.render_as_string()} should begin with postgresql+psycopg://"
         )
+    settings = {
+        "timezone": "UTC",
+        "datestyle": "ISO",
+        "jit": "off",  # which costs more than it gives for statements this short
+        "plan_cache_mode": "auto" if keep_plans else "force_custom_plan",
+        "idle_in_transaction_session_timeout": f"{1000 * idle:.0f}",
+    }
+    given = parsed.query.get("options", "")
+    options = [given if isinstance(given, str) else " ".join(given)]
+    options += [f"-c {name}={value}" for name, value in settings.items()]
     engine = create_engine(
         parsed.set(drivername="postgresql+psycopg"),
-        connect_args={"application_name": application, "options": options, **_NETWORK},
+        connect_args={
+            "application_name": application,
+            "client_encoding": "utf8",
+            "options": " ".join(filter(None, options)),
+            **_NETWORK,
+        },
     )
+    _settle(engine, [f"set {{}} {name} = '{value}'" for name, value in settings.items()])
     _ping_idle_ones(engine)
     return engine
+
+
+def _settle(engine: Engine, settings: Sequence[str]) -> None:
+    """Every transaction of the engine has these settings, `set {} name = value`, with a pooler before the server too.
+
+    A pooler is one that refuses options, or gives another process id than the server's: some take options and drop
+    them. Behind it nothing may outlive a transaction, so that the settings are sent with its `begin`, in one round trip
+    as it is without them.
+    """
+    begin = "; ".join(("begin", *(each.format("local") for each in settings)))
+    refused = False
+
+    @event.listens_for(engine, "do_connect")
+    def connected(  # pyright: ignore[reportUnusedFunction]
+        _: Any, record: ConnectionPoolEntry, given: Sequence[Any], named: dict[str, Any]
+    ) -> psycopg.Connection[Any]:
+        nonlocal refused
+        without = {**named, "options": ""}  # and none of PGOPTIONS
+        try:
+            connection = psycopg.connect(*given, **without if refused else named, autocommit=True)
+        except psycopg.OperationalError as error:
+            if refused or not _NO_OPTIONS.search(str(error)):
+                raise
+            connection, refused = psycopg.connect(*given, **without, autocommit=True), True
+        served_by = connection.execute("select pg_backend_pid()").fetchone()
+        if refused or served_by != (connection.info.backend_pid,):
+            connection.prepare_threshold = None
+            record.info[_POOLED] = True
+            return connection
+        told = connection.info.parameter_status
+        if told("TimeZone") != "UTC" or not (told("DateStyle") or "").startswith("ISO"):  # PGTZ, PGDATESTYLE
+            connection.execute("; ".join(each.format("session") for each in settings).encode())
+        connection.autocommit = False
+        return connection
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
+        if _POOLED in connection.connection.info:
+            connection.exec_driver_sql(begin)
 
 
 def _ping_idle_ones(engine: Engine) -> None:
