@@ -347,12 +347,24 @@ def load_settings(**given: Any) -> Settings:
     named |= from_files.keys()
     if "database_url" in named:
         named.add("reader_url")  # the stack's reader would be asking another ledger
+    else:
+        _forget_libpq()
     from_stack = {name: value for name, value in _read_stack(home / STACK_FILE).items() if name not in named}
     values: dict[str, Any] = {**from_stack, **from_files, **given, "home": home}
     try:
         return Settings(**values)
     except ValidationError as error:
         raise WrongSetting("; ".join(_say(e, home, from_stack) for e in error.errors())) from None
+
+
+def _forget_libpq() -> None:
+    """Take libpq's variables (PGSSLMODE, PGSERVICE, PGTZ …) out of the environment of this process and its children.
+
+    They would reach the stack's own Postgres, and are about another one. A ledger that RUSHES_DATABASE_URL names is
+    asked with them.
+    """
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
 
 
 def _secrets_in_files() -> dict[str, str]:

@@ -8,6 +8,7 @@ with neither is a defect of Rushes and stays a traceback.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
 import typer
@@ -58,7 +59,9 @@ def _say(error: Exception) -> str:
         first = str(getattr(error, "orig", error)).strip().splitlines()[0]
         if "does not exist" in first:
             return f"the ledger has no such table or view ({first}): `rushes migrate` makes them"
-        return f"the ledger does not answer ({first}): is the stack up? `rushes up` starts it"
+        libpq = ", ".join(sorted(name for name in os.environ if name.startswith("PG")))
+        hint = f"libpq also goes by {libpq}; " if libpq else ""
+        return f"the ledger does not answer ({first}): {hint}is the stack up? `rushes up` starts it"
     if module.startswith("pydantic"):
         return "; ".join(_say_option(each) for each in error.errors())  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.filename:

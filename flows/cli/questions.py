@@ -160,7 +160,7 @@ def psql(
     be edited where rlwrap is installed), else the one on the PATH.
     """
     from infra.stack.home import POSTGRES
-    from infra.stack.postgres import client_command, client_program, running_postgres
+    from infra.stack.postgres import client_command, client_program, running_postgres, without_libpq
 
     settings = current_settings()
     url = settings.reader
@@ -171,7 +171,8 @@ def psql(
     editor = shutil.which("rlwrap") if embedded and sys.stdin.isatty() else None
     command = [editor, *command] if editor else command
     sys.stdout.flush()
-    os.execve(command[0], command, {**os.environ, **environment})
+    inherited = without_libpq(os.environ) if embedded else os.environ
+    os.execve(command[0], command, {**inherited, **environment})
 
 
 def _distinct(columns: Sequence[str]) -> list[str]:

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-import psycopg
-
 from infra.stack.home import StackFailed
-from infra.stack.postgres import Database, Postgres, client_command, client_program
+from infra.stack.postgres import Database, Postgres, client_command, client_program, connect, without_libpq
 
 PREFECT_POOL = 15  # connections of a Prefect server at most, the default of its settings
 
@@ -40,8 +38,8 @@ def supply_prefect(postgres: Postgres, migrate: Callable[[], None]) -> None:
     """
     if sys.prefix == sys.base_prefix or not os.access(sys.prefix, os.W_OK):
         return
-    address = postgres.url_of(PREFECT.name).replace("+psycopg", "", 1)
-    with psycopg.connect(address) as session:
+    address = postgres.url_of(PREFECT.name)
+    with connect(address) as session:
         if session.execute("select to_regclass('alembic_version')").fetchone() != (None,):
             return
         major = session.info.server_version // 10000
@@ -59,7 +57,8 @@ def supply_prefect(postgres: Postgres, migrate: Callable[[], None]) -> None:
 
 def _run(program: str, address: str, *options: str) -> None:
     command, environment = client_command(client_program(program), address, *options)
-    done = subprocess.run(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, capture_output=True)
+    own = {**without_libpq(os.environ), **environment}
+    done = subprocess.run(command, env=own, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         raise StackFailed(f"the Prefect server's database could not be made: {program}: {said[-2000:]}")

@@ -14,12 +14,11 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
-import psycopg
 
 from infra.stack.databases import LEDGER
 from infra.stack.deploy import read_deployments
 from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, T
-from infra.stack.postgres import running_postgres
+from infra.stack.postgres import connect, running_postgres
 from infra.stack.prefect import Api, api_of
 from infra.stack.processes import Member, part_of, process_family
 
@@ -58,7 +57,7 @@ def doctor(
         return schema(_running(postgres).url_of(LEDGER.name))
 
     def in_postgres() -> str:
-        with psycopg.connect(_running(postgres).libpq_url, connect_timeout=5) as connection:
+        with connect(_running(postgres).url, connect_timeout=5) as connection:
             return f"{connection.info.server_version // 10000} on port {_running(postgres).port}"
 
     def in_prefect() -> str:

@@ -162,6 +162,25 @@ def client_program(name: str) -> Path:
     return _binaries() / name
 
 
+def without_libpq(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without libpq's variables (PGSSLMODE, PGSERVICE, PGTZ …), which are for other servers than ours.
+
+    There are thirty of them and more with every version, so it is all that begin with PG.
+    """
+    return {name: value for name, value in environment.items() if not name.startswith("PG")}
+
+
+def connect(url: str, **how: Any) -> psycopg.Connection[Any]:
+    """A connection to a database of an embedded server: nothing of libpq's environment reaches it."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("PG")}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        return psycopg.connect(url.replace("+psycopg", "", 1), **how)
+    finally:
+        os.environ.update(hidden)
+
+
 def client_command(program: Path, url: str, *options: str) -> tuple[list[str], dict[str, str]]:
     """The command that runs a client program on `url`, and what it needs in its environment: the password.
 
@@ -538,7 +557,7 @@ def _make_databases(server: Postgres, databases: Sequence[Database]) -> None:
     """Make what is missing of each, such that its owner alone may enter it. Every statement may run twice."""
     if not databases:
         return
-    with psycopg.connect(server.libpq_url, autocommit=True) as session:
+    with connect(server.url, autocommit=True) as session:
         for database in databases:
             name = sql.Identifier(database.name)
             if session.execute("select from pg_roles where rolname = %s", [database.name]).fetchone() is None:
@@ -558,5 +577,5 @@ def _make_databases(server: Postgres, databases: Sequence[Database]) -> None:
                 session.execute(change.format(name, sql.Identifier(setting), sql.Literal(value)))
     for database in databases:
         if database.keeps_locks:
-            with psycopg.connect(server.libpq_url, dbname=database.name, autocommit=True) as session:
+            with connect(server.url, dbname=database.name, autocommit=True) as session:
                 session.execute(_KEEP_LOCKS)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from infra.stack.home import CONTROL, SERVER, StackFailed
+from infra.stack.postgres import without_libpq
 from infra.stack.processes import MARK, PART
 
 ANSWER_SECONDS = 30.0  # what one answer may take, repetitions included
@@ -64,8 +65,8 @@ SERVER_SETTINGS = {
 
 
 def prefect_environment(home: Path, part: str) -> dict[str, str]:
-    """The caller's environment without its Prefect settings, and with the marks of this stack."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    """The caller's environment without its settings of Prefect and libpq, and with the marks of this stack."""
+    kept = {name: value for name, value in without_libpq(os.environ).items() if not name.startswith("PREFECT_")}
     loopback = ",".join(filter(None, [kept.get("NO_PROXY") or kept.get("no_proxy"), "127.0.0.1", "localhost"]))
     return {
         **kept,
