@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, cast
 
 import psycopg
-from sqlalchemy import Engine, Select, func, or_, select, text
+from sqlalchemy import Connection, Engine, Select, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from db.reproductions import Comparison
@@ -138,12 +138,9 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
     Raises SqlFailed for what the database refuses, a second statement included.
     """
     with engine.connect() as connection, connection.begin() as transaction:
-        connection.execute(text("set transaction read only"))
         connection.execute(text("select set_config('statement_timeout', :ms, true)"), {"ms": f"{timeout * 1000:.0f}"})
         connection.execute(text("select set_config('search_path', :path, true)"), {"path": SEARCH_PATH})
-        role = connection.scalar(text(_ASKED_AS))
-        if role is not None:
-            connection.exec_driver_sql(f"set local role {role}")
+        role = as_reader(connection)
         driver = cast("psycopg.Connection[tuple[Any, ...]]", connection.connection.driver_connection)
         cursor = driver.cursor()
         try:
@@ -161,6 +158,18 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
         finally:
             transaction.rollback()
     return Answer(columns, rows[:limit], limit is not None and len(rows) > limit)
+
+
+def as_reader(connection: Connection) -> str | None:
+    """Have the transaction of a connection read only, and as `rushes_reader` where its login may become that role.
+
+    Returns the role that it has become.
+    """
+    connection.execute(text("set transaction read only"))
+    role = connection.scalar(text(_ASKED_AS))
+    if role is not None:
+        connection.exec_driver_sql(f"set local role {role}")
+    return role
 
 
 SEEN = "history and the views of the schema ask,"

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
         description="Where the embedded Prefect server keeps its tables, if not in the embedded Postgres:"
         " postgresql+asyncpg://user:password@host/db",
     )
+    web_url: str | None = Field(
+        default=None, description="Where people reach the service that shows clips (`rushes serve`): http://host:port"
+    )
     prefect_auth: SecretStr | None = Field(default=None, description="user:password, if the Prefect server asks for it")
     prompts_folder: Path | None = Field(
         default=None, description="prompts_uri may name files below it; default: home/prompts"
@@ -178,7 +181,7 @@ class Settings(BaseSettings):
             raise ValueError("must begin with file:/// or s3://")
         return value
 
-    @field_validator("prefect_api_url", "prefect_ui_url", "rewriter_url", "vision_url")
+    @field_validator("prefect_api_url", "prefect_ui_url", "web_url", "rewriter_url", "vision_url")
     @classmethod
     def _url_is_http(cls, value: str | None) -> str | None:
         if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):

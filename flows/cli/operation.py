@@ -61,6 +61,30 @@ def engine(
 
 
 @app.command(rich_help_panel=OPERATION)
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port (default: a free one, told).")] = None,
+) -> None:
+    """Serve clips, their facts and manifests over HTTP, until it is stopped; `rushes up` runs one of its own.
+
+    It asks the ledger as its reader, and changes nothing. It knows no
+    passwords: put a proxy with TLS and a login before what others should
+    reach, and name its address in RUSHES_WEB_URL.
+    """
+    settings = current_settings()
+    need(settings.reader)
+    import uvicorn
+
+    from flows.web.app import LOOPBACK, create_app
+    from infra.stack.processes import free_port
+
+    port = port or free_port()
+    typer.echo(f"Clips    http://{host}:{port}")
+    service = create_app(settings, hosts=LOOPBACK if host in LOOPBACK else ["*"])
+    uvicorn.run(service, host=host, port=port, access_log=False, log_level="warning")
+
+
+@app.command(rich_help_panel=OPERATION)
 def migrate() -> None:
     """Bring the ledger's tables up to date, and what its roles may do.
 

@@ -20,6 +20,7 @@ def up() -> None:
     """Start the local stack, or mend it: Postgres, the Prefect server and its page, the workers."""
     stack = start_stack(current_settings())
     typer.echo(f"Prefect  {stack.prefect_ui_url}")
+    typer.echo(f"Clips    {stack.web_url}")
     typer.echo(f"State    {stack.home}")
 
 
@@ -33,6 +34,7 @@ def start_stack(settings: Settings) -> Stack:
         migrate=prepare_ledger,
         engines=settings.most_engines,
         prefect_database=settings.prefect_database_url,
+        web="flows.web.app:create_app",
         say=typer.echo,
     )
     _take_up(settings, stack)

@@ -13,11 +13,12 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 
+import httpx
 import psutil
 
 from infra.stack.databases import LEDGER
 from infra.stack.deploy import read_deployments
-from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, T
+from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, WEB, T
 from infra.stack.postgres import connect, running_postgres
 from infra.stack.prefect import Api, api_of
 from infra.stack.processes import Member, part_of, process_family
@@ -72,6 +73,13 @@ def doctor(
     def in_workers() -> str:
         return ", ".join(_describe_worker(_running(api), family, pool) for pool in POOLS)
 
+    def in_web() -> str:
+        port = _running(part_of(family, WEB)).port
+        answer = httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10.0, trust_env=False)
+        if answer.is_error:
+            raise RuntimeError(f"port {port} answers {answer.status_code}: {answer.text[:200]}")
+        return f"http://127.0.0.1:{port}"
+
     def in_deployments() -> str:
         names = [deployment.full_name for deployment in read_deployments(deployments)]
         found = {name: _running(api).get(f"/deployments/name/{name}") for name in names}
@@ -96,6 +104,7 @@ def doctor(
         _check("work pools", in_pools, f"{start} Resume a paused pool in the Prefect UI."),
         _check("workers", in_workers, f"{start} Their logs: {home}/logs/control.log and gpu.log"),
         _check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
+        _check("clips over HTTP", in_web, f"{start} Its log: {home}/logs/web.log"),
         _check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
         _check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
         *starts,

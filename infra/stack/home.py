@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from infra.files import atomic_path
 
 DEPLOYMENTS = Path(__file__).parents[1] / "prefect.yaml"
-POSTGRES, SERVER, CONTROL, GPU = "postgres", "prefect", "control", "gpu"
-PARTS = (POSTGRES, SERVER, CONTROL, GPU)
+POSTGRES, SERVER, WEB, CONTROL, GPU = "postgres", "prefect", "web", "control", "gpu"
+PARTS = (POSTGRES, SERVER, WEB, CONTROL, GPU)
 READER = "reader"  # the login of those who ask
 POOLS = (CONTROL, GPU)
 LOCK_SECONDS = 300.0
@@ -46,6 +46,7 @@ class Stack:
     store_url: str
     prefect_api_url: str
     prefect_ui_url: str
+    web_url: str | None  # of the service that shows clips
     ports: Mapping[str, int]
     pids: Mapping[str, int]
     started: tuple[str, ...]  # the parts that this call of `up` had to start
@@ -104,6 +105,7 @@ def write_stack(stack: Stack, engines: int) -> None:
         "store_url": stack.store_url,
         "prefect_api_url": stack.prefect_api_url,
         "prefect_ui_url": stack.prefect_ui_url,
+        "web_url": stack.web_url,
         "ports": dict(stack.ports),
         "pids": dict(stack.pids),  # for people; no program trusts them
         "engines": engines,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from infra.stack.home import SERVER
+from infra.stack.home import SERVER, WEB
 
 MARK = "RUSHES_STACK"  # in the environment of every process of a stack: its home
 PART = "RUSHES_STACK_PART"  # the part that it is or that started it
@@ -53,7 +53,7 @@ class Member:
     @property
     def is_part(self) -> bool:
         """It is the part itself, not something started by it."""
-        named = "prefect.server.api.server:create_app" if self.part == SERVER else "worker"
+        named = {SERVER: "prefect.server.api.server:create_app", WEB: "uvicorn"}.get(self.part, "worker")
         return self.run is None and named in self.command
 
     @property

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from infra.stack.home import (
     POSTGRES,
     READER,
     SERVER,
+    WEB,
     Log,
     Say,
     Stack,
@@ -100,20 +102,22 @@ def up(
     engines: int = 1,
     deployments: Path = DEPLOYMENTS,
     prefect_database: str | None = None,
+    web: str | None = None,
     say: Say = lambda _: None,
 ) -> Stack:
     """Starts the stack of `home`, or what of it does not run, and returns when it takes work.
 
     `repo` is the folder that flow runs work in; `migrate` brings the ledger at a URL up to date, and makes the login of
-    another, which may only look at it; `engines` is how many
-    engines may run at once; `prefect_database` is where Prefect keeps its tables (postgresql+asyncpg://…), if not in
-    the stack's own Postgres. On a healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C
-    or SIGTERM, everything that this call had started is ended again.
+    another, which may only look at it; `engines` is how many engines may run at once; `prefect_database` is where
+    Prefect keeps its tables (postgresql+asyncpg://…), if not in the stack's own Postgres; `web` is the import path of
+    what makes the service that shows clips (an ASGI application that answers /healthz), if there is to be one. On a
+    healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C or SIGTERM, everything that
+    this call had started is ended again.
     """
     home = home.absolute()
     make_private(home)
     with signals_raise(), locked(home):
-        start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), prefect_database, say)
+        start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), prefect_database, web, say)
         try:
             return start.run()
         except BaseException as error:
@@ -137,6 +141,12 @@ def status(home: Path) -> Status:
     else:
         healthy = Api(api_of(server.port)).healthy()
         parts.append(PartStatus(SERVER, healthy, f"port {server.port}" + ("" if healthy else " does not answer")))
+    web = part_of(family, WEB)
+    if web is None:
+        parts.append(PartStatus(WEB, False, "not running"))
+    else:
+        healthy = web_answers(web.port)
+        parts.append(PartStatus(WEB, healthy, f"port {web.port}" + ("" if healthy else " does not answer")))
     for pool in POOLS:
         worker = part_of(family, pool)
         parts.append(PartStatus(pool, worker is not None, f"pid {worker.pid}" if worker else "not running"))
@@ -154,6 +164,7 @@ class _Start:
         engines: int,
         deployments: Path,
         prefect_database: str | None,
+        web: str | None,
         say: Say,
     ) -> None:
         self.home = home
@@ -163,6 +174,7 @@ class _Start:
         self.file = deployments
         self.deployments = read_deployments(deployments)
         self.prefect_database = prefect_database
+        self.web = web
         self.say = say
         self.began = time.monotonic()
         self.content = _fingerprint(deployments, repo, self.limits)
@@ -197,6 +209,8 @@ class _Start:
         self.ledger.result()
         self.thread.shutdown()
         write_stack(self.stack(postgres, api), self.limits[GPU])  # flow runs read it, so before the workers
+        if self.ensure_web():
+            write_stack(self.stack(postgres, api), self.limits[GPU])
         if self.ensure_workers(api):
             write_stack(self.stack(postgres, api), self.limits[GPU])
         if self.started:
@@ -234,26 +248,51 @@ class _Start:
             command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
             command += ["--port", str(port), "--timeout-keep-alive", "5", "--no-access-log"]
             process, log = self.spawn(SERVER, command, folder, prefect_settings(self.home, api.url) | settings)
-            if self.wait_for_server(process, port, api, log):
+            if self.wait_for_server("the Prefect server", process, port, api.healthy, log):
                 (folder / "port").write_text(str(port))
                 self.tell(f"Prefect runs on port {port}")
                 return api
         raise StackFailed("five free ports in a row were taken by others before the Prefect server could have them")
 
-    def wait_for_server(self, process: psutil.Process, port: int, api: Api, log: Log) -> bool:
+    def wait_for_server(
+        self, name: str, process: psutil.Process, port: int, healthy: Callable[[], bool], log: Log
+    ) -> bool:
         """True when it answers, False when another program has taken its port meanwhile."""
         deadline = time.monotonic() + SERVER_SECONDS
         while time.monotonic() < deadline:
             if not lives(process):
                 if "address already in use" in log.said():
                     return False
-                raise StackFailed(f"the Prefect server ended while it started: {log}")
+                raise StackFailed(f"{name} ended while it started: {log}")
             self.check_companions()
             # An answer alone proves nothing: another stack's server may have the port.
-            if listens(process, port) and api.healthy():
+            if listens(process, port) and healthy():
                 return True
             time.sleep(0.05)
-        raise StackFailed(f"the Prefect server did not answer within {SERVER_SECONDS:.0f} s: {log}")
+        raise StackFailed(f"{name} did not answer within {SERVER_SECONDS:.0f} s: {log}")
+
+    def ensure_web(self) -> bool:
+        """True when it had to start one: anew also where our code is, or Postgres, which may have another port."""
+        if self.web is None:
+            return False
+        folder, code = self.home / WEB, _fingerprint(self.file, self.repo, {})
+        old = part_of(process_family(self.home), WEB)
+        same = read_text(folder / "code") == code
+        if old is not None and same and POSTGRES not in self.started and web_answers(old.port):
+            return False
+        end_processes([old.process] if old else [], grace=3.0)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        remembered = read_text(folder / "port")
+        for _ in range(5):
+            port = int(remembered) if remembered and is_free(int(remembered)) else free_port()
+            command = ["uvicorn", "--factory", self.web, "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+            process, log = self.spawn(WEB, command, self.repo, {})
+            if self.wait_for_server("the clips' service", process, port, partial(web_answers, port), log):
+                (folder / "port").write_text(str(port))
+                (folder / "code").write_text(code)
+                self.tell(f"Clips are shown on port {port}")
+                return True
+        raise StackFailed("five free ports in a row were taken by others before the clips' service could have them")
 
     def check_companions(self) -> None:
         """Fails at once when what goes on beside the server's start has failed."""
@@ -355,6 +394,7 @@ class _Start:
     def stack(self, postgres: Postgres, api: Api) -> Stack:
         family = process_family(self.home)
         members = {part: part_of(family, part) for part in PARTS}
+        web = members[WEB]
         return Stack(
             home=self.home,
             database_url=postgres.url_of(LEDGER.name),
@@ -362,7 +402,8 @@ class _Start:
             store_url=(self.home / "store").as_uri(),
             prefect_api_url=api.url,
             prefect_ui_url=api.url.removesuffix("/api"),
-            ports={POSTGRES: postgres.port, SERVER: httpx.URL(api.url).port or 0},
+            web_url=f"http://127.0.0.1:{web.port}" if web else None,
+            ports={POSTGRES: postgres.port, SERVER: httpx.URL(api.url).port or 0} | ({WEB: web.port} if web else {}),
             pids={POSTGRES: postgres.pid} | {part: member.pid for part, member in members.items() if member},
             started=tuple(part for part in PARTS if part in self.started),
         )
@@ -383,6 +424,14 @@ class _Start:
             stop_postgres(self.home / POSTGRES)
         if {POSTGRES, SERVER} & set(self.started):
             stack_file(self.home).unlink(missing_ok=True)
+
+
+def web_answers(port: int) -> bool:
+    """The clips' service answers, and the ledger and the store answer it."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def _uses(server: Member, database: str) -> bool:

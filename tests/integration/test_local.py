@@ -45,6 +45,15 @@ def brood(note: str) -> None:
     Path(note).write_text(str(child.pid))
     child.wait()
 '''
+WEB = """
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"well"})
+
+def create():
+    return app
+"""
 DEPLOYMENTS = """
 name: scratch
 deployments:
@@ -60,6 +69,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (repo / "scratch").mkdir()
     (repo / "scratch" / "__init__.py").touch()
     (repo / "scratch" / "flows.py").write_text(FLOWS)
+    (repo / "scratch" / "web.py").write_text(WEB)
     (repo / "prefect.yaml").write_text(DEPLOYMENTS)
     return repo
 
@@ -67,7 +77,8 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def start(repo: Path) -> Callable[..., Stack]:
     def start(home: Path, **changes: Any) -> Stack:
-        return up(home, **{"repo": repo, "deployments": repo / "prefect.yaml", "migrate": migrate, **changes})
+        own = {"repo": repo, "deployments": repo / "prefect.yaml", "migrate": migrate, "web": "scratch.web:create"}
+        return up(home, **own | changes)
 
     return start
 
@@ -104,6 +115,7 @@ def test_everything_is_there(stack: Stack) -> None:
     assert server.password_of("prefect") not in (stack.home / "stack.json").read_text()
     assert {p["name"]: p["concurrency_limit"] for p in api(stack, "/work_pools/filter")} == {"control": 8, "gpu": 2}
     assert httpx.get(stack.prefect_ui_url, follow_redirects=True).text.lower().startswith("<!doctype html")
+    assert stack.web_url == told["web_url"] and httpx.get(f"{stack.web_url}/healthz").text == "well"
     assert status(stack.home).running
 
 
