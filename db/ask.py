@@ -57,7 +57,7 @@ left join lateral (
     tenant=("request.tenant", "on whose account it is"),
     model=("request.model", "the model's name"),
     model_digest=("request.model_digest", "sha256 over the model's files"),
-    status=("request.status::text", "open completed completed_with_gaps failed cancelled"),
+    status=("request.status::text", "open paused completed completed_with_gaps failed cancelled"),
     priority=("request.priority::integer", "0 to 9, higher goes first"),
     deadline=("request.deadline", "when it should be done"),
     total=("request.total", "its clips; null until all are in"),

@@ -25,7 +25,7 @@ class Contradiction:
 RULES = {
     "a clip of a closed request is not over": """
         select c.id from clips c join requests r on r.id = c.request_id
-        where r.status <> 'open' and c.status in ('queued', 'running')""",
+        where r.status not in ('open', 'paused') and c.status in ('queued', 'running')""",
     "a sealed request has another number of clips": """
         select r.id from requests r left join clips c on c.request_id = r.id
         where r.total is not null group by r.id having count(c.id) <> r.total""",
@@ -37,7 +37,7 @@ RULES = {
         where coalesce(kept.clips, 0) <> coalesce(there.clips, 0) group by 1""",
     "a request ended otherwise than its clips": """
         select r.id from requests r left join clips c on c.request_id = r.id
-        where r.status not in ('open', 'cancelled') group by r.id, r.status
+        where r.status not in ('open', 'paused', 'cancelled') group by r.id, r.status
         having r.status <> case
             when count(*) filter (where c.status = 'done') = count(c.id) then 'completed'
             when count(*) filter (where c.status = 'done') > 0 then 'completed_with_gaps'

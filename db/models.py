@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from db.fence import take_turn
 from db.session import change
-from db.tables import Artifact, Clip, Model, Render, Request, RequestStatus
+from db.tables import UNENDED, Artifact, Clip, Model, Render, Request
 
 _NAMING = 0x4E616D65  # advisory lock: "Name"
 
@@ -91,7 +91,7 @@ def remove_model(session: Session, digest: str) -> int:
     # A request that is being opened refers to the row: this waits until it is, or makes it wait.
     row = session.scalars(select(Model).where(Model.digest == digest).with_for_update()).one()
     session.refresh(row)
-    waiting = select(Request.id).where(Request.model_digest == digest, Request.status == RequestStatus.OPEN)
+    waiting = select(Request.id).where(Request.model_digest == digest, Request.status.in_(UNENDED))
     if needed := session.scalars(waiting.order_by(Request.created_at)).all():
         raise ModelNeeded(
             f"model {row.name} is needed by {len(needed)} open request{'s' * (len(needed) > 1)} ({needed[0]}): wait "

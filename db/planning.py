@@ -204,6 +204,27 @@ def create_shards(
     return made
 
 
+def free_recipes(session: Session, request_id: str) -> int:
+    """Queued clips of paused requests leave their shards where this request is to render the same. How many did.
+
+    So nothing waits for a request that is held: when it goes on, it reuses what was rendered meanwhile.
+    """
+    mine, theirs = aliased(Clip), aliased(Clip)
+    held = (
+        select(theirs.id)
+        .join_from(mine, theirs, (theirs.recipe == mine.recipe) & theirs.shard_id.is_not(None))
+        .join(Request, (Request.id == theirs.request_id) & (Request.status == RequestStatus.PAUSED))
+        .join(Shard, (Shard.id == theirs.shard_id) & (Shard.status == ShardStatus.QUEUED))
+        .where(mine.request_id == request_id, _unplanned(mine), theirs.status == ClipStatus.QUEUED)
+        .order_by(Shard.id)
+        .with_for_update(of=Shard, key_share=True, skip_locked=True)
+    )
+    paused = select(Request.id).where(Request.status == RequestStatus.PAUSED)
+    if not session.scalar(select(paused.exists())) or not (clip_ids := list(session.scalars(held))):
+        return 0
+    return change(session, update(Clip).where(Clip.id == any_(literal(clip_ids, ARRAY(Text)))).values(shard_id=None))
+
+
 def _failed_on(session: Session, clip_ids: Sequence[str], model_digest: str) -> list[str] | None:
     """The engines on which one of these clips failed, where there is another one to leave it to."""
     failed = select(Attempt.owner).distinct().where(Attempt.clip_id.in_(clip_ids))

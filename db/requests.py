@@ -22,6 +22,7 @@ from db.tables import (
     ACTIVE,
     PRIORITY,
     TERMINAL,
+    UNENDED,
     Attempt,
     AttemptStatus,
     Clip,
@@ -142,8 +143,8 @@ def request_id(key: str) -> str:
 def open_request(session: Session, new: NewRequest) -> OpenedRequest:
     """Open the request, or find the one that was opened with this key. Raises QuotaExceeded for a new one.
 
-    A cancelled one is opened again, its cancelled clips queued, when another flow run asks for it. An open one goes
-    over to the flow run that asks.
+    A cancelled one is opened again, its cancelled clips queued, when another flow run asks for it. An open or paused
+    one goes over to the flow run that asks.
     """
     known_model = upsert(Model).values(digest=new.model_digest, name=new.model)
     change(session, known_model.on_conflict_do_nothing(index_elements=[Model.digest]))
@@ -159,7 +160,7 @@ def open_request(session: Session, new: NewRequest) -> OpenedRequest:
     if status == RequestStatus.CANCELLED and found.flow_run_id != new.flow_run_id:
         _queue_again(session, found.id, [ClipStatus.CANCELLED])
         status = RequestStatus.OPEN
-    if status == RequestStatus.OPEN:
+    if status in UNENDED:
         asking: dict[str, Any] = {"flow_run_id": new.flow_run_id, "carrier": dict(new.carrier), "watched_at": None}
         asking["trace_id"] = new.trace_id
         change(session, update(Request).where(Request.id == found.id).values(asking))
@@ -206,11 +207,11 @@ def count_try(session: Session, request_id: str, flow_run_id: str) -> int:
 
 
 def hand_over(session: Session, request_id: str, flow_run_id: str | None) -> None:
-    """Note the flow run that works on an open request from now on."""
+    """Note the flow run that works on an open or paused request from now on."""
     change(
         session,
         update(Request)
-        .where(Request.id == request_id, Request.status == RequestStatus.OPEN)
+        .where(Request.id == request_id, Request.status.in_(UNENDED))
         .values(flow_run_id=flow_run_id, watched_at=None),
     )
 
@@ -360,7 +361,7 @@ def cancel_request(session: Session, request_id: str) -> int:
     Engines learn of it from leases.renew.
     """
     request = lock_request(session, request_id)
-    if request.status != RequestStatus.OPEN:
+    if request.status not in UNENDED:
         return 0
     change(
         session,
@@ -369,14 +370,40 @@ def cancel_request(session: Session, request_id: str) -> int:
     return _end_clips(session, request_id)
 
 
+def pause_request(session: Session, request_id: str) -> bool:
+    """Hold an open request: nothing more of it is planned or claimed. False for one that has ended.
+
+    Engines learn of it from `is_paused`, keep what they are at, and give its shards back.
+    """
+    return _turn_to(session, request_id, RequestStatus.PAUSED)
+
+
+def resume_request(session: Session, request_id: str) -> bool:
+    """Let a paused request go on from where its clips are. False for one that has ended."""
+    return _turn_to(session, request_id, RequestStatus.OPEN)
+
+
+def _turn_to(session: Session, request_id: str, status: RequestStatus) -> bool:
+    request = lock_request(session, request_id)
+    if request.status not in UNENDED:
+        return False
+    change(session, update(Request).where(Request.id == request_id).values(status=status))
+    return True
+
+
+def is_paused(session: Session, request_id: str) -> bool:
+    """True for a paused request."""
+    return session.scalar(select(Request.status).where(Request.id == request_id)) == RequestStatus.PAUSED
+
+
 AGAIN = (ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED)
 
 
 def retry_request(session: Session, request_id: str, statuses: Sequence[ClipStatus] = AGAIN) -> int:
     """Queue the failed, quarantined and cancelled clips again, or those of `statuses`, each with all tries anew.
 
-    Opens the request again when there were any. Returns how many. Raises RequestNotReady for a request that was
-    cancelled before all of its clips were in.
+    Opens the request again when there were any; a paused one stays paused. Returns how many. Raises RequestNotReady for
+    a request that was cancelled before all of its clips were in.
     """
     request = lock_request(session, request_id)
     if request.total is None:
@@ -396,7 +423,7 @@ def _queue_again(session: Session, request_id: str, statuses: Sequence[ClipStatu
     change(
         session,
         update(Request)
-        .where(Request.id == request_id, or_(unsealed, literal(count > 0, Boolean)))
+        .where(Request.id == request_id, or_(unsealed, literal(count > 0, Boolean)), Request.status.not_in(UNENDED))
         .values(status=RequestStatus.OPEN, finished_at=None),
     )
     return count

@@ -44,10 +44,14 @@ MAX_LOST_ATTEMPTS = 6  # and so is one whose engines vanished this often: each o
 
 class RequestStatus(StrEnum):
     OPEN = "open"
+    PAUSED = "paused"  # nothing more of it is planned or claimed until it is resumed
     COMPLETED = "completed"
     COMPLETED_WITH_GAPS = "completed_with_gaps"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+UNENDED = (RequestStatus.OPEN, RequestStatus.PAUSED)
 
 
 class ClipStatus(StrEnum):
@@ -233,12 +237,12 @@ class Request(Base):
         # prevents an id that was not made from the key by request_id()
         CheckConstraint("id ~ '^req_[0-9a-f]{12}$'", name="id"),
         CheckConstraint("total >= 0 and asked >= 0", name="total"),
-        # prevents an end state without a time, and an open request that says it ended
-        CheckConstraint("(status = 'open') = (finished_at is null)", name="finished"),
+        # prevents an end state without a time, and an open or paused request that says it ended
+        CheckConstraint("(status in ('open', 'paused')) = (finished_at is null)", name="finished"),
         # prevents a claim from reading the closed requests of all time
         Index("ix_requests_open", "model_digest", postgresql_where=text("status = 'open'")),
         # prevents a tenant's quota from doing so
-        Index("ix_requests_open_tenant", "tenant", postgresql_where=text("status = 'open'")),
+        Index("ix_requests_open_tenant", "tenant", postgresql_where=text("status in ('open', 'paused')")),
         Index("ix_requests_name", "name", "created_at"),
         Index("ix_requests_created_at", "created_at"),
         Index("ix_requests_flow_run_id", "flow_run_id"),

@@ -11,13 +11,13 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from db.session import change
-from db.tables import ACTIVE, Request, RequestStatus, Tally, Tenant, Usage
+from db.tables import ACTIVE, UNENDED, Request, Tally, Tenant, Usage
 
 
 def clips_waiting(session: Session, tenant: str, *, apart_from: str = "") -> int:
-    """Clips of a tenant's open requests that have not ended, those included that are announced and not yet added."""
+    """Clips of a tenant's open and paused requests that have not ended, those announced and not yet added too."""
     theirs = select(Request.id, Request.total, Request.asked).where(
-        Request.tenant == tenant, Request.status == RequestStatus.OPEN, Request.id != apart_from
+        Request.tenant == tenant, Request.status.in_(UNENDED), Request.id != apart_from
     )
     of_request = theirs.subquery("theirs")
     active = select(func.sum(Tally.clips)).where(Tally.request_id == of_request.c.id, Tally.status.in_(ACTIVE))

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from db.engines import ALIVE, FailedStart, failed_starts
 from db.leases import STAGES
 from db.tables import (
+    UNENDED,
     Attempt,
     AttemptStatus,
     Clip,
@@ -28,14 +29,16 @@ from db.tables import (
 class OpenRequest:
     id: str
     flow_run_id: str | None  # the run that watches it
+    paused: bool
 
 
 def open_requests(session: Session, *, flow_run_id: str | None = None) -> list[OpenRequest]:
-    """Requests that have not ended, oldest first; with `flow_run_id` those that this run watches."""
-    wanted = select(Request.id, Request.flow_run_id).where(Request.status == RequestStatus.OPEN)
+    """Requests that have not ended, paused ones too, oldest first; with `flow_run_id` those that this run watches."""
+    paused = Request.status == RequestStatus.PAUSED
+    wanted = select(Request.id, Request.flow_run_id, paused.label("paused")).where(Request.status.in_(UNENDED))
     if flow_run_id is not None:
         wanted = wanted.where(Request.flow_run_id == flow_run_id)
-    return [OpenRequest(row.id, row.flow_run_id) for row in session.execute(wanted.order_by(Request.created_at))]
+    return [OpenRequest(*row) for row in session.execute(wanted.order_by(Request.created_at))]
 
 
 def watched_by(session: Session, flow_run_ids: Sequence[str]) -> set[str]:

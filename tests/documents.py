@@ -19,7 +19,7 @@ QUESTIONS = sql_questions("docs/questions.md")
 
 
 def transitions() -> dict[str, set[tuple[str, str]]]:
-    """The state diagram of ARCHITECTURE.md: "clip", "shard" and "attempt" to (from, to); "" is not to be there yet."""
+    """The state diagram of ARCHITECTURE.md, for each kind in it (clip …): (from, to); "" is not to be there yet."""
     (diagram,) = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", DOCUMENTS["ARCHITECTURE.md"], re.S)
     found: dict[str, set[tuple[str, str]]] = {}
     for before, kind, after in re.findall(r"^ +(\[\*\]|\w+) --> ([a-z]+)_(\w+): \S", diagram, re.M):

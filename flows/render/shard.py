@@ -65,6 +65,7 @@ class Shard:
     cancelled: set[str] = field(default_factory=set[str])
     lost: LeaseLost | None = None
     outranked: bool = False  # it is to give way
+    paused: bool = False  # its request is
     stopped: bool = False  # the engine was told to stop
     started: dict[str, int] = field(default_factory=dict[str, int])  # the numbers of the attempts
     settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
@@ -118,9 +119,8 @@ class Shard:
                 self.render_all(publisher)
             self.doubtful.clear()  # those of an engine that stops
             if self.leaves and self.left(self.clips):
-                why = "is kept, since the engine stops" if self.stopped else "gives way to a higher priority"
-                self.worker.say(f"shard {self.lease.shard_id}: {why}")
-                self.worker.gave_way = self.lease.shard_id
+                self.worker.say(f"shard {self.lease.shard_id}: {self.why_it_leaves}")
+                self.worker.gave_way = self.lease.shard_id if self.outranked else None
                 self.give_back()
             else:
                 self.write(lambda session: complete_shard(session, self.lease))
@@ -136,7 +136,13 @@ class Shard:
     @property
     def leaves(self) -> bool:
         """True when clips under way are to be kept, and no other begun."""
-        return self.outranked or self.stopped
+        return self.outranked or self.paused or self.stopped
+
+    @property
+    def why_it_leaves(self) -> str:
+        if self.stopped:
+            return "is kept, since the engine stops"
+        return "is kept, since its request is paused" if self.paused else "gives way to a higher priority"
 
     def left(self, clips: Sequence[LeasedClip]) -> list[LeasedClip]:
         """Those still to render."""
@@ -144,7 +150,7 @@ class Shard:
         return [clip for clip in clips if clip.clip_id not in over]
 
     def keep_lease(self, stop: threading.Event) -> None:
-        """Renews the lease, learns what was cancelled and who goes first; the render loop looks at what it found."""
+        """Renews the lease, learns what is cancelled or paused and who goes first; the render loop looks at that."""
         until = time.monotonic() + self.worker.settings.lease_seconds
         for beat in count(1):
             if stop.wait(BEAT):
@@ -153,7 +159,8 @@ class Shard:
                 with self.worker.ledgers.begin() as session:
                     self.cancelled |= renew(session, self.lease, self.worker.settings.lease_seconds)
                 until = time.monotonic() + self.worker.settings.lease_seconds
-                if beat % LOOK == 0 and not self.outranked:
+                if beat % LOOK == 0 and not self.leaves:
+                    self.paused = self.worker.paused(self.lease)
                     self.outranked = self.worker.outranked(self.lease)
             except LeaseLost as error:
                 self.lost = error

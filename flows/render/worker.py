@@ -18,6 +18,7 @@ from db import claim as claims
 from db.claim import LeasedClip, claim_shard, others_wait
 from db.engines import ALIVE, engine_heartbeat, live_engines
 from db.fence import Lease
+from db.requests import is_paused
 from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort
 from flows.render.clip import video
@@ -117,6 +118,11 @@ class Worker:
             return False
         with self.ledgers() as session:
             return claims.outranked(session, lease, partition=None if self.by_hand else str(self.partition))
+
+    def paused(self, lease: Lease) -> bool:
+        """True when the request of this lease is held."""
+        with self.ledgers() as session:
+            return is_paused(session, lease.request_id)
 
     def in_the_way(self) -> bool:
         """True when this engine, which has no work, has GPUs that engines of another partition are waiting for."""

@@ -39,8 +39,16 @@ from db.leases import (
     renew,
     start_clip,
 )
-from db.planning import reuse_renders, unplanned
-from db.requests import cancel_request, finish_request, open_request, progress, retry_request
+from db.planning import free_recipes, reuse_renders, unplanned
+from db.requests import (
+    cancel_request,
+    finish_request,
+    open_request,
+    pause_request,
+    progress,
+    resume_request,
+    retry_request,
+)
 from db.tables import TERMINAL, ClipStatus, RequestStatus
 from tests.factories import (
     ENGINE,
@@ -126,16 +134,29 @@ class Studio(RuleBasedStateMachine):
             again = sum(before[ended] for ended in (ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED))
             assert retry_request(session, request) == again
 
+    @rule(request=requests)
+    def pause(self, request: str) -> None:
+        with self.ledger.begin() as session:
+            pause_request(session, request)
+
+    @rule(request=requests)
+    def resume(self, request: str) -> None:
+        with self.ledger.begin() as session:
+            resume_request(session, request)
+
     # The planner
 
     @rule(request=requests, size=st.integers(1, 3))
     def plan(self, request: str, size: int) -> None:
         with self.ledger.begin() as session:
             reuse_renders(session, request)
+            free_recipes(session, request)
             while clips := unplanned(session, request, size):
                 assert not {clip.recipe for clip in clips} & set(self.rendered)
                 planned = create_shard(session, request, [clip.clip_id for clip in clips])
-                assert planned is not None
+                if planned is None:
+                    assert request in self.paused(session)
+                    break
 
     @rule(request=requests)
     def finish(self, request: str) -> None:
@@ -156,6 +177,7 @@ class Studio(RuleBasedStateMachine):
     @rule(target=claims, owner=st.sampled_from("abc"))
     def claim(self, owner: str) -> object:
         with self.ledger.begin() as session:
+            paused = self.paused(session)
             leased = claim_shard(session, owner, seconds=600, model_digest=MODEL)
         if leased is None:
             self.forget_closed()
@@ -163,11 +185,15 @@ class Studio(RuleBasedStateMachine):
         lease, clips = leased
         assert lease.shard_id not in self.holders or lease.shard_id in self.overdue, "a live lease was taken over"
         assert not {clip.recipe for clip in clips} & set(self.rendered), "a clip to render that was rendered"
+        assert lease.request_id not in paused, "a paused request was leased from"
         self.holders[lease.shard_id] = lease.attempt
         self.owners[lease.shard_id] = owner
         self.overdue.discard(lease.shard_id)
         self.forget_closed()
         return Claim(lease, tuple(clips))
+
+    def paused(self, session: Session) -> set[str]:
+        return set(session.scalars(text("select id from requests where status = 'paused'")))
 
     def forget_closed(self) -> None:
         """A claim closes the shards it finds empty: nobody holds those any more."""
@@ -269,10 +295,23 @@ class Studio(RuleBasedStateMachine):
         assert takes == self.rendered
 
     def teardown(self) -> None:
-        """Everybody but one engine is gone: it brings what is open to an end, in a bounded number of turns."""
+        """Everybody but one engine is gone: it brings what is open to an end, in a bounded number of turns.
+
+        And what is paused after that: nothing that is open waits for it.
+        """
         with self.ledger.begin() as session:
             for shard in list(self.holders):
                 run_out(session, shard)
+            paused = self.paused(session)
+            expire_leases(session)  # as maintenance does
+        self.finish_what_is_open()
+        for request in paused:
+            self.resume(request)
+        self.finish_what_is_open()
+        self.nothing_is_broken()
+
+    def finish_what_is_open(self) -> None:
+        with self.ledger.begin() as session:
             requests = list(session.scalars(text("select id from requests where status = 'open'")))
         for _ in range(20 * len(requests) + 20):
             with self.ledger.begin() as session:
@@ -295,7 +334,6 @@ class Studio(RuleBasedStateMachine):
                 end = progress(session, request)
                 assert end.finished and sum(end.counts[status] for status in TERMINAL) == end.total
                 assert finish_request(session, request) != RequestStatus.OPEN
-        self.nothing_is_broken()
 
 
 def test_every_clip_ends_accounted_for_and_no_recipe_is_rendered_twice(ledger: sessionmaker[Session]) -> None:

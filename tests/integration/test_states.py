@@ -8,13 +8,14 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from db.claim import claim_shard
 from db.fence import Lease
 from db.leases import complete_shard, expire_leases, expire_owner, fail_clip, release_shard, start_clip
 from db.planning import reuse_renders
-from db.requests import cancel_request, retry_request
-from db.tables import MAX_FAILURES, MAX_LOST_ATTEMPTS, AttemptStatus, ClipStatus, ShardStatus
+from db.requests import cancel_request, finish_request, pause_request, resume_request, retry_request
+from db.tables import MAX_FAILURES, MAX_LOST_ATTEMPTS, AttemptStatus, ClipStatus, RequestStatus, ShardStatus
 from tests.documents import transitions
-from tests.factories import ENGINE, claim, new_clip, opened, pass_time, planned, render, run_out
+from tests.factories import ENGINE, MODEL, claim, new_clip, opened, pass_time, planned, render, run_out
 
 # Every change of a status, as the database sees it; of a shard also a new claim while it is leased.
 WATCH = """
@@ -30,6 +31,9 @@ create trigger b after update on clips for each row when (old.status <> new.stat
 create trigger a after insert on attempts for each row execute function note_move('attempt');
 create trigger b after update on attempts for each row when (old.status <> new.status)
     execute function note_move('attempt');
+create trigger a after insert on requests for each row execute function note_move('request');
+create trigger b after update on requests for each row when (old.status <> new.status)
+    execute function note_move('request');
 create trigger a after insert on shards for each row execute function note_move('shard');
 create trigger b after update on shards for each row
     when (old.status <> new.status or old.attempt <> new.attempt) execute function note_move('shard');
@@ -108,12 +112,63 @@ def is_cancelled(session: Session) -> None:
     assert retry_request(session, request) == 3
 
 
-STORIES: tuple[Callable[[Session], None], ...] = (ends_well, fails, loses_its_engines, is_taken_over, is_cancelled)
+def is_paused(session: Session) -> None:
+    request, lease, clip = under_way(session, "paused")
+    assert pause_request(session, request)
+    release_shard(session, lease)
+    assert claim_shard(session, "a", seconds=600, model_digest=MODEL) is None
+    assert resume_request(session, request)
+    lease, clip = again(session)
+    fail_clip(session, lease, clip, "never", permanent=True)
+    complete_shard(session, lease)
+    assert finish_request(session, request) == RequestStatus.FAILED
+    assert retry_request(session, request) == 1
+    planned(session, request)
+    assert pause_request(session, request)
+    cancel_request(session, request)
+    assert not pause_request(session, request) and not resume_request(session, request)
+
+
+def ends_while_it_is_paused(session: Session) -> None:
+    """What engines had under way when it was paused may have been its last."""
+    for failed, ending in (
+        (0, RequestStatus.COMPLETED),
+        (1, RequestStatus.COMPLETED_WITH_GAPS),
+        (2, RequestStatus.FAILED),
+    ):
+        for paused in (True, False):
+            key = f"late {failed} {paused}"
+            clips = [new_clip(index, recipe=(key, index)) for index in range(2)]
+            request = opened(session, clips, key)
+            planned(session, request)
+            lease, leased = claim(session)
+            if paused:
+                pause_request(session, request)
+            for index, clip in enumerate(leased):
+                if index < failed:
+                    start_clip(session, lease, clip.clip_id, **ENGINE)
+                    fail_clip(session, lease, clip.clip_id, "never", permanent=True)
+                else:
+                    render(session, lease, clip.clip_id)
+            complete_shard(session, lease)
+            assert finish_request(session, request) == ending
+            assert retry_request(session, request) == failed
+
+
+STORIES: tuple[Callable[[Session], None], ...] = (
+    ends_well,
+    fails,
+    loses_its_engines,
+    is_taken_over,
+    is_cancelled,
+    is_paused,
+    ends_while_it_is_paused,
+)
 
 
 @pytest.fixture
 def moves(ledger: sessionmaker[Session]) -> dict[str, set[tuple[str, str]]]:
-    """Every transition of clips, shards and attempts that a ledger went through."""
+    """Every transition of requests, clips, shards and attempts that a ledger went through."""
     with ledger.begin() as session:
         session.execute(text(WATCH))
     for story in STORIES:
@@ -131,5 +186,6 @@ def moves(ledger: sessionmaker[Session]) -> dict[str, set[tuple[str, str]]]:
 
 def test_the_diagram_shows_every_transition_and_no_other(moves: dict[str, set[tuple[str, str]]]) -> None:
     assert moves == transitions()
-    for kind, states in (("clip", ClipStatus), ("shard", ShardStatus), ("attempt", AttemptStatus)):
+    kinds = {"request": RequestStatus, "clip": ClipStatus, "shard": ShardStatus, "attempt": AttemptStatus}
+    for kind, states in kinds.items():
         assert {after for _, after in moves[kind]} == {state.value for state in states}

@@ -41,7 +41,7 @@ def downgrade() -> None:
 
 
 ENUMS = (
-    "create type request_status as enum ('open', 'completed', 'completed_with_gaps', 'failed', 'cancelled')",
+    "create type request_status as enum ('open', 'paused', 'completed', 'completed_with_gaps', 'failed', 'cancelled')",
     """create type clip_status as enum
        ('queued', 'running', 'done', 'failed', 'quarantined', 'cancelled', 'rejected')""",
     "create type shard_status as enum ('queued', 'leased', 'done', 'cancelled')",
@@ -176,7 +176,7 @@ create table requests (
     constraint ck_requests_priority check (priority between 0 and 9),
     constraint ck_requests_id check (id ~ '^req_[0-9a-f]{12}$'),
     constraint ck_requests_total check (total >= 0 and asked >= 0),
-    constraint ck_requests_finished check ((status = 'open') = (finished_at is null))
+    constraint ck_requests_finished check ((status in ('open', 'paused')) = (finished_at is null))
 )""",
     """
 create table shards (
@@ -414,7 +414,7 @@ INDEXES = (
     "create index ix_engines_live on engines (heartbeat_at) where closed_at is null",
     "create index ix_usage_minute on usage (minute) include (tenant, gpu_seconds)",
     "create index ix_requests_open on requests (model_digest) where status = 'open'",
-    "create index ix_requests_open_tenant on requests (tenant) where status = 'open'",
+    "create index ix_requests_open_tenant on requests (tenant) where status in ('open', 'paused')",
     "create index ix_requests_name on requests (name, created_at)",
     "create index ix_requests_created_at on requests (created_at)",
     "create index ix_requests_flow_run_id on requests (flow_run_id)",
