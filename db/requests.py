@@ -399,14 +399,16 @@ def is_paused(session: Session, request_id: str) -> bool:
 AGAIN = (ClipStatus.FAILED, ClipStatus.QUARANTINED, ClipStatus.CANCELLED)
 
 
-def retry_request(session: Session, request_id: str, statuses: Sequence[ClipStatus] = AGAIN) -> int:
+def retry_request(
+    session: Session, request_id: str, statuses: Sequence[ClipStatus] = AGAIN, *, unsealed: bool = False
+) -> int:
     """Queue the failed, quarantined and cancelled clips again, or those of `statuses`, each with all tries anew.
 
     Opens the request again when there were any; a paused one stays paused. Returns how many. Raises RequestNotReady for
-    a request that was cancelled before all of its clips were in.
+    a request that was cancelled before all of its clips were in, unless the caller will bring them (`unsealed`).
     """
     request = lock_request(session, request_id)
-    if request.total is None:
+    if request.total is None and not unsealed:
         raise RequestNotReady(f"{request_id} lacks some of its clips: submit its prompts again")
     return _queue_again(session, request_id, statuses)
 

@@ -27,7 +27,7 @@ from flows.clients.retry import never
 from flows.generate import watch
 from flows.generate.make import make_clips
 from flows.generate.outcome import Outcome
-from flows.generate.page import Row
+from flows.generate.page import Button, Row
 from flows.generate.watch import EnginePool, Room, unbounded
 from flows.operate.audit import AuditReport, audit
 from flows.render import engine, shard
@@ -63,6 +63,10 @@ class RecordedPage:
         self.descriptions: dict[str, str | None] = {}  # of what is Markdown
         self.lines: list[str] = []
         self.warnings: list[str] = []
+        self.suspend_pressed = False
+
+    def suspended(self) -> bool:
+        return self.suspend_pressed
 
     def info(self, message: str) -> None:
         self.lines.append(message)
@@ -146,11 +150,17 @@ class Platform:
         *,
         pool: EnginePool | None = None,
         resumes: str | None = None,
+        again: Run | None = None,
+        pressed: Button | None = None,
         **fields: Any,
     ) -> Run:
-        """Begins a run of a request, in a thread of its own. resumes: the request that maintenance has it take up."""
+        """Begins a run of a request, in a thread of its own. resumes: the request that maintenance has it take up.
+
+        again: the same flow run once more, as by the button `pressed` on its page.
+        """
         asked = GenerationRequest.model_validate({**SMALL, "prompts": list(prompts), **fields})
-        page, run_id = RecordedPage(), str(uuid.uuid4())
+        page, run_id = (again.page, again.id) if again else (RecordedPage(), str(uuid.uuid4()))
+        page.suspend_pressed = False
 
         def make() -> Outcome:
             return make_clips(
@@ -162,6 +172,7 @@ class Platform:
                 page=page,
                 engines=pool or NoPool(),
                 resumes=resumes,
+                pressed=pressed,
             )
 
         self.runs.append(Run(run_id, page, self.threads.submit(make)))
@@ -203,6 +214,7 @@ class Platform:
         *,
         replaced: Callable[[], bool] = never,
         flow_run_id: str | None = None,
+        held: Callable[[], bool] = never,
         **changes: Any,
     ) -> EngineTotals:
         """An engine's life, in this thread."""
@@ -213,7 +225,13 @@ class Platform:
             return FakeRenderer(self.script, card.digest, partition, micro_batch=settings.micro_batch)
 
         return run_engine(
-            settings, runner=runner, say=self.said.append, build=build, replaced=replaced, flow_run_id=flow_run_id
+            settings,
+            runner=runner,
+            say=self.said.append,
+            build=build,
+            replaced=replaced,
+            held=held,
+            flow_run_id=flow_run_id,
         )
 
     @contextmanager

@@ -187,6 +187,53 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
 
 
 @app.command(rich_help_panel=REQUESTS)
+def pause(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+    """Hold a request: engines keep what is under way and render nothing more of it, until `rushes resume`."""
+    from db.requests import pause_request
+    from flows.clients.ledger import find_request, ledger
+
+    with ledger(current_settings()) as sessions, sessions.begin() as session:
+        row = find_request(session, request)
+        paused = pause_request(session, row.id)
+    if not paused:
+        fail(f"{row.id} is {row.status.value.replace('_', ' ')}: there is nothing to pause")
+    typer.echo(f"{row.id} is paused: `rushes resume {row.id}` goes on")
+
+
+@app.command(rich_help_panel=REQUESTS)
+def resume(
+    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
+) -> None:
+    """Let a paused request go on: its clips go on from the step they had come to, to the same bits."""
+    from db.requests import resume_request
+    from flows.clients.ledger import find_request, ledger
+    from flows.clients.prefect import PrefectApi
+    from flows.request.submit import run_url, start_run
+
+    settings = current_settings()
+    with (
+        PrefectApi(settings.prefect_api, settings.prefect_password) as api,
+        ledger(settings) as sessions,
+    ):
+        with sessions.begin() as session:
+            row = find_request(session, request)
+            if not resume_request(session, row.id):
+                fail(f"{row.id} is {row.status.value.replace('_', ' ')}: there is nothing to resume (`rushes retry`?)")
+        run = api.run(row.flow_run_id) if row.flow_run_id else None
+        if run is not None and run.state == "PAUSED":
+            api.resume(run.id)
+        elif run is not None and run.final:  # as of a run that crashed while its request was paused
+            run = start_run(api, row.id, run.parameters, name=row.name, tenant=row.tenant)
+    typer.echo(f"{row.id} goes on")
+    if run is None:
+        fail("Prefect no longer has its run: submit its prompts again, which takes up what is missing")
+    typer.echo(run_url(settings.ui_url, run.id))
+    if watch:
+        raise typer.Exit(watch_request(settings, row.id, run.id))
+
+
+@app.command(rich_help_panel=REQUESTS)
 def retry(
     request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
     failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from db.requests import Progress, progress, request_by
-from db.tables import RequestStatus
+from db.tables import UNENDED, RequestStatus
 from flows.clients.ledger import ledger
 from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run
 from flows.settings import Settings
@@ -52,7 +52,7 @@ def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> E
             run_id = flow_run_id or (row.flow_run_id if row else None)
             if api and run_id and time.monotonic() - asked >= ASK_PREFECT:
                 asked, run = time.monotonic(), api.run(run_id)
-            over = row is not None and row.status != RequestStatus.OPEN
+            over = row is not None and row.status not in UNENDED
             display.show(now, _waiting_for(run, time.monotonic() - began))
             # A request may have ended in an earlier run; then this one has still to look at it.
             if over and (flow_run_id is None or run is None or run.final):
@@ -109,6 +109,8 @@ def _counts(now: Progress) -> str:
     parts = [f"{count} {status.value}" for status, count in now.counts.items() if count]
     if now.reused:
         parts.append(f"{now.reused} of them found")
+    if now.status is RequestStatus.PAUSED:
+        parts.append("paused: `rushes resume` goes on")
     return ", ".join(parts)
 
 
@@ -139,7 +141,8 @@ class _Bar:
             self._bars.update(self._task, description=waiting_for, counts=_counts(now) if now else "")
             return
         seconds = eta(now)
-        left = "" if not now.waiting else f"about {clock(seconds)} left" if seconds else "engines are starting"
+        held = not now.waiting or now.status is RequestStatus.PAUSED
+        left = "" if held else f"about {clock(seconds)} left" if seconds else "engines are starting"
         self._bars.update(
             self._task,
             description=now.request_id,

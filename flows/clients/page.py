@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.context import FlowRunContext
+from prefect.exceptions import Pause
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run as this_run
+
+WAITS = ("Late", "AwaitingConcurrencySlot")  # states of a run that was asked for and not begun
 
 
 class PrefectPage:
@@ -34,6 +38,40 @@ class PrefectPage:
 
     def warn(self, message: str) -> None:
         self.log.warning("%s", message)
+
+    def suspended(self) -> bool:
+        """True once the server has said that the run is suspended. Of the run that it is asked in alone."""
+        context = FlowRunContext.get()
+        return context is not None and context.flow_run_suspension_request.is_requested()
+
+    def begun_by(self) -> str | None:
+        """The state by which the run was asked to begin: Scheduled at first, Resuming and AwaitingRetry by buttons."""
+        with get_client(sync_client=True) as client:
+            states = sorted(client.read_flow_run_states(self.run_id), key=lambda state: state.timestamp)
+        begun = [
+            state.name for state in states if not (state.is_running() or state.is_pending() or state.name in WAITS)
+        ]
+        return begun[-1] if begun else None
+
+    def settle(self, state: State[Any]) -> None:
+        """Gives the run a state, unless it is to begin again. So one that was suspended is so for as long as one likes.
+
+        The UI suspends for five minutes, after which Prefect calls a run failed.
+        """
+        with get_client(sync_client=True) as client:
+            now = client.read_flow_run(self.run_id).state
+            if now is not None and (now.is_scheduled() or now.is_pending()):
+                return
+            client.set_flow_run_state(self.run_id, state, force=True)
+
+    def resume(self) -> None:
+        """Does what the button Resume does."""
+        with get_client(sync_client=True) as client:
+            client.resume_flow_run(self.run_id)
+
+    def leave(self) -> NoReturn:
+        """Ends this process and leaves the run's state as it is."""
+        raise Pause
 
     def markdown(self, key: str, text: str, description: str | None = None) -> None:
         self._show("markdown", key, text, description)

@@ -154,6 +154,10 @@ class PrefectApi:
         self._call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": kind}})
         return True
 
+    def resume(self, run_id: str) -> None:
+        """Has a suspended run go on, as the button Resume does."""
+        self._call("POST", f"/flow_runs/{run_id}/resume")
+
     def _call(self, method: str, path: str, body: Any = None, *, missing: str | None = None) -> dict[str, Any]:
         answer = self._answer(method, path, body, missing=missing)
         return cast(dict[str, Any], answer.json()) if answer.content else {}

@@ -9,27 +9,31 @@ it that knows Prefect.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 from prefect import flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run as this_run
-from prefect.states import Cancelled, Completed, Failed
-from sqlalchemy.orm import Session
+from prefect.states import Cancelled, Completed, Failed, Suspended
+from sqlalchemy.orm import Session, sessionmaker
 
-from db import watching
+from db import requests, watching
 from db.requests import cancel_request
 from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.page import PrefectPage
+from flows.clients.retry import with_retry
 from flows.generate.make import make_clips
 from flows.generate.outcome import Ending, Outcome
+from flows.generate.page import Button
 from flows.generate.publish import publish_cancelled
 from flows.render.pool import PrefectPool
 from flows.request.form import GenerationRequest, ShortRequest
 from flows.settings import load_settings
 from infra.tracing import continued, flush, setup_tracing
+
+BUTTONS = {"Resuming": Button.RESUME, "AwaitingRetry": Button.RETRY}  # this flow never retries by itself
 
 
 def name_run() -> str:
@@ -59,9 +63,10 @@ def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
 
 def run_request(request: GenerationRequest) -> State[Any]:
     """Read and check the prompts, open the request, plan shards, start engines, watch, publish."""
-    settings = load_settings()
+    settings, page = load_settings(), PrefectPage()
     setup_tracing("rushes-generate")
     try:
+        pressed = BUTTONS.get(with_retry(page.begun_by) or "")
         with ledger_of(settings) as ledgers, continued(submitted_from(), "generate", request_name=request.name or ""):
             outcome = make_clips(
                 settings,
@@ -69,13 +74,34 @@ def run_request(request: GenerationRequest) -> State[Any]:
                 settings.open_store(),
                 request,
                 run_id=str(this_run.id),
-                page=PrefectPage(),
+                page=page,
                 engines=PrefectPool(settings, ledgers),
                 resumes=request.resumes,
+                pressed=pressed,
             )
+            if outcome.ending is Ending.PAUSED:
+                hold(ledgers, page, outcome)
+            if page.suspended():  # just as it ended
+                page.settle(state_of(outcome))
+                page.leave()
             return state_of(outcome)
     finally:
         flush()
+
+
+def hold(ledgers: sessionmaker[Session], page: PrefectPage, outcome: Outcome) -> NoReturn:
+    """Ends the process of a paused request; its run waits for Resume, for as long as one likes."""
+    request_id = outcome.request_id or ""
+
+    def paused(session: Session) -> bool:
+        return requests.is_paused(session, request_id)
+
+    page.info(outcome.message)
+    if Ledger(ledgers).read(paused):
+        page.settle(state_of(outcome))
+        if not Ledger(ledgers).read(paused):  # resumed at this very moment
+            page.resume()
+    page.leave()
 
 
 _FLOW: dict[str, Any] = {"name": "generate", "flow_run_name": name_run, "on_cancellation": [cancel_in_ledger]}
@@ -102,6 +128,8 @@ def state_of(outcome: Outcome) -> State[Any]:
             return Completed(message=outcome.message, name="CompletedWithGaps")
         case Ending.CANCELLED:
             return Cancelled(message=outcome.message)
+        case Ending.PAUSED:
+            return Suspended(message=outcome.message)
         case Ending.FAILED:
             return Failed(message=outcome.message)
         case Ending.REFUSED:

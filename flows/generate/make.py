@@ -12,14 +12,23 @@ from functools import partial
 from sqlalchemy.orm import Session, sessionmaker
 
 from db.models import model_path
-from db.requests import QuotaExceeded, RequestRow, hand_over, request_by, seconds_left
+from db.requests import (
+    QuotaExceeded,
+    RequestRow,
+    hand_over,
+    request_by,
+    resume_request,
+    retry_request,
+    seconds_left,
+)
 from db.tables import ClipStatus
 from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort, with_retry
 from flows.generate.outcome import Ending, Outcome
-from flows.generate.page import Page, refuse, tell_deadline
+from flows.generate.page import Button, Page, refuse, tell_deadline
 from flows.generate.publish import publish
 from flows.generate.request import RequestChanged, find_source, forecast, opened_with, record, reuse_cached, too_large
+from flows.generate.status import count_of
 from flows.generate.watch import EnginePool, Watched, watch
 from flows.library.models import BrokenModel
 from flows.request.files import BadUri
@@ -42,13 +51,18 @@ def make_clips(
     page: Page,
     engines: EnginePool,
     resumes: str | None = None,
+    pressed: Button | None = None,
 ) -> Outcome:
     """Reads and checks the prompts, opens the request, plans shards, sees to engines, watches, publishes.
 
     run_id: the flow run that this is: made again with the same one, a `fresh` request is the same request. resumes: the
-    request whose run has ended without it. If all its clips are in, nothing is read or decided again.
+    request whose run has ended without it. pressed: the button by which this very run begins again. If all clips of
+    the request are in, nothing is read or decided again.
     """
-    begun = None if resumes is None else Ledger(ledgers).read(lambda session: request_by(session, resumes))
+    known = resumes or (run_id if pressed else None)
+    begun = None if known is None else Ledger(ledgers).read(lambda session: request_by(session, known))
+    if begun is not None and pressed is not None:
+        press(ledgers, page, begun.id, pressed)
     if begun is not None and begun.total is not None:
         return resume(settings, ledgers, store, begun, run_id=run_id, page=page, engines=engines)
     if request.fresh and request.idempotency_key is None:
@@ -83,6 +97,9 @@ def make_clips(
     except QuotaExceeded as error:
         return refuse(page, [str(error)], reason="QuotaExceeded")
     request_id = opened.id
+    if begun is None and pressed is not None and not opened.created:  # its run is another one by now
+        press(ledgers, page, request_id, pressed)
+        Ledger(ledgers).write(lambda session: hand_over(session, request_id, run_id))
     page.info(f"request {request_id}: {source.checked.clips} clips asked for by {source.name}")
     for warning in warnings:
         page.warn(warning)
@@ -108,7 +125,7 @@ def resume(
     engines: EnginePool,
 ) -> Outcome:
     """Goes on with a request whose clips are all in: with the model, settings and deadline it was opened with."""
-    page.info(f"request {row.id}: goes on in place of a run that has ended")
+    page.info(f"request {row.id} goes on")
     path = Ledger(ledgers).read(lambda session: model_path(session, row.model_digest))
     try:
         model, card = with_retry(lambda: opened_with(settings, row, path))
@@ -116,6 +133,15 @@ def resume(
         return gone(page, row.id, error)
     Ledger(ledgers).write(lambda session: hand_over(session, row.id, run_id))
     return finish(settings, ledgers, store, row.id, run_id, model, card, page, engines)
+
+
+def press(ledgers: sessionmaker[Session], page: Page, request_id: str, button: Button) -> None:
+    """Does to the request what the button of its run's page says."""
+    if button is Button.RESUME:
+        Ledger(ledgers).write(lambda session: resume_request(session, request_id))
+        return
+    again = Ledger(ledgers).write(lambda session: retry_request(session, request_id, unsealed=True))
+    page.info(f"request {request_id}: {count_of(again, 'clip')} queued again")
 
 
 def gone(page: Page, request_id: str, error: Exception) -> Outcome:
@@ -135,10 +161,12 @@ def finish(
     page: Page,
     engines: EnginePool,
 ) -> Outcome:
-    """Watches an open request to its end and publishes it."""
+    """Watches an open request to its end and publishes it; one that is paused it leaves as it is."""
     before = reuse_cached(ledgers, request_id)
     left = Ledger(ledgers).read(lambda session: seconds_left(session, request_id))
     watched = Watched(run_id=run_id, model=model, card=card, deadline=left)
     progress = watch(settings, ledgers, store, request_id, watched, page=page, engines=engines)
+    if not progress.finished:
+        return Outcome.paused(progress)
     cache_hits = before.counts[ClipStatus.DONE] + progress.reused - before.reused
     return publish(ledgers, store, page, progress, cache_hits)

@@ -18,6 +18,7 @@ class Ending(StrEnum):
     COMPLETED = "completed"
     COMPLETED_WITH_GAPS = "completed_with_gaps"
     CANCELLED = "cancelled"
+    PAUSED = "paused"  # the run ends, the request does not
     FAILED = "failed"
     REFUSED = "refused"
 
@@ -43,6 +44,18 @@ class Outcome:
             request_id=request_id,
             counts=progress.counts,
             cache_hits=cache_hits,
+        )
+
+    @classmethod
+    def paused(cls, progress: Progress) -> Outcome:
+        """The run leaves its request as it is, until it is resumed."""
+        counts, request_id = progress.counts, progress.request_id
+        return cls(
+            ending=Ending.PAUSED,
+            message=f"{request_id} is paused for as long as you like, {counts[ClipStatus.DONE]:,} of "
+            f"{progress.added:,} clips are done. Resume, here or by `rushes resume {request_id}`, goes on from there",
+            request_id=request_id,
+            counts=counts,
         )
 
     @classmethod

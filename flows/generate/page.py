@@ -10,6 +10,7 @@ import io
 import math
 import time
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy.orm import Session, sessionmaker
@@ -33,8 +34,19 @@ IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
 Row: TypeAlias = Mapping[str, str | int | float]
 
 
+class Button(StrEnum):
+    """Buttons on the page of a run that begin it again."""
+
+    RESUME = "resume"
+    RETRY = "retry"
+
+
 class Page(Protocol):
     """The page and the log of one run. What is shown under a key again replaces what was there."""
+
+    def suspended(self) -> bool:
+        """True once somebody pressed Suspend on the page since this process began."""
+        ...
 
     def info(self, message: str) -> None:
         """A line of the log."""
@@ -110,7 +122,8 @@ class Report:
             self.page.warn(starts.tell(failed, progress.now))
         for line in self.story.tell(progress, self.pace, engines=len({engine.id for engine in engines})):
             self.page.info(line)
-        said, now = (*sorted(progress.counts.items()), *engines, *(start.id for start in failed)), time.monotonic()
+        said = (progress.status, *sorted(progress.counts.items()), *engines, *(start.id for start in failed))
+        now = time.monotonic()
         if said == self.said or (now < self.not_before and not last):
             return
         ended_badly = failed_in(progress) + progress.counts[ClipStatus.REJECTED]

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from db.engines import FailedStart
 from db.requests import Progress
-from db.tables import ClipStatus
+from db.tables import ClipStatus, RequestStatus
 from db.watching import EngineNow, FailureCause
 from flows.plan import starts
 from flows.show import printable
@@ -133,7 +133,9 @@ def headline(progress: Progress, pace: Pace) -> str:
     done, failed = progress.counts[ClipStatus.DONE], failed_in(progress)
     parts = [f"{done:,} of {count_of(progress.added, 'clip')}"]
     rate, left = pace.per_minute(progress), pace.left(progress)
-    if progress.waiting:
+    if progress.status is RequestStatus.PAUSED:
+        parts += [f"paused with {progress.waiting:,} left"]
+    elif progress.waiting:
         parts += ["no clip yet"] * (by_engines(progress) == 0)
         parts += [rate_in_words(rate), f"about {spoken(left)} left"] if rate and left else []
     parts += [f"{failed:,} failed"] * (failed > 0)
@@ -154,6 +156,11 @@ def expected(progress: Progress, pace: Pace) -> str:
     """When it will be done, in words."""
     if not progress.waiting:
         return "All clips have come to an end."
+    if progress.status is RequestStatus.PAUSED:
+        return (
+            "It is paused for as long as you like. What engines had under way is kept. "
+            f"**Resume**, above or by `rushes resume {progress.request_id}`, goes on from there."
+        )
     left = pace.left(progress)
     if left is None:
         return "No clip yet: the first ones will say how long it takes."
@@ -207,6 +214,8 @@ def engines_table(engines: Sequence[EngineNow], progress: Progress, failed: Sequ
         said = f"**E{as_text(starts.tell(failed, progress.now)[1:], 600)}.**"
         return f"{said}\n\n{engines_table(engines, progress)}" if engines else said
     if not engines:
+        if progress.status is RequestStatus.PAUSED:
+            return "None is needed."
         return "None is at work." if not progress.waiting else f"None is at work yet: {STARTING}."
     rows = [
         [
@@ -282,7 +291,8 @@ class Story:
             self.first = by_engines(progress) > 0  # an earlier run has told
             self.percent = percent
         assert self.told_at is not None
-        if progress.waiting and (engines > 0) is not self.engines:
+        goes_on = progress.waiting and progress.status is not RequestStatus.PAUSED
+        if goes_on and (engines > 0) is not self.engines:
             if not engines:
                 lines.append(STARTING if self.engines is None else "no engine is at work any more; another is started")
             elif self.engines is None:
@@ -295,7 +305,7 @@ class Story:
             lines.append(f"first clip after {spoken((now - self.began).total_seconds())}")
         passed = any(self.percent < mark <= percent < 100 for mark in MILESTONES)
         late = (now - self.told_at).total_seconds() >= SILENCE
-        if progress.waiting and (passed or (late and not lines)):
+        if goes_on and (passed or (late and not lines)):
             lines.append(headline(progress, pace))
         self.percent = percent
         if lines:

@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from db import requests, watching
 from db.engines import failed_starts
 from db.leases import expire_owner
-from db.planning import NewShard, create_shards, reuse_renders, unbind_shards, unplanned
+from db.planning import NewShard, create_shards, free_recipes, reuse_renders, unbind_shards, unplanned
 from db.requests import Progress, compact
-from db.tables import ClipStatus
+from db.tables import ClipStatus, RequestStatus
 from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort
 from flows.generate.estimates import cost_model
@@ -32,6 +32,7 @@ from model.loading.card import ModelCard
 POLL = 1.0  # seconds between two looks at the ledger
 SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
 UNSEEN = 120.0  # seconds for which what a transaction has written may stay unseen: none of ours lasts so long
+HOLD = 30.0  # seconds in which engines give back what is paused, so that the last report tells it
 EVERY_TAKE = 300.0  # seconds between two looks at all takes and not at new ones alone, which should find nothing
 
 
@@ -83,15 +84,20 @@ def watch(
     page: Page,
     engines: EnginePool,
 ) -> Progress:
-    """Plans what is not planned, keeps engines running, reports; returns when no clip is queued or running."""
+    """Plans what is not planned, keeps engines running, reports.
+
+    Returns when no clip is queued or running, or when the request is paused: in the ledger, or by Suspend on its page.
+    """
     planner, report = Planner(settings, ledgers, request_id, source, page, engines), Report(page, request_id)
     occasions = Occasions()
     next_round = 0.0
     looked: float | None = None  # when it looked for cached renders
     every_take = time.monotonic() + EVERY_TAKE
+    told, held_at = False, None  # that it was suspended; when it was first seen to be paused
 
     def look(session: Session) -> Progress:
         reuse_renders(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
+        free_recipes(session, request_id)
         planner.plan(session)
         compact(session, request_id)
         requests.note_watched(session, request_id, source.run_id)
@@ -101,10 +107,17 @@ def watch(
         began = time.monotonic()
         if began >= every_take:
             looked, every_take = None, began + EVERY_TAKE
+        if not told and page.suspended():
+            told = Ledger(ledgers).write(lambda session: requests.pause_request(session, request_id))
         progress = Ledger(ledgers).write(look)
         looked = began
-        if progress.finished:
+        paused = progress.status is RequestStatus.PAUSED
+        held_at = (held_at or began) if paused else None
+        kept = held_at is not None and (not progress.counts[ClipStatus.RUNNING] or began - held_at >= HOLD)
+        if progress.finished or kept:
             best_effort(partial(report.send, ledgers, progress, last=True))
+            return progress
+        if told and not paused:  # resumed meanwhile: another process of this run is at it
             return progress
         if time.monotonic() >= next_round:
             next_round = time.monotonic() + ROUND

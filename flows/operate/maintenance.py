@@ -28,14 +28,14 @@ from prefect.deployments import run_deployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed, Crashed, Failed, Running
+from prefect.states import Completed, Crashed, Failed, Running, Suspended
 from prefect.types import DateTime
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import watching
 from db.engines import ALIVE, QUIET, EngineRow, close_engine, silent_engines
 from db.leases import expire_leases, expire_owner
-from db.requests import SIGN, cancel_request, count_try, hand_over, is_watched
+from db.requests import SIGN, cancel_request, count_try, hand_over, is_watched, pause_request
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.prefect import PrefectRefused, PrefectUnavailable
 from flows.operate.audit import ORPHAN_AGE, REFERENCES
@@ -216,7 +216,7 @@ def rescue_request(
 ) -> bool | None:
     """Rescue one open request. True when it was, False when its run lives, None when that is not known yet.
 
-    last: it is to be decided now.
+    One that is paused waits for a person. last: it is to be decided now.
     """
     if request.flow_run_id is None:
         return False
@@ -224,12 +224,16 @@ def rescue_request(
         run = client.read_flow_run(UUID(request.flow_run_id))
     except ObjectNotFound:
         return False
-    if run.state is None or not run.state.is_final():
-        return False
-    if run.state.is_cancelled():
+    if run.state is not None and run.state.is_cancelled():
         with ledgers.begin() as session:
             cancel_request(session, request.id)
         return True
+    if request.paused:
+        return hold(client, request, run)
+    if run.state is not None and run.state.is_paused():
+        return pause(ledgers, request)
+    if run.state is None or not run.state.is_final():
+        return False
     with ledgers() as session:
         watched = is_watched(session, request.id, request.flow_run_id)
     if watched and not last:
@@ -241,6 +245,24 @@ def rescue_request(
         return False
     take_up(client, ledgers, request.id, run)
     return True
+
+
+def hold(client: SyncPrefectClient, request: watching.OpenRequest, run: FlowRun) -> bool:
+    """Show the run of a paused request as such, where Prefect says that it crashed or was never resumed in time."""
+    if run.state is None or not run.state.is_final():
+        return False
+    said = f"{request.id} is paused, for as long as you like. Resume goes on, here or by `rushes resume {request.id}`"
+    client.set_flow_run_state(run.id, Suspended(message=said), force=True)
+    return True
+
+
+def pause(ledgers: sessionmaker[Session], request: watching.OpenRequest) -> bool:
+    """Pause a request whose run was suspended when its process had died: nobody else has heard of it."""
+    with ledgers.begin() as session:
+        alive = request.flow_run_id is not None and is_watched(session, request.id, request.flow_run_id)
+        if not alive:
+            pause_request(session, request.id)
+    return not alive
 
 
 def take_up(client: SyncPrefectClient, ledgers: sessionmaker[Session], request_id: str, run: FlowRun) -> None:

@@ -70,12 +70,14 @@ def run_engine(
     say: Callable[[str], None] = log.info,
     build: Callable[[Settings, ModelCard, Partition, tuple[int, ...] | None], Renderer] | None = None,
     replaced: Callable[[], bool] = never,
+    held: Callable[[], bool] = never,
 ) -> EngineTotals:
     """Renders until there is no work for `settings.linger` seconds, or `runner` is used up. Ends its ranks in any case.
 
     planned: the partition for which a plan wants it, in place of the settings'. runner: None: shards are run and shown
     to nobody. build: makes the renderer, by default `engine_of`. replaced: asked when a lease was lost, whether
-    this engine counts as ended elsewhere, so that another takes its place: then it leaves.
+    this engine counts as ended elsewhere, so that another takes its place: then it leaves. held: asked between two
+    shards whether its run is paused: then it leaves as well.
     """
     owner, totals, born = owner_name(flow_run_id), EngineTotals(), time.monotonic()
     digest = with_retry(lambda: card_of(settings, settings.model)).digest
@@ -101,7 +103,7 @@ def run_engine(
                     renderer.start()
                     Ledger(ledgers).write(lambda session: engine_ready(session, owner))
                     say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
-                    render_shards(worker, totals, runner, replaced)
+                    render_shards(worker, totals, runner, replaced, held)
                 finally:
                     renderer.close()
 
@@ -120,9 +122,14 @@ def run_engine(
 
 
 def render_shards(
-    worker: Worker, totals: EngineTotals, runner: ShardRunner | None, replaced: Callable[[], bool] = never
+    worker: Worker,
+    totals: EngineTotals,
+    runner: ShardRunner | None,
+    replaced: Callable[[], bool] = never,
+    held: Callable[[], bool] = never,
 ) -> None:
-    """Claims and renders shard after shard, until there is no work for `linger` seconds or `runner` is used up.
+    """Claims and renders shard after shard, until there is no work for `linger` seconds, `runner` is used up or it is
+    `held`.
 
     Also until it has lost a lease and is `replaced`: what it would claim then it might lose as well, try after try.
     """
@@ -130,6 +137,9 @@ def render_shards(
     while time.monotonic() - idle_since < worker.settings.linger:
         if runner is not None and runner.used_up:
             worker.say(f"engine {worker.owner}: has shown {runner.made} shards; another one takes its place")
+            return
+        if held():
+            worker.say(f"engine {worker.owner}: its run is paused, and it claims nothing until that is resumed")
             return
         claimed = worker.claim()
         if claimed is None and worker.in_the_way():

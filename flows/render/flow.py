@@ -20,8 +20,9 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_run
-from prefect.states import Completed
+from prefect.states import Completed, Suspended
 
+from flows.clients.page import PrefectPage
 from flows.clients.retry import best_effort
 from flows.render.engine import run_engine
 from flows.render.pool import dead_owners
@@ -41,7 +42,7 @@ def render(model: str | None = None, linger: float | None = None, partition: str
     given = {"model": model, "linger": linger}
     settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     setup_tracing("rushes-engine")
-    run_logger = get_run_logger()
+    run_logger, page = get_run_logger(), PrefectPage()
     try:
         done = run_engine(
             settings,
@@ -50,9 +51,14 @@ def render(model: str | None = None, linger: float | None = None, partition: str
             runner=TaskRuns(),
             say=run_logger.info,
             replaced=partial(ended_in_prefect, str(this_run.id)),
+            held=page.suspended,
         )
     finally:
         flush()
+    if page.suspended():
+        said = "paused for as long as you like; Resume starts the engine again, and until then none takes its place"
+        page.settle(Suspended(message=f"{done.clips} clips in {done.shards} shards; {said}"))
+        page.leave()
     return Completed(message=f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
 
 

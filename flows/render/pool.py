@@ -54,7 +54,8 @@ from flows.settings import AUTO, Settings
 from model.config import Partition
 
 DEPLOYMENT = "render/engine"
-ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
+# One that is paused has left the ledger, and keeps its place: nobody paused it to have another started.
+ACTIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
 STARTING = timedelta(minutes=2)  # that an engine may take until the ledger hears of it: before it fetches its weights
 NEWEST = 20  # runs among which it looks for those that failed
 PAGE = 200  # runs that the server lists at once, at most
@@ -155,7 +156,8 @@ def ensure(
     ended_badly = [run for run in newest if (run.parameters.get("model") or settings.model) == model]
     with ledgers.begin() as session:
         tell_of_failed(session, ended_badly, now, model_digest)
-    active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended and str(run.id) not in left]
+    active = [run for run in runs if run.state_type in ACTIVE and run.id not in ended]
+    active = [run for run in active if run.state_type is StateType.PAUSED or str(run.id) not in left]
     # Started outside Prefect, or called ended by it while they live: these have their GPUs too.
     shown = {str(run.id) for run in active}
     by_hand = [engine for engine in there if engine.flow_run_id is None and engine not in silent]
