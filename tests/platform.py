@@ -58,6 +58,8 @@ def wait_for(look: Callable[[], T | None], what: str, *, seconds: float = PATIEN
 class RecordedPage:
     """A page that keeps the newest of what was shown under each key, without the request's id, and the lines."""
 
+    web = "http://127.0.0.1:8400"
+
     def __init__(self) -> None:
         self.shown: dict[str, Any] = {}
         self.descriptions: dict[str, str | None] = {}  # of what is Markdown

@@ -28,7 +28,9 @@ class PrefectPage:
     more card on the page.
     """
 
-    def __init__(self, flow_run: FlowRun | None = None) -> None:
+    def __init__(self, flow_run: FlowRun | None = None, *, web: str | None = None) -> None:
+        """web: address of the service that shows clips, where there is one."""
+        self.web = web
         self.log = get_run_logger() if flow_run is None else flow_run_logger(flow_run)
         self.run_id = UUID(str(this_run.id)) if flow_run is None else flow_run.id
         self.shown: dict[str, UUID] = {}

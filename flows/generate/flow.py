@@ -58,12 +58,13 @@ def cancel_in_ledger(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     settings = load_settings()
     with ledger_of(settings) as ledgers:
         for request_id in Ledger(ledgers).within(60).write(cancel):
-            publish_cancelled(ledgers, settings.open_store(), PrefectPage(flow_run), request_id)
+            publish_cancelled(ledgers, settings.open_store(), PrefectPage(flow_run, web=settings.web_url), request_id)
 
 
 def run_request(request: GenerationRequest) -> State[Any]:
     """Read and check the prompts, open the request, plan shards, start engines, watch, publish."""
-    settings, page = load_settings(), PrefectPage()
+    settings = load_settings()
+    page = PrefectPage(web=settings.web_url)
     setup_tracing("rushes-generate")
     try:
         pressed = BUTTONS.get(with_retry(page.begun_by) or "")

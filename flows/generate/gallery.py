@@ -15,7 +15,8 @@ from db import history
 from db.requests import Progress
 from db.tables import ClipStatus
 from db.view import HistoryRow
-from flows.generate.status import as_text, count_of, percent_of, table
+from flows.generate.status import as_text, count_of, linked, percent_of, table
+from flows.web.links import NO_LINKS, Links
 from infra.store.contract import NoSuchKey, Store
 from model.media.decode import read_frames
 from model.media.errors import BadMedia
@@ -65,26 +66,35 @@ def pick(session: Session, progress: Progress) -> list[HistoryRow]:
     return bad + history.spread_clips(session, progress.request_id, every=-(-done // room) or 1, limit=room)
 
 
-def clips_text(rows: Sequence[HistoryRow], progress: Progress, thumbnail: Callable[[HistoryRow], str | None]) -> str:
+def clips_text(
+    rows: Sequence[HistoryRow],
+    progress: Progress,
+    thumbnail: Callable[[HistoryRow], str | None],
+    links: Links = NO_LINKS,
+) -> str:
     """The table. thumbnail: the address of a clip's picture, None where there is none."""
-    lines = [as_row(row, thumbnail(row)) for row in rows]
+    lines = [as_row(row, thumbnail(row), links) for row in rows]
     shown = f"{len(rows):,} of {count_of(progress.added, 'clip')}"
     if progress.waiting:
         shown += f", of which {progress.waiting:,} are still to come"
     heads = ["", "prompt", "seed", "clip", "status", "error"]
-    return f"# {shown}\n\n{table(heads, lines)}\n\nAll of them: `rushes export {progress.request_id} FOLDER`.\n"
+    manifest = links.manifest(progress.request_id)
+    everything = f"[the manifest]({manifest}), or " if manifest else ""
+    everything += f"`rushes export {progress.request_id} FOLDER`"
+    return f"# {shown}\n\n{table(heads, lines)}\n\nAll of them: {everything}.\n"
 
 
-def as_row(row: HistoryRow, picture: str | None) -> list[str]:
-    """A clip's line of the table."""
+def as_row(row: HistoryRow, picture: str | None, links: Links) -> list[str]:
+    """A clip's line of the table: its id leads to where it plays, or to all that is known of it."""
+    address = links.clip(row.clip_id, row.media_type) if row.object_key else links.facts(row.clip_id)
     status = f"{row.status} (reused)" if row.reused else str(row.status)
     seed = "" if row.seed is None else str(row.seed)
     error = row.error.splitlines()[0] if row.error else ""
     return [
-        f"![{row.clip_id}]({picture})" if picture else "",
+        f"![{row.clip_id}]({picture})" if picture else "",  # Prefect shows no picture inside a link
         as_text(row.prompt),
         seed,
-        f"`{row.clip_id}`",
+        linked(row.clip_id, address),
         status,
         as_text(error),
     ]

@@ -23,6 +23,7 @@ from flows.generate.estimates import Estimate, as_duration
 from flows.generate.outcome import Outcome
 from flows.generate.status import Pace, Story, count_of, failed_in, headline, status_text
 from flows.plan import starts
+from flows.web.links import Links
 from infra.store.contract import LINK_SECONDS, Store
 
 ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at least
@@ -43,6 +44,8 @@ class Button(StrEnum):
 
 class Page(Protocol):
     """The page and the log of one run. What is shown under a key again replaces what was there."""
+
+    web: str | None  # address of the service that shows clips
 
     def suspended(self) -> bool:
         """True once somebody pressed Suspend on the page since this process began."""
@@ -131,7 +134,7 @@ class Report:
             if ended_badly != self.causes_of:
                 self.causes, self.causes_of = failure_causes(session, self.request_id), ended_badly
             rows = [as_line(row) for row in shard_table(session, self.request_id, limit=TABLE_ROWS)]
-        text = status_text(progress, self.pace, engines, self.causes, failed)
+        text = status_text(progress, self.pace, engines, self.causes, failed, Links(self.page.web))
         self.page.markdown(key_of(self.request_id, STATUS), text, f"{headline(progress, self.pace)}.")
         shards = rows or [{"shard": "none: every clip was found"}]
         self.page.table(key_of(self.request_id, "shards"), shards, "Shards, the newest last")
@@ -145,7 +148,7 @@ def show_clips(page: Page, ledgers: sessionmaker[Session], store: Store, progres
 
     with ledgers() as session:
         rows = pick(session, progress)
-    text = clips_text(rows, progress, lambda row: thumbnail_of(store, row))
+    text = clips_text(rows, progress, lambda row: thumbnail_of(store, row), Links(page.web))
     page.markdown(key_of(progress.request_id, "clips"), text, "Some of the clips: what failed first, then a spread.")
 
 
@@ -195,15 +198,23 @@ Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CL
     )
     page.markdown(
         key_of(request_id, "outputs"),
-        f"""[Manifest of all clips]({store.link(manifest)}), in the store as `{manifest}`.
-
-A signed link ends after {LINK_SECONDS // 60} minutes. Then `rushes export {request_id} FOLDER` brings all of it, and
-`rushes show CLIP_ID` prints a new link.
-""",
+        outputs_text(request_id, manifest, Links(page.web).manifest(request_id), store.link(manifest)),
         "Outputs",
     )
     if sheet:
         page.image(key_of(request_id, "contact-sheet"), picture(store, sheet), "Contact sheet")
+
+
+def outputs_text(request_id: str, manifest: str, address: str | None, link: str) -> str:
+    """Where the manifest is. address: at the service that shows clips; link: the store's, which a file's is no link."""
+    ends = ""
+    if address is None and not link.startswith("file:"):
+        address, ends = link, f" A signed link ends after {LINK_SECONDS // 60} minutes."
+    named = f"[Manifest of all clips]({address})" if address else "Manifest of all clips"
+    return f"""{named}, in the store as `{manifest}`.{ends}
+
+`rushes export {request_id} FOLDER` brings all of it, and `rushes show CLIP_ID` tells all of one clip.
+"""
 
 
 def picture(store: Store, key: str) -> str:

@@ -18,6 +18,7 @@ from db.tables import ClipStatus, RequestStatus
 from db.watching import EngineNow, FailureCause
 from flows.plan import starts
 from flows.show import printable
+from flows.web.links import NO_LINKS, Links
 
 WINDOW = 600.0  # seconds over which the rate is taken, at least
 FEW = 10  # clips in that window, at least: of clips that take minutes it is longer
@@ -177,6 +178,7 @@ def status_text(
     engines: Sequence[EngineNow],
     causes: Sequence[FailureCause],
     failed: Sequence[FailedStart] = (),
+    links: Links = NO_LINKS,
 ) -> str:
     """The whole status of a request, in Markdown. failed: starts of its engines."""
     parts = [
@@ -187,7 +189,7 @@ def status_text(
         f"## Engines\n{engines_table(engines, progress, failed)}",
     ]
     if causes:
-        parts.append(f"## What failed\n{causes_table(causes)}\n\n{remedy(progress, causes)}")
+        parts.append(f"## What failed\n{causes_table(causes, links)}\n\n{remedy(progress, causes)}")
     parts.append(more(progress.request_id))
     return "\n\n".join(parts) + "\n"
 
@@ -242,8 +244,16 @@ def doing(engine: EngineNow, request_id: str) -> tuple[str, str]:
     return "renders", f"shard {engine.shard_id}: {size}{clip}"
 
 
-def causes_table(causes: Sequence[FailureCause]) -> str:
-    rows = [[f"{cause.clips:,}", as_text(cause.kind), as_text(cause.error), f"`{cause.example}`"] for cause in causes]
+def causes_table(causes: Sequence[FailureCause], links: Links = NO_LINKS) -> str:
+    rows = [
+        [
+            f"{cause.clips:,}",
+            as_text(cause.kind),
+            as_text(cause.error),
+            linked(cause.example, links.facts(cause.example)),
+        ]
+        for cause in causes
+    ]
     return table(["clips", "kind", "error", "for example"], rows)
 
 
@@ -262,6 +272,11 @@ Watch it in a terminal: `rushes watch {request_id}`. In SQL (`rushes psql`):
 select status, count(*), avg(seconds) from history where request_id = '{request_id}' group by 1;
 select clip_id, error_class, error, prompt from history where request_id = '{request_id}' and error is not null;
 ```"""
+
+
+def linked(id: str, address: str | None) -> str:
+    """The id of something in Markdown: it leads to the address, where there is one."""
+    return f"[{id}]({address})" if address else f"`{id}`"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "---") -> str:

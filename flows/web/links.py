@@ -32,3 +32,6 @@ class Links:
 
     def _below(self, path: str) -> str | None:
         return None if self.web is None else f"{self.web}/{path}"
+
+
+NO_LINKS = Links(None)

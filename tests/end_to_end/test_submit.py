@@ -6,10 +6,9 @@ import base64
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+import httpx
 import pytest
 
 from tests.end_to_end.stack import Stack, decode
@@ -94,6 +93,10 @@ def test_the_page_of_the_run_shows_it(stack: Stack, runs: dict[str, str], way: s
     queries = re.findall(r"^select .*;$", data["summary"], re.MULTILINE)
     assert queries and all(stack.sql(query) for query in queries), "the SQL that the page offers can be asked"
     (link,) = re.findall(r"\]\((.*)\),", data["outputs"])
-    assert Path(unquote(urlsplit(link).path)) == stack.blob(f"requests/{request}/manifest.jsonl")
+    assert httpx.get(link, trust_env=False).content == stack.blob(f"requests/{request}/manifest.jsonl").read_bytes()
+    for clip in stack.clips(request):
+        played = [link for link in re.findall(r"\]\((http[^)]*)\)", data["clips"]) if clip["clip_id"] in link]
+        assert played and httpx.get(played[0], trust_env=False).content == stack.blob(clip["object_key"]).read_bytes()
+    assert not any("file:" in str(text) for text in data.values())
     picture = base64.b64decode(data["contact-sheet"].removeprefix("data:image/png;base64,"))
     assert picture == stack.blob(f"requests/{request}/contact_sheet.png").read_bytes()

@@ -100,10 +100,13 @@ def test_a_clip_for_every_prompt_and_sample(platform: Platform) -> None:
     assert page.shown["clips"].startswith("# 4 of 4 clips\n")
     for clip in clips:
         assert re.search(
-            rf"^\| !\[{clip['clip_id']}\]\(data:image/webp;base64,\S+\) \| {clip['prompt']} \| {clip['seed']} \|",
+            rf"^\| !\[{clip['clip_id']}\]\(data:image/webp;base64,\S+\) \| {clip['prompt']} \| {clip['seed']} "
+            rf"\| \[{clip['clip_id']}\]\(http://\S+/clips/{clip['clip_id']}\.(mp4|png)\) \|",
             page.shown["clips"],
             re.MULTILINE,
         )
+    assert f"](http://127.0.0.1:8400/requests/{request}/manifest.jsonl)" in page.shown["outputs"]
+    assert not any("file:" in str(shown) for shown in page.shown.values())
     assert page.descriptions["0-status"] == "4 of 4 clips."
     assert f"`{'█' * 40}` 100 %" in page.shown["0-status"]
     assert any(line.startswith("first clip after ") for line in page.lines)
@@ -130,7 +133,9 @@ def test_prompts_are_shown_as_themselves(platform: Platform) -> None:
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(page.shown["clips"])
     cells = re.findall(r"<td>(.*?)</td>", html, re.DOTALL)
     assert [unescape(cell) for cell in cells[1::6]] == [printable(prompt) for prompt in HOSTILE]
-    assert set(re.findall(r"<(\w+)", html)) == {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "img", "code"}
+    known = {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "img", "code", "a"}
+    assert set(re.findall(r"<(\w+)", html)) == known
+    assert all(link.startswith(f"{page.web}/") for link in re.findall(r'href="([^"]*)"', html)), "links are ours alone"
     assert re.findall(r'<img src="(.{22})', html) == ["data:image/webp;base64"] * len(HOSTILE)
     assert platform.breaches() == []
 

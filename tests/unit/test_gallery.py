@@ -14,6 +14,7 @@ from PIL import Image
 from db.requests import Progress
 from db.view import COLUMNS, row_of
 from flows.generate.gallery import ADDRESS, APART, CLIPS, MARKS, Occasions, clips_text, moving
+from flows.web.links import Links
 from model.media.windows import Frames
 from tests.unit.test_status import at
 
@@ -79,6 +80,21 @@ def test_the_whole_table_is_bounded() -> None:
     """The longest words, of marks that each become five characters, and the largest pictures."""
     said = {"prompt": "|" * 5000, "error": "<" * 5000, "clip_id": "c" * 30, "seed": 2**63 - 1}
     row = row_of({**dict.fromkeys(COLUMNS), "status": "quarantined", "mode": "text-to-video", **said})
-    text = clips_text([row] * CLIPS, at(600, done=9976, failed=24), lambda _: HEAD + "A" * (ADDRESS - len(HEAD)))
+    picture, links = HEAD + "A" * (ADDRESS - len(HEAD)), Links("https://" + "h" * 200)
+    text = clips_text([row] * CLIPS, at(600, done=9976, failed=24), lambda _: picture, links)
     assert text.startswith("# 24 of 10,000 clips\n") and len(text) <= 400_000
     assert all(len(line.split("|")) == 8 for line in text.splitlines() if line.startswith("|"))
+
+
+def test_ids_lead_to_where_a_clip_plays_or_what_is_known_of_it() -> None:
+    made = {"prompt": "p", "status": "done", "mode": "image", "media_type": "image/png", "object_key": "blobs/x"}
+    rows = [
+        row_of({**dict.fromkeys(COLUMNS), **made, "clip_id": "one"}),
+        row_of({**dict.fromkeys(COLUMNS), **made, "clip_id": "two", "object_key": None, "status": "failed"}),
+    ]
+    text = clips_text(
+        rows, at(1, done=1, failed=1), lambda row: "data:x" if row.object_key else None, Links("http://w")
+    )
+    assert "| ![one](data:x) |" in text and "[one](http://w/clips/one.png)" in text
+    assert "[two](http://w/clips/two.json)" in text and "(http://w/requests/" in text
+    assert "](http" not in clips_text(rows, at(1, done=1, failed=1), lambda _: None)
