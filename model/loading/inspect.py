@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import DiTConfig, VAEConfig
 from model.loading.card import ADAPTERS, SECOND, TRANSFORMER, WEIGHTS, covered_files, kept_weights, read_adapters
-from model.loading.lora import ALPHA, A, B, layers_of
+from model.loading.lora import ALPHA, B_BIAS, DIFF, DIFF_B, A, B, layers_of, targets_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -393,30 +393,43 @@ def check_adapter(file: Path, into: str, parts: Mapping[str, Mapping[str, Stored
     try:
         layers = layers_of(tensors, into)
     except ValueError as error:
-        raise BadCheckpoint(
-            f"{file}: {error} is not {A}, {B} or {ALPHA} of a layer in diffusers' naming: load the file with "
-            "WanPipeline.load_lora_weights, which knows other ones too, and write it with save_lora_weights"
-        ) from None
+        raise BadCheckpoint(f"{file}: {error}") from None
     if not layers:
         raise BadCheckpoint(f"{file} holds no tensors: there is nothing to add")
     for (part, layer), names in layers.items():
-        place = f"{file}: {part}.{layer}"
-        weight = parts.get(part, {}).get(f"{layer}.weight")
-        if weight is None or len(weight.shape) != 2:
-            raise BadCheckpoint(f"{place} is no linear layer of this model: take an adapter that was trained for it")
-        if lacking := [name for name in (A, B) if name not in names]:
-            raise BadCheckpoint(f"{place} has no {lacking[0]}, so that nothing can be added: fetch the file again")
-        a, b = tensors[names[A]].shape, tensors[names[B]].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0] or (b[0], a[1]) != weight.shape:
-            raise BadCheckpoint(
-                f"{place} is {weight.shape}, which {A} {a} and {B} {b} do not fit: they must be (r, {weight.shape[1]}) "
-                f"and ({weight.shape[0]}, r). Take an adapter that was trained for this model"
-            )
-        if ALPHA in names and tensors[names[ALPHA]].parameters != 1:
-            raise BadCheckpoint(f"{place}: {ALPHA} is {tensors[names[ALPHA]].shape}, it must be one number")
+        _check_change(f"{file}: {part}.{layer}", layer, {k: tensors[n] for k, n in names.items()}, parts.get(part, {}))
         for name in names.values():
             if tensors[name].dtype not in FLOATS and not name.endswith(ALPHA):
                 raise BadCheckpoint(f"{file}: {name} is {tensors[name].dtype}, not one of {', '.join(FLOATS)}")
+
+
+def _check_change(place: str, layer: str, change: Mapping[str, Stored], tensors: Mapping[str, Stored]) -> None:
+    """Check that the tensors of a file for one layer fit those of the model. Raises BadCheckpoint."""
+    weight, bias = targets_of(layer)
+    if change.keys() & {A, B, ALPHA, B_BIAS}:
+        whole = tensors.get(weight)
+        if whole is None or len(whole.shape) < 2 or weight == layer:
+            raise BadCheckpoint(f"{place} is no linear layer of this model: take an adapter that was trained for it")
+        if lacking := [name for name in (A, B) if name not in change]:
+            raise BadCheckpoint(f"{place} has no {lacking[0]}, so that nothing can be added: fetch the file again")
+        a, b, inner = change[A].shape, change[B].shape, whole.shape[1:]
+        ones = (1,) * (len(inner) - 1)
+        if len(a) < 2 or len(b) < 2 or not a[0] or a != (a[0], *inner) or b != (whole.shape[0], a[0], *ones):
+            raise BadCheckpoint(
+                f"{place} is {whole.shape}, which {A} {a} and {B} {b} do not fit: they must be "
+                f"(r, {', '.join(map(str, inner))}) and ({whole.shape[0]}, {', '.join(['r', *map(str, ones)])}). "
+                "Take an adapter that was trained for this model"
+            )
+        if ALPHA in change and change[ALPHA].parameters != 1:
+            raise BadCheckpoint(f"{place}: {ALPHA} is {change[ALPHA].shape}, it must be one number")
+    for kind, target in ((DIFF, weight), (DIFF_B, bias), (B_BIAS, bias)):
+        there = tensors.get(target)
+        if kind in change and (there is None or there.shape != change[kind].shape):
+            said = "not in this model" if there is None else f"{there.shape} in this model"
+            raise BadCheckpoint(
+                f"{place}: {kind} {change[kind].shape} changes {target}, which is {said}: "
+                "take an adapter that was trained for it"
+            )
 
 
 def _object(file: Path) -> dict[str, Any]:

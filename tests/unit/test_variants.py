@@ -229,7 +229,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "several alphas": (broken(lambda t: t.update({A[:-13] + "alpha": t[A][0]})), "alpha is (48,), it must be one"),
     "DoRA": (
         broken(lambda t: t.update({A[:-13] + "lora_magnitude_vector": t[A][0]})),
-        "lora_magnitude_vector is not lora_A.weight, lora_B.weight or alpha of a layer in diffusers' naming",
+        "transformer.blocks.0.attn1.to_q.lora_magnitude_vector is of DoRA, and what can be merged is LoRA (",
     ),
     "empty": (broken(lambda t: t.clear()), "holds no tensors"),
     "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "its header says"),
