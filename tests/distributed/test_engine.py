@@ -102,7 +102,7 @@ def test_same_recipe_same_bytes_whatever_the_neighbours(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "partition",
-    [Partition(sp=2), *(pytest.param(each, marks=pytest.mark.chaos) for each in (Partition(), Partition(cfg=2)))],
+    [Partition(), *(pytest.param(each, marks=pytest.mark.chaos) for each in (Partition(sp=2), Partition(cfg=2)))],
     ids=str,
 )
 def test_a_new_engine_gives_the_same_bytes_in_another_shard(
@@ -241,7 +241,7 @@ def test_no_rank_outlives_a_killed_parent(model: Path) -> None:
 
 
 def test_the_thread_that_starts_an_engine_may_end(engines: Engines) -> None:
-    engine = engines.get(Partition(cfg=2))
+    engine = engines.get(Partition())
     (wanted,) = frames(engine, CLIP)
     engine.close()
     thread = threading.Thread(target=engine.start)

@@ -81,7 +81,7 @@ def two(models: tuple[Path, ...], variants: tuple[Path, ...]) -> list[list[Found
     return run_ranks(2, PARTITIONS[2], models, variants)
 
 
-@pytest.fixture(scope="module", params=[*PARTITIONS, pytest.param("more", marks=pytest.mark.chaos)])
+@pytest.fixture(scope="module", params=[2, 4, *(pytest.param(ranks, marks=pytest.mark.chaos) for ranks in (3, "more"))])
 def everyone(request: pytest.FixtureRequest, models: tuple[Path, ...]) -> tuple[list[str], list[Found]]:
     """The partitions, and what every rank found, for each number of ranks."""
     if request.param == 2:

@@ -63,7 +63,7 @@ def decode(rank: int, world: int, folders: dict[str, Path], out: Path) -> None:
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("world", [3, *(pytest.param(world, marks=pytest.mark.chaos) for world in (2, 4))])
 def test_divided_by_rows_equals_whole(world: int, folders: dict[str, Path], tmp_path: Path) -> None:
     mp.spawn(decode, (world, folders, tmp_path), nprocs=world)
 

@@ -33,7 +33,7 @@ PATIENCE = 400.0  # seconds: a fifth of that is plenty where nothing else runs
 T = TypeVar("T")
 
 
-def wait_for(look: Callable[[], T | None], what: str, *, seconds: float = PATIENCE, every: float = 0.1) -> T:
+def wait_for(look: Callable[[], T | None], what: str, *, seconds: float = PATIENCE, every: float = 0.25) -> T:
     """What `look` gives as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (seen := look()):
@@ -50,6 +50,9 @@ class Stack:
     model: Path
     settings: dict[str, str] = field(default_factory=dict[str, str])
     last_seed: int = 0
+    _database: psycopg.Connection[dict[str, Any]] | None = None
+    _url: str = ""
+    _http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=120, trust_env=False))
 
     @contextmanager
     def up(self) -> Iterator[Stack]:
@@ -58,6 +61,9 @@ class Stack:
             self.rushes("up")
             yield self
         finally:
+            self._http.close()
+            if self._database is not None:
+                self._database.close()
             self.rushes("down")
         assert self.processes() == []
 
@@ -97,9 +103,19 @@ class Stack:
         return finished(self.start(*arguments, program=program, **settings), code)
 
     def sql(self, query: str, *values: Any) -> list[dict[str, Any]]:
+        """On one connection for as long as it lasts: a new one at every look would be half of what the tests cost."""
         url = self.info()["database_url"].replace("+psycopg", "")
-        with psycopg.Connection[dict[str, Any]].connect(url, row_factory=dict_row, autocommit=True) as connection:
-            return connection.execute(query.encode(), values).fetchall()
+        if self._database is not None and (self._database.closed or self._database.broken or url != self._url):
+            self._database = None
+        if self._database is None:
+            self._url = url
+            self._database = psycopg.Connection[dict[str, Any]].connect(url, row_factory=dict_row, autocommit=True)
+        try:
+            return self._database.execute(query.encode(), values).fetchall()
+        except psycopg.OperationalError:
+            if not self._database.broken:
+                raise
+            return self.sql(query, *values)
 
     # Prefect, as its page in the browser talks to it
 
@@ -115,7 +131,7 @@ class Stack:
     def _ask(self, method: str, url: str, body: Any) -> httpx.Response | None:
         """None where it is to be asked again, as every request of the tests may be."""
         try:
-            answer = httpx.request(method, url, json=body, timeout=120, trust_env=False)
+            answer = self._http.request(method, url, json=body)
         except (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError):
             return None
         return None if answer.status_code in (500, 503) else answer

@@ -42,6 +42,7 @@ def test_the_form_itself_refuses(stack: Stack, request_: dict[str, Any]) -> None
         stack.submit(request={"model": str(stack.model), **request_})
 
 
+@pytest.mark.chaos
 def test_bad_lines_can_be_skipped(stack: Stack, tmp_path: Path) -> None:
     seed = stack.seed()
     mixed = [{"prompt": "a ball", "seed": seed}, {"prompt": "a ball", "frames": 50}, {"prompt": "a cube", "seed": seed}]

@@ -105,6 +105,7 @@ def test_the_flow_that_watches_is_killed(stack: Stack) -> None:
     assert before.items() <= done_attempts(stack, request).items()
 
 
+@pytest.mark.chaos
 def test_runs_that_a_worker_took_and_never_began(stack: Stack) -> None:
     """They died with it before they could say anything: they keep no place in the pool, and no request is lost."""
     stack.kill(stack.of_pool("gpu"))

@@ -28,6 +28,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.chaos
 def test_a_prompt_is_shown_as_itself_everywhere(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "hostile.jsonl"
     lines = [{"prompt": prompt, "frames": 1, "steps": 1, "seed": stack.seed() + k} for k, prompt in enumerate(PROMPTS)]

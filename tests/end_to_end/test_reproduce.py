@@ -93,6 +93,7 @@ def test_its_own_partition_gives_every_clip_again_to_the_byte(
     assert "Reproductions" in stack.rushes("show", clips[0]["clip_id"])
 
 
+@pytest.mark.chaos
 def test_another_partition_is_near(stack: Stack, made: list[dict[str, Any]]) -> None:
     request = made[0]["request_id"]
     rows = reproduced(stack, "--request", request, "--sample", "3", "--partition", "tp=1", "--tolerance-db", "40")
@@ -106,6 +107,7 @@ def test_another_partition_is_near(stack: Stack, made: list[dict[str, Any]]) -> 
     assert "partition cfg1xsp1xtp3 of tiny: 4 attention heads do not divide over sp 1 x tp 3 = 3 ranks" in said
 
 
+@pytest.mark.chaos
 def test_what_a_step_cache_cost_is_measured(stack: Stack, more: More) -> None:
     """With the cache it is identical: the test before this one says so."""
     (exact,) = reproduced(stack, more.cached["clip_id"], "--exact", code=1)

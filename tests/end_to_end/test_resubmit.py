@@ -85,6 +85,7 @@ def test_many_who_submit_at_once_share_one_flow_run(stack: Stack, tmp_path: Path
     assert stack.ended(again)["state"]["message"] == f"{request}: 1 done (1 found, not rendered again)"
 
 
+@pytest.mark.chaos
 def test_what_was_refused_may_be_submitted_again(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "much.jsonl"
     file.write_text(json.dumps({"prompt": "a blue cube", "frames": 1, "samples": 2, "seed": stack.seed()}) + "\n")

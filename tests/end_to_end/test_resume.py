@@ -126,6 +126,7 @@ def assert_went_on(stack: Stack, request: str, kept: list[int]) -> None:
     assert_as_if_undisturbed(stack, clip)
 
 
+@pytest.mark.chaos
 def test_an_engine_without_a_worker_keeps_what_it_is_at(stack: Stack) -> None:
     """A host is lost with its worker and its engine: `rushes engine` takes its place without Prefect.
 

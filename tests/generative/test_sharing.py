@@ -65,7 +65,7 @@ def test_tenants_share_gpu_seconds_by_weight(
     ledger: Ledger, weights: list[int], engines: int, dice: random.Random
 ) -> None:
     """However long the shards take, and however many GPUs an engine has."""
-    turns = 90
+    turns = 60
     with ledger.begin() as session:
         clear(session)
         for number, weight in enumerate(weights):

@@ -30,6 +30,7 @@ def cells(lines: Iterable[str]) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+@pytest.mark.chaos
 @pytest.mark.xdist_group("ranks")
 def test_a_rank_of_two_loads_half_of_what_is_divided() -> None:
     config = DiTConfig(layers=2, heads=8, head_dim=64, ffn_dim=8192, text_dim=64, freq_dim=64)
@@ -100,6 +101,7 @@ def test_what_torch_counts_of_a_block_is_what_the_formula_says(inference: bool) 
     assert found[1] - found[0] == 2 * one.operations(tokens, setting.text_tokens)
 
 
+@pytest.mark.chaos
 def test_the_ledger_is_measured_as_it_is() -> None:
     """A small run: every row of the table is there, with a figure of its own unit."""
     rows = cells(bench_ledger.ledger_bench(clips=600, past=500, workers=8, seconds=2))

@@ -173,6 +173,7 @@ def test_doctor_finds_nothing_wrong_and_then_what_is(stack: Stack, repo: Path) -
     assert all(not check.ok and "rushes up" in check.mend for check in missing)
 
 
+@pytest.mark.chaos
 def test_two_homes_run_side_by_side_and_down_ends_one(
     stack: Stack, start: Callable[..., Stack], tmp_path: Path, empty_database_url: str
 ) -> None:

@@ -23,7 +23,7 @@ from db.tables import Base
 from flows.cli.main import app
 from infra.stack.postgres import start_postgres, stop_postgres
 from tests.documents import QUESTIONS
-from tests.factories import batch, claim, render
+from tests.factories import batch, claim, new_clip, opened, planned, render
 
 
 @contextmanager
@@ -101,7 +101,8 @@ def test_the_app_runs_a_request_and_may_not_change_the_schema(database_url: str,
         engine = connect(url)
         ledger = sessions(engine)
         with ledger.begin() as session:
-            mine = batch(session, "mine", 2000)  # so many that statistics are taken, which is a right of its own
+            mine = opened(session, [new_clip(k, recipe=("mine", k)) for k in range(2000)], key="mine", name="mine")
+            planned(session, mine, size=1000)  # of so many clips statistics are taken, which is a right of its own
             lease, clips = claim(session)
             render(session, lease, clips[0].clip_id)
             assert progress(session, request_id).waiting == 1 and progress(session, mine).total == 2000
