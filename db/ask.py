@@ -103,6 +103,8 @@ left join lateral (
     source_sha256=("request.source_sha256", "of the file of lines"),
     flow_run_id=("request.flow_run_id", "its flow run in Prefect"),
     trace_id=("request.trace_id", "its trace"),
+    tags=("request.tags", "that all of its clips have; null where there are none"),
+    metadata=("request.metadata", "a JSON object of its submitter's, that all of its clips have"),
 )
 
 ATTEMPTS = _view(
@@ -134,6 +136,8 @@ join requests request on request.id = clip.request_id""",
     skipped_steps=("attempt.skipped_steps", "steps that the step cache answered"),
     peak_bytes=("attempt.peak_bytes", "memory on the fullest rank"),
     trace_id=("attempt.trace_id", "of the rendering"),
+    tags=("clip.tags", "the clip's; null where it has none"),
+    metadata=("clip.metadata", "the clip's: a JSON object"),
 )
 
 STAGES_VIEW = _view(
@@ -156,6 +160,8 @@ where stage.seconds is not null""",
     ),
     seconds=("stage.seconds", "engine time"),
     started_at=("attempt.started_at", "when the attempt began"),
+    tags=("clip.tags", "the clip's; null where it has none"),
+    metadata=("clip.metadata", "the clip's: a JSON object"),
 )
 
 ENGINES = _view(

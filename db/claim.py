@@ -31,7 +31,7 @@ from db.tables import (
 )
 from db.usage import charge
 
-_AS_STORED = ("negative_prompt", "seed", "recipe", "mode", "direction")
+_AS_STORED = ("negative_prompt", "seed", "recipe", "mode", "direction", "tags", "metadata")
 WINDOW = 600.0  # seconds over which tenants share the GPUs by weight
 AGEING = 600.0  # seconds without a lease that lift a request's priority by one: nothing waits for ever
 AVOID = 30.0  # seconds for which a clip waits for another engine than those on which it failed
@@ -52,6 +52,8 @@ class LeasedClip:
     direction: ClipDirection | None
     source: NewArtifact | None  # what it is made from
     end_source: NewArtifact | None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
     resume_state: ResumeState | None = None  # where an earlier attempt had come to
 
 

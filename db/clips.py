@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
 
@@ -40,6 +41,8 @@ class NewClip:
     made_frames: int | None = None  # that go through the model, where that is not all of them once
     fresh: bool = False  # a cached render will not do
     parents: tuple[tuple[str, EdgeKind], ...] = ()  # clips it is made from, and how
+    tags: Sequence[str] = ()  # its request's and its own
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])  # a JSON object, likewise
     rejected: str | None = None
 
 
@@ -54,14 +57,16 @@ def add_clips(session: Session, request_id: str, clips: Iterable[NewClip]) -> in
         for clip in clips:
             parents, kinds = [parent for parent, _ in clip.parents], [str(kind) for _, kind in clip.parents]
             row = (*_values_of(clip), *(_settings_of(clip.settings) if clip.settings else _NO_SETTINGS))
-            copy.write_row((_clip_id(request_id, clip), request_id, clip.rejected, *row, parents, kinds))
+            labels = list(clip.tags) or None, json.dumps(clip.metadata) if clip.metadata else None
+            copy.write_row((_clip_id(request_id, clip), request_id, clip.rejected, *row, *labels, parents, kinds))
     added = change(session, _TAKE_OVER)
     session.execute(_TAKE_OVER_EDGES)
     session.execute(text(f"truncate {_GIVEN.name}"))  # it may be used again before the transaction ends
     return added
 
 
-_OF_CLIP = tuple(name for name in NewClip.__slots__ if name not in ("settings", "rejected", "parents"))
+_LABELS = ("tags", "metadata")
+_OF_CLIP = tuple(name for name in NewClip.__slots__ if name not in ("settings", "rejected", "parents", *_LABELS))
 _values_of = attrgetter(*_OF_CLIP)  # their values, in this order
 _settings_of = attrgetter(*SETTINGS)
 _NO_SETTINGS = (None,) * len(SETTINGS)
@@ -72,7 +77,7 @@ _GIVEN = Table(
     *(Column(name, Text) for name in ("id", "request_id", "error")),
     *(
         Column(name, Text if isinstance(kind := Clip.__table__.c[name].type, Enum) else kind, nullable=True)
-        for name in (*_OF_CLIP, *SETTINGS)
+        for name in (*_OF_CLIP, *SETTINGS, *_LABELS)
     ),
     *(Column(name, ARRAY(Text)) for name in ("parents", "kinds")),
     prefixes=["temporary"],

@@ -81,10 +81,13 @@ def find_clips(
     request: str | None = None,
     status: ClipStatus | None = None,
     prompt: str | None = None,
+    tags: Sequence[str] = (),
     since: timedelta | None = None,
     limit: int = 50,
 ) -> list[HistoryRow]:
-    """The newest clips of a request (id or name), of a status, with `prompt` in their words, queued within `since`."""
+    """The newest clips of a request (id or name), of a status, with `prompt` in their words, with all of `tags`, queued
+    within `since`.
+    """
     found = select(history).order_by(history.c.queued_at.desc(), history.c.index, history.c.sample).limit(limit)
     if request is not None:
         found = found.where(or_(history.c.request_id == request, history.c.request_name == request))
@@ -93,6 +96,8 @@ def find_clips(
     if prompt is not None:
         words = (history.c.prompt, history.c.rewritten_prompt)
         found = found.where(or_(*(column.icontains(prompt, autoescape=True) for column in words)))
+    if tags:
+        found = found.where(history.c.tags.contains(list(tags)))
     if since is not None:
         found = found.where(history.c.queued_at >= func.now() - since)
     return list(rows_of(session, found))

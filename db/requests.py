@@ -74,6 +74,8 @@ class NewRequest:
     flow_run_id: str | None = None
     carrier: Mapping[str, str] = field(default_factory=dict)
     trace_id: str | None = None
+    tags: Sequence[str] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,9 @@ def open_request(session: Session, new: NewRequest) -> OpenedRequest:
     change(session, known_model.on_conflict_do_nothing(index_elements=[Model.digest]))
     change(session, upsert(Tenant).values(name=new.tenant).on_conflict_do_nothing(index_elements=[Tenant.name]))
     values: dict[str, Any] = {**asdict(new), "id": request_id(new.key), "asked": new.clips}
-    del values["clips"], values["gpu_seconds"]
+    # SQLAlchemy's classes have a `metadata` of their own; none given is null, so that only labels that there are cost.
+    values |= {"tags": list(new.tags) or None, "metadata_": values["metadata"] or None}
+    del values["clips"], values["gpu_seconds"], values["metadata"]
     created = upsert(Request).values(values).on_conflict_do_nothing(index_elements=[Request.key])
     if session.execute(created.returning(Request.id)).one_or_none() is not None:
         _check_quota(session, values["id"], new)

@@ -28,6 +28,7 @@ from sqlalchemy import (
     Text,
     text,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, ClipStatus
@@ -143,6 +144,12 @@ class HistoryRow:
     resumed_step: Annotated[
         int | None,
         ViewColumn("that the last attempt went on from, where an earlier one had come so far", "last.resumed_step"),
+    ]
+    tags: Annotated[
+        list[str] | None, ViewColumn("its request's and its line's own; null where it has none", kind=ARRAY(Text))
+    ]
+    metadata: Annotated[
+        dict[str, Any] | None, ViewColumn("a JSON object: its request's, and its line's own over that", kind=JSONB)
     ]
 
     def columns(self) -> dict[str, Any]:

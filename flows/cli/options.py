@@ -11,6 +11,7 @@ options are asked for and not before.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import Enum
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -34,7 +35,10 @@ TEXTS = {
     SIZE: "WIDTHxHEIGHT, like 96x64",
     "name": "What you call this batch; empty: the file's name",
     "deadline": "In what time all should be done: 45m, 2h30m, or seconds. Says if it cannot be",
+    "tags": "A word to find its clips by (history, SQL), as often as you like; prompts may have tags of their own",
+    "metadata": "KEY=VALUE that is kept with every clip, as often as you like; or a whole JSON object",
 }
+REPEATED = {"tags": "--tag", "metadata": "--metadata"}  # given once for each
 # The file, what it names, --size, and what maintenance fills in.
 NOT_OPTIONS = {"prompts", "prompts_text", "prompts_uri", "files", "width", "height", "resumes"}
 
@@ -57,7 +61,7 @@ class FormCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         given = {name: ctx.params.pop(name) for name in self._names}
-        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        ctx.obj = {name: value for name, value in given.items() if value is not None and value not in ([], ())}
         return super().invoke(ctx)
 
     @property
@@ -78,6 +82,8 @@ def given_fields(ctx: typer.Context) -> dict[str, Any]:
         given |= _sides(size)
     if (deadline := given.get("deadline")) is not None:
         given["deadline"] = seconds_of(deadline)
+    if (metadata := given.get("metadata")) is not None:
+        given["metadata"] = metadata_from(metadata)
     return given
 
 
@@ -94,7 +100,8 @@ def _panel(name: str) -> str | None:
 
     if name in Conditioned.model_fields:
         return MADE_FROM
-    return SETTING if name == SIZE or name in PromptLine.model_fields else None
+    of_prompts = name == SIZE or name in PromptLine.model_fields
+    return SETTING if of_prompts and name not in REPEATED else None
 
 
 def _params(names: set[str]) -> list[Any]:
@@ -116,6 +123,9 @@ def _params(names: set[str]) -> list[Any]:
 def _option(name: str, field: FieldInfo | None) -> Parameter:
     from flows.request.form import Limits, limits_of
 
+    if name in REPEATED:
+        info = typer.Option(REPEATED[name], help=_help(name, field, Limits(str)), rich_help_panel=_panel(name))
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, info])
     limits = limits_of(field) if field else Limits(str)
     kind = str if name == "deadline" else limits.kind
     flag = f"--{name.replace('_', '-')}"
@@ -158,6 +168,25 @@ def _sides(size: str) -> dict[str, int]:
     if sides is None:
         fail(f"--size {size!r} must be WIDTHxHEIGHT, like 96x64", BAD_INPUT)
     return dict(zip(("width", "height"), sides, strict=True))
+
+
+def metadata_from(given: Sequence[str]) -> dict[str, Any]:
+    """The object that --metadata stand for: KEY=VALUE, whose values are texts, and JSON objects."""
+    from flows.request.labels import metadata_of
+
+    metadata: dict[str, Any] = {}
+    for each in given:
+        key, equals, value = each.partition("=")
+        if each.lstrip().startswith("{"):
+            try:
+                metadata |= metadata_of(each)
+            except ValueError as error:
+                fail(f"--metadata: {error}", BAD_INPUT)
+        elif equals and key.strip():
+            metadata[key.strip()] = value
+        else:
+            fail(f"--metadata {each!r} must be KEY=VALUE, like take=3, or a JSON object", BAD_INPUT)
+    return metadata
 
 
 def seconds_of(text: str) -> float:

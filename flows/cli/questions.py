@@ -28,6 +28,7 @@ def history(
         typer.Option(help="In this state."),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="With these words in the prompt.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="With this tag; given twice, with both.")] = None,
     since: Annotated[str | None, typer.Option(help="Asked for within the last 30m, 12h, 7d …")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
     columns: Annotated[
@@ -59,6 +60,7 @@ def history(
             request=request,
             status=ClipStatus(status) if status else None,
             prompt=prompt,
+            tags=tag or (),
             since=within,
             limit=limit,
         )

@@ -29,6 +29,7 @@ from flows.request.advice import words_beyond
 from flows.request.files import digest_stream, media_type_of, open_uri, prompts_key
 from flows.request.form import SETTINGS as PROMPT_SETTINGS
 from flows.request.form import Defaults, GenerationRequest, Mode, request_id, request_key
+from flows.request.labels import NO_LABELS, Labels
 from flows.request.modes import Conditions
 from flows.request.read import BadLine, Checked, check_prompts, read_prompts
 from flows.request.recipe import Prompt, recipe
@@ -55,6 +56,7 @@ class RequestFile:
     checked: Checked
     sources: Sources  # what lines are made from, found and stored
     fresh: bool = False  # what was rendered before will not do
+    labels: Labels = NO_LABELS  # of the request
 
 
 def find_source(
@@ -97,6 +99,7 @@ def find_source(
         checked=checked,
         sources=sources,
         fresh=request.fresh,
+        labels=request.labels,
     )
 
 
@@ -180,6 +183,8 @@ def record(
                 flow_run_id=run_id,
                 carrier=carrier(),
                 trace_id=current_trace_id(),
+                tags=request.labels.tags,
+                metadata=request.labels.metadata,
             ),
         )
         sealed = requests.progress(session, opened.id).total is not None
@@ -245,6 +250,7 @@ def lines_of(stream: BinaryIO, source: RequestFile, request: GenerationRequest) 
 
 def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None = None) -> Iterator[NewClip]:
     """The rows of one line of the file: a clip for each sample, or one rejected row."""
+    labels = source.labels | line.labels
     if isinstance(line, BadLine):
         yield NewClip(
             index=line.index,
@@ -252,6 +258,8 @@ def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None 
             line=line.line,
             custom_id=line.custom_id,
             prompt=line.prompt,
+            tags=labels.tags,
+            metadata=labels.metadata,
             rejected=line.reason,
         )
         return
@@ -276,6 +284,8 @@ def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None 
             direction=None if made.direction is None else ClipDirection(made.direction),
             made_frames=made.made_frames,
             parents=parents_of(made),
+            tags=labels.tags,
+            metadata=labels.metadata,
         )
 
 

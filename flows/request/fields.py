@@ -25,6 +25,7 @@ from flows.request.form import (
     Solver,
     limits_of,
 )
+from flows.request.labels import Labels, metadata_of, tags_of, unstorable
 from flows.request.modes import Fault, check_sources, with_request
 
 MAX_UNKNOWN = 5  # unknown keys of one line that are named one by one
@@ -81,7 +82,7 @@ _LIMITS = {
     if name in SETTINGS and (limits := limits_of(field)).kind in (int, float)
 }
 _STRENGTH = limits_of(PromptLine.model_fields["strength"])
-KNOWN = frozenset((*SETTINGS, *CONDITIONS, "prompt", "custom_id", "size"))
+KNOWN = frozenset((*SETTINGS, *CONDITIONS, "prompt", "custom_id", "size", "tags", "metadata"))
 _SOLVERS = tuple(solver.value for solver in Solver)
 
 
@@ -225,24 +226,22 @@ def text_of(values: dict[str, Any], key: str, most: int, faults: list[Fault], *,
     if len(text) > most:
         faults.append(Fault(key, f"{key} has {len(text):,} characters, the most is {most:,}"))
         return None
-    # Most texts are printable as they stand; only the others are looked at one character at a time.
-    if not text.isprintable() and (bad := _FORBIDDEN.search(text)):
-        character = bad.group()
-        where = f"{key} has {_name_of(character)} at character {bad.start() + 1}"
-        faults.append(Fault(key, f"{where}, which cannot be stored: remove it"))
+    if wrong := unstorable(text):
+        faults.append(Fault(key, f"{key} has {wrong}"))
         return None
     return text
 
 
-# Postgres refuses NUL, UTF-8 refuses lone surrogates, and terminals obey the other control characters.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def _name_of(character: str) -> str:
-    if character == "\0":
-        return "a NUL character (U+0000)"
-    kind = "half a surrogate pair" if "\ud800" <= character <= "\udfff" else "the control character"
-    return f"{kind} (U+{ord(character):04X})"
+def labels_of(values: dict[str, Any], faults: list[Fault]) -> Labels:
+    """The line's own tags and metadata."""
+    good: dict[str, Any] = {}
+    for key, read in (("tags", tags_of), ("metadata", metadata_of)):
+        if key in values:
+            try:
+                good[key] = read(values[key])
+            except ValueError as error:
+                faults.append(Fault(key, str(error)))
+    return Labels(**good)
 
 
 def unknown_keys(values: dict[str, Any]) -> list[Fault]:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from flows.request.labels import MAX_METADATA, MAX_TAG, MAX_TAGS, Labels, metadata_of, tags_of
+
 if TYPE_CHECKING:
     from model.loading.card import ModelCard
 
@@ -117,6 +119,7 @@ Name = Annotated[str, Field(max_length=MAX_NAME)]
 Strength = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 StepCache = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Overlap = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+Tags = Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_TAG)]], Field(max_length=MAX_TAGS)]
 
 
 class Limits(NamedTuple):
@@ -246,6 +249,10 @@ class PromptLine(ClipOptions):
     )
     negative_prompt: str | None = Field(default=None, title="Negative prompt")
     seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
+    tags: Tags | None = Field(default=None, title="Tags", description="Beside those of the request")
+    metadata: dict[str, Any] | None = Field(
+        default=None, title="Metadata", description="A JSON object of your own, beside that of the request"
+    )
 
 
 class GenerationRequest(ClipOptions):
@@ -302,6 +309,14 @@ class GenerationRequest(ClipOptions):
         title="Deadline",
         description="Seconds in which all should be done: no more GPUs than that takes, where engines follow a plan",
     )
+    tags: Tags = Field(
+        default_factory=list[str], title="Tags", description="Words of yours to find its clips by in SQL; no commas"
+    )
+    metadata: dict[str, Any] = Field(
+        default_factory=dict[str, Any],
+        title="Metadata",
+        description=f"A JSON object of your own, kept with every clip: at most {MAX_METADATA:,} bytes",
+    )
     idempotency_key: str | None = Field(
         default=None,
         validation_alias=AliasChoices("idempotency_key", "key"),  # `key` is what it was called first
@@ -342,6 +357,16 @@ class GenerationRequest(ClipOptions):
     def _an_empty_field_is_no_value(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
 
+    @field_validator("tags")
+    @classmethod
+    def _tags_can_be_stored(cls, value: list[str]) -> list[str]:
+        return tags_of(value)
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_can_be_stored(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return metadata_of(value)
+
     @model_validator(mode="after")
     def _prompts_come_from_one_place(self) -> GenerationRequest:
         given = [name for name in ("prompts_text", "prompts", "prompts_uri") if getattr(self, name)]
@@ -366,6 +391,11 @@ class GenerationRequest(ClipOptions):
             asked=tuple(given),
             conditions={name: value for name in CONDITIONS if (value := getattr(self, name)) is not None},
         )
+
+    @property
+    def labels(self) -> Labels:
+        """Tags and metadata that all of its clips have."""
+        return Labels(tuple(self.tags), self.metadata)
 
     @property
     def format(self) -> PromptsFormat:
@@ -459,7 +489,8 @@ def request_key(
 ) -> str:
     """The idempotency key: the given one (each tenant has its own), or a digest of all that decides the clips.
 
-    So the same file with the same settings is the same request, however it is named and however urgent it is.
+    So the same file with the same settings is the same request, however it is named and however urgent it is. With
+    other labels it is another one, whose clips are all reused: nobody's tags are lost.
     `source_sha256` is the hex digest of the prompt file, or of `inline_bytes`; `made_from` that of the pictures, videos
     and clips that it names (`Checked.made_from`); `rewriter` that of the model's rewriter. An endpoint that rewrites is
     no part of it: submitted again, a request keeps the words it has.
@@ -479,7 +510,8 @@ def request_key(
         "tenant": request.tenant,
         "model": model_digest,
     }
-    said = {"made_from": made_from, "rewriter": rewriter if request.rewrite else "off"}
+    said: dict[str, Any] = {"made_from": made_from, "rewriter": rewriter if request.rewrite else "off"}
+    said |= {"tags": sorted(request.tags), "metadata": request.metadata}
     return digest_of(whole | {name: value for name, value in said.items() if value})
 
 

@@ -20,13 +20,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flows.request.advice import Advice, Beyond, nothing_beyond
 from flows.request.fields import (
     JSON,
     Given,
     conditions_of,
+    labels_of,
     settings_of,
     shown_value,
     text_of,
@@ -34,6 +35,7 @@ from flows.request.fields import (
     unknown_keys,
 )
 from flows.request.form import MAX_ID, MAX_PROMPT, SETTINGS, SOURCES, Defaults, Mode, PromptsFormat
+from flows.request.labels import NO_LABELS, Labels
 from flows.request.lines import EXAMPLE, Record, read_csv, read_jsonl, read_text, sniff, text_lines
 from flows.request.modes import PLAIN, STITCHED, Fault, Find, Size, check_sources, mode_of, nowhere, settle
 from flows.request.recipe import Prompt, derived_seed
@@ -52,6 +54,7 @@ class BadLine:
     faults: tuple[Fault, ...]
     prompt: str = ""  # as far as it could be read, for the ledger's row
     custom_id: str | None = None
+    labels: Labels = NO_LABELS
 
     @property
     def reason(self) -> str:
@@ -189,10 +192,11 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int],
     given = record.given or JSON
     values = {key: value for key, value in record.values.items() if value is not None}
     faults = list(record.faults)
-    prompt, custom_id, settings, named = "", None, {}, {}
+    prompt, custom_id, settings, named, labels = "", None, {}, {}, NO_LABELS
     if not faults or values:
         prompt = text_of(values, "prompt", MAX_PROMPT, faults, needed=True) or ""
         custom_id = text_of(values, "custom_id", MAX_ID, faults)
+        labels = labels_of(values, faults)
         named, more = conditions_of(values, defaults, given)
         faults += more
         settings, more = settings_of(values, defaults, given, any_length=mode_of(named) in STITCHED)
@@ -215,7 +219,8 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int],
     if not faults and (too_large := too_many_pixels(size.width, size.height, size.frames or 1)):
         faults.append(too_large)
     if faults:
-        return BadLine(index=index, line=record.line, faults=tuple(faults), prompt=prompt, custom_id=custom_id)
+        said: dict[str, Any] = {"prompt": prompt, "custom_id": custom_id, "labels": labels}
+        return BadLine(index=index, line=record.line, faults=tuple(faults), **said)
     decided = {name: getattr(defaults, name) for name in SETTINGS} | settings
     decided |= {"width": size.width, "height": size.height, "frames": size.frames or defaults.frames, "fps": size.fps}
     if "seed" not in settings:
@@ -225,6 +230,7 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int],
         line=record.line,
         prompt=prompt,
         custom_id=custom_id,
+        labels=labels,
         conditions=conditions,
         shapes=shapes,
         **decided,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from flows.request.form import ADDED, MAX_SEED, SETTINGS, LineSettings, Solver, digest_of
+from flows.request.labels import NO_LABELS, Labels
 from flows.request.modes import PLAIN, Conditions
 
 # Goes up when the same settings begin to give other pixels (sampler, noise, decoder, precision), so that old takes are
@@ -22,6 +23,7 @@ class Prompt(LineSettings):
     line: int
     prompt: str
     custom_id: str | None
+    labels: Labels = NO_LABELS  # its own, which no recipe knows
     conditions: Conditions = PLAIN
     shapes: tuple[str, ...] = ()  # WIDTHxHEIGHTxFRAMES of what the model makes at once
 

@@ -211,6 +211,9 @@ where has_function_privilege('rushes_reader', p.oid, 'execute') and (
     pronamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
     or proname ~ 'advisory|^lo_(creat|from|put|trunc|unlink|import|export)|^lowrite$|reload'
     or proname ~ '^pg_(read|ls|write)_.*(file|dir)')
+-- likeness of words, which reads no table
+and not exists (select from pg_depend d join pg_extension e on e.oid = d.refobjid
+                where d.objid = p.oid and d.deptype = 'e' and extname = 'pg_trgm')
 """
 
 

@@ -18,7 +18,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    for statement in (*ENUMS, *TABLES, *INDEXES, *COUNTS):
+    for statement in (*ENUMS, *TABLES, *INDEXES, *COUNTS, TRIGRAMS):
         op.execute(statement)
     # Where somebody made the schema by hand, everybody could make tables in it before Postgres 15.
     op.execute("revoke create on schema public from public")
@@ -167,6 +167,8 @@ create table requests (
     trace_id text,
     manifest_key text,
     sheet_key text,
+    tags text[],
+    metadata jsonb,
     created_at timestamptz default now() not null,
     finished_at timestamptz,
     constraint pk_requests primary key (id),
@@ -176,7 +178,9 @@ create table requests (
     constraint ck_requests_priority check (priority between 0 and 9),
     constraint ck_requests_id check (id ~ '^req_[0-9a-f]{12}$'),
     constraint ck_requests_total check (total >= 0 and asked >= 0),
-    constraint ck_requests_finished check ((status in ('open', 'paused')) = (finished_at is null))
+    constraint ck_requests_finished check ((status in ('open', 'paused')) = (finished_at is null)),
+    constraint ck_requests_labels check (
+        cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object')
 )""",
     """
 create table shards (
@@ -240,6 +244,8 @@ create table clips (
     end_source text,
     direction clip_direction,
     made_frames integer,
+    tags text[],
+    metadata jsonb,
     status clip_status default 'queued' not null,
     error text,
     attempts integer default 0 not null,
@@ -281,6 +287,8 @@ create table clips (
             and (mode = 'edit') = (strength is not null) and (strength is null or strength > 0 and strength <= 1))),
     constraint ck_clips_windows check (overlap >= 1 and "window" > overlap and made_frames >= 1),
     constraint ck_clips_step_cache check (step_cache > 0 and step_cache < 'infinity'),
+    constraint ck_clips_labels check (
+        cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object'),
     constraint ck_clips_done check ((status = 'done') = (artifact is not null)),
     constraint ck_clips_running check (status <> 'running' or (shard_id is not null and started_at is not null)),
     constraint ck_clips_finished check ((status in ('queued', 'running')) = (finished_at is null)),
@@ -418,6 +426,8 @@ INDEXES = (
     "create index ix_requests_name on requests (name, created_at)",
     "create index ix_requests_created_at on requests (created_at)",
     "create index ix_requests_flow_run_id on requests (flow_run_id)",
+    "create index ix_requests_tags on requests using gin (tags) where tags is not null",
+    "create index ix_requests_metadata on requests using gin (metadata jsonb_path_ops) where metadata is not null",
     """create index ix_shards_active on shards (request_id, priority desc, id)
        where status in ('queued', 'leased')""",
     "create index ix_shards_leased on shards (leased_until) where status = 'leased'",
@@ -435,6 +445,8 @@ INDEXES = (
     "create index ix_clips_shard_id on clips (shard_id) where shard_id is not null",
     "create index ix_clips_finished_at on clips (finished_at) where finished_at is not null",
     "create index ix_clips_newest on clips (queued_at desc, index, sample)",
+    "create index ix_clips_tags on clips using gin (tags) where tags is not null",
+    "create index ix_clips_metadata on clips using gin (metadata jsonb_path_ops) where metadata is not null",
     "create index ix_clips_artifact on clips (artifact) where artifact is not null",
     "create index ix_clips_source on clips (source) where source is not null",
     "create index ix_clips_ended_badly on clips (request_id, index, sample)"
@@ -497,6 +509,18 @@ create trigger tally_updated after update on clips referencing old table as befo
 create trigger tally_deleted after delete on clips referencing old table as before
     for each statement execute function tally_clips()""",
 )
+
+# Likeness of prompts, where the server has it: who owns a database may take in what is trusted. Nothing of ours needs
+# it, so it is no error where it cannot be had, and it stays when the ledger goes: others may use it too.
+TRIGRAMS = """
+do $$ begin
+    if exists (select from pg_available_extensions where name = 'pg_trgm') then
+        create extension if not exists pg_trgm;
+    end if;
+exception
+    when insufficient_privilege or undefined_file or duplicate_object or unique_violation then
+        raise notice 'pg_trgm is not there, and % may not create it: prompts cannot be compared', current_user;
+end $$"""
 
 # Roles belong to the whole server, so they are made where they are missing, and stay while another database of the
 # server grants to them. Without the right to make roles there is a notice and no grants: `settle_roles` comes later.
