@@ -231,9 +231,12 @@ def fail_clip(
     return session.execute(failed, execution_options=UNSYNCED).scalar_one()
 
 
-def complete_shard(session: Session, lease: Lease) -> None:
-    """The shard is worked off. Clips that went back to the queue leave it, to be planned again. Raises LeaseLost."""
-    shard = end(session, lease, ShardStatus.DONE)
+def complete_shard(session: Session, lease: Lease, *, beside: float = 0.0) -> None:
+    """The shard is worked off. Clips that went back to the queue leave it, to be planned again. Raises LeaseLost.
+
+    beside: seconds of the end in which the GPUs were free for another shard, with which nobody is charged.
+    """
+    shard = end(session, lease, ShardStatus.DONE, beside)
     if shard.running:  # started and never told of again
         end_running(session, [lease.shard_id], AttemptStatus.LOST)
     if shard.waiting or shard.running:

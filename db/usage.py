@@ -38,7 +38,9 @@ with ended as (
 # always. A cancellation that has come between has ended the lease; it ends clips, and begins none.
 _END_HELD = text(f"""
 with held as materialized (
-    select id, request_id, ranks, claimed_at, leased_until, status,
+    select id, request_id, ranks, claimed_at, status,
+           case when leased_until is not null
+                then least(leased_until, statement_timestamp() - make_interval(secs => :beside)) end as leased_until,
            exists (select from clips where shard_id = shards.id and status = 'running') as running,
            exists (select from clips where shard_id = shards.id and status = 'queued') as waiting
     from shards
@@ -61,9 +63,13 @@ with ended (id, request_id, ranks, claimed_at, leased_until) as (
 {_SPEND}""")
 
 
-def end(session: Session, lease: Lease, status: ShardStatus) -> Row[Any]:
-    """Holds the shard, and ends the lease where none of its clips asks for more: it is no longer `open` then."""
-    shard = session.execute(_END_HELD, {**held_params(lease), "status": str(status)}).one_or_none()
+def end(session: Session, lease: Lease, status: ShardStatus, beside: float = 0.0) -> Row[Any]:
+    """Holds the shard, and ends the lease where none of its clips asks for more: it is no longer `open` then.
+
+    beside: seconds before now that it is not charged with.
+    """
+    told = {**held_params(lease), "status": str(status), "beside": beside}
+    shard = session.execute(_END_HELD, told).one_or_none()
     if shard is None:
         raise lost(lease)
     return shard

@@ -196,6 +196,7 @@ class Planner:
             seconds=self.settings.shard_seconds,
             engines=group.replicas,
             remaining=remaining,
+            fewest=self.settings.micro_batch + 1,
         )
 
     def groups(

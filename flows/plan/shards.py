@@ -239,13 +239,16 @@ def shards(
     engines: int = 1,
     room: int = MAX_SHARDS,
     remaining: int | None = None,
+    fewest: int = 1,
 ) -> list[PlannedShard]:
     """Cuts clips into shards of one shape each. `cost`: the predicted seconds of one clip.
 
-    Shards take about `seconds`, but there are at least as many as engines to feed (if there are so many clips), and at
-    most `room` (larger ones then), or one for every shape where there are more shapes than that. `remaining`, when
-    planning goes in waves, is how many clips of the request are still to be planned, these included: this wave then
-    takes its part of the room only. Shards come in the order of the request: what was asked first is seen first.
+    Shards take about `seconds`, and have at least `fewest` clips where there are so many for each engine: what is
+    rendered one by one is neither batched nor published while the next is rendered. But there are at least as many
+    shards as engines to feed (if there are so many clips), and at most `room` (larger ones then), or one for every
+    shape where there are more shapes than that. `remaining`, when planning goes in waves, is how many clips of the
+    request are still to be planned, these included: this wave then takes its part of the room only. Shards come in the
+    order of the request: what was asked first is seen first.
     """
     groups: dict[WorkShape, list[str]] = {}
     place: dict[str, int] = {}
@@ -260,6 +263,7 @@ def shards(
         seconds=seconds,
         at_least=min(engines, len(waiting), room),
         at_most=room,
+        fewest=fewest,
     )
     planned = [
         PlannedShard(shape, tuple(part), len(part) * cost(shape))
@@ -270,12 +274,18 @@ def shards(
 
 
 def _counts(
-    groups: dict[WorkShape, tuple[int, float]], *, seconds: float, at_least: int, at_most: int
+    groups: dict[WorkShape, tuple[int, float]], *, seconds: float, at_least: int, at_most: int, fewest: int
 ) -> dict[WorkShape, int]:
     """How many shards each shape gets. `groups`: clips of a shape and seconds of one of them."""
 
+    def most(n: int) -> int:
+        count = max(1, n // fewest)
+        if fewest > 1 and count > at_least > 1:
+            count -= count % at_least  # as many for each engine: none has one more of these long shards than others
+        return count
+
     def ask(target: float) -> dict[WorkShape, int]:
-        return {shape: min(n, max(1, math.ceil(n * each / target))) for shape, (n, each) in groups.items()}
+        return {shape: min(most(n), max(1, math.ceil(n * each / target))) for shape, (n, each) in groups.items()}
 
     counts = ask(seconds)
     if sum(counts.values()) > at_most:

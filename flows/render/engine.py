@@ -33,6 +33,7 @@ IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and then got the same shard
 IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
+REPLACED = "engine {}: its run has ended, as Prefect says, and its lease is lost: it leaves"
 LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: maintenance closes it as well
 
 
@@ -57,7 +58,7 @@ class ShardRunner(Protocol):
         ...
 
     def __call__(self, shard: Shard) -> int:
-        """Runs the shard; the number of clips that were finished."""
+        """Runs the shard until the ranks are free; the number of clips that were finished by then."""
         ...
 
 
@@ -131,41 +132,67 @@ def render_shards(
     """Claims and renders shard after shard, until there is no work for `linger` seconds, `runner` is used up or it is
     `held`.
 
-    Also until it has lost a lease and is `replaced`: what it would claim then it might lose as well, try after try.
+    A shard is claimed as soon as the ranks are free, and not before: while they are at it, the last clips of the one
+    before are encoded, stored and recorded. It also ends when it has lost a lease and is `replaced`: what it would
+    claim then it might lose as well, try after try.
     """
-    idle_since = time.monotonic()
-    while time.monotonic() - idle_since < worker.settings.linger:
-        if runner is not None and runner.used_up:
-            worker.say(f"engine {worker.owner}: has shown {runner.made} shards; another one takes its place")
-            return
-        if held():
-            worker.say(f"engine {worker.owner}: its run is paused, and it claims nothing until that is resumed")
-            return
-        claimed = worker.claim()
-        if claimed is None and worker.in_the_way():
-            worker.say(f"engine {worker.owner}: makes room for engines of other partitions")
-            return
-        if claimed is None:
-            time.sleep(IDLE)
-            continue
-        began = time.monotonic()
-        if claimed[0].shard_id == worker.gave_way:  # what waits is not for this engine, or not yet
-            worker.looks_from = began + SAME_AGAIN
-        worker.gave_way = None
-        shard = Shard(worker, *claimed)
-        try:
-            totals.clips += runner(shard) if runner else shard.run()
-        except BaseException:  # the engine is stopping or broken: others may have the shard at once
-            totals.clips += shard.finished
-            shard.give_back()
-            raise
-        totals.shards += 1
+    last: Shard | None = None  # whose last clips may still be published, while the ranks are at the next shard
+    try:
         idle_since = time.monotonic()
-        totals.busy += idle_since - began
-        if shard.lost is not None and replaced():
-            worker.say(f"engine {worker.owner}: its run has ended, as Prefect says, and its lease is lost: it leaves")
-            return
-    worker.say(f"engine {worker.owner}: no work for {worker.settings.linger:.0f} s")
+        while time.monotonic() - idle_since < worker.settings.linger:
+            if runner is not None and runner.used_up:
+                worker.say(f"engine {worker.owner}: has shown {runner.made} shards; another one takes its place")
+                break
+            if held():
+                worker.say(f"engine {worker.owner}: its run is paused, and it claims nothing until that is resumed")
+                break
+            claimed = worker.claim()
+            if claimed is None and last is not None:
+                began = time.monotonic()
+                if not last.published(IDLE):
+                    continue  # there may be work by now
+                totals.clips, ended, last = totals.clips + last.finish(), last, None
+                idle_since = time.monotonic()
+                totals.busy += idle_since - began
+                if ended.lost is not None and replaced():
+                    worker.say(REPLACED.format(worker.owner))
+                    break
+                continue
+            if claimed is None and worker.in_the_way():
+                worker.say(f"engine {worker.owner}: makes room for engines of other partitions")
+                break
+            if claimed is None:
+                time.sleep(IDLE)
+                continue
+            began = time.monotonic()
+            if claimed[0].shard_id == worker.gave_way:  # what waits is not for this engine, or not yet
+                worker.looks_from = began + SAME_AGAIN
+            worker.gave_way = None
+            shard = Shard(worker, *claimed)
+            try:
+                totals.clips += runner(shard) if runner else shard.run()
+            except BaseException:  # the engine is stopping or broken: others may have the shard at once
+                totals.clips += shard.finished
+                shard.give_back()
+                raise
+            totals.shards += 1
+            before, last = last, shard
+            if before is not None:
+                totals.clips += before.finish()
+            idle_since = time.monotonic()
+            totals.busy += idle_since - began
+            if any(each is not None and each.lost is not None for each in (before, last)) and replaced():
+                worker.say(REPLACED.format(worker.owner))
+                break
+        else:
+            worker.say(f"engine {worker.owner}: no work for {worker.settings.linger:.0f} s")
+        if last is not None:
+            totals.clips, last = totals.clips + last.finish(), None
+    except BaseException:
+        if last is not None:
+            last.hurry()
+            totals.clips += last.finished - last.told
+        raise
 
 
 def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: tuple[int, ...] | None = None) -> Engine:

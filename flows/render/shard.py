@@ -6,7 +6,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -51,6 +51,7 @@ from model.media.errors import BadMedia
 BEAT = 1.0  # seconds between two renewals of a lease: also how soon a cancelled clip is noticed
 LOOK = 2  # beats between two looks whether work of a higher priority waits
 KEEPING = 8.0  # seconds that an engine that is told to stop has to keep what it is at
+AT_ONCE = 0.25  # seconds in which small clips are published: not worth a second lease, and in the order of their turns
 IN_A_ROW = 3  # clips that fail with none made between, after which an engine looks whether it can render at all
 ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
 
@@ -75,18 +76,25 @@ class Shard:
     finished: int = 0
     saving: dict[str, Future[None]] = field(default_factory=dict[str, "Future[None]"])  # of each clip the last one
     objects: set[str] = field(default_factory=set[str])  # checkpoints that there may be of its clips
+    working: Future[int] | None = None
+    told: int = 0  # clips that were finished when `run` returned
+    rendered: threading.Event = field(default_factory=threading.Event)  # the ranks are free for another shard
+    free_since: float | None = None  # the time from which on they were
 
     def run(self) -> int:
         """Renders the clips and records them; returns how many were finished. A lost lease ends it without a word.
 
+        Returns as soon as the ranks are free: the last clips may still be published then, for which `finish` waits.
         That happens in a thread of its own. What a signal raises (SystemExit, KeyboardInterrupt, what Prefect makes of
         SIGTERM) is raised here, where nothing is interrupted by it. Clips under way are then kept at their next step,
         for at most `KEEPING` seconds; a second signal ends that too.
         """
         hand = ThreadPoolExecutor(1, thread_name_prefix="shard")
-        working = hand.submit(copy_context().run, self.work)
+        self.working = working = hand.submit(copy_context().run, self.work)
+        working.add_done_callback(lambda _: self.rendered.set())
         try:
-            wait((working,))
+            self.rendered.wait()
+            wait((working,), AT_ONCE)
         except BaseException:
             try:
                 self.stopped = True
@@ -97,7 +105,23 @@ class Shard:
             raise
         finally:
             hand.shutdown(wait=False)
-        return working.result()
+        self.told = working.result() if working.done() else self.finished
+        return self.told
+
+    def published(self, seconds: float) -> bool:
+        """True when the last clip is published and the lease is over, or is so within these seconds."""
+        return self.working is None or bool(wait((self.working,), seconds).done)
+
+    def finish(self) -> int:
+        """Waits until the last clip is published and the lease is over; returns how many were finished since `run`."""
+        return (self.working.result() if self.working else self.finished) - self.told
+
+    def hurry(self) -> None:
+        """Ends what is still being published, since the engine ends: in a moment, or it goes back with the shard."""
+        if not self.published(ENDING):
+            self.lost = LeaseLost(f"shard {self.lease.shard_id}: the engine had no time to publish its last clips")
+            self.published(ENDING)
+        self.give_back()
 
     def abandon(self, working: Future[int]) -> None:
         """Ends the work at once: the lease counts as lost and the ranks are killed."""
@@ -123,7 +147,8 @@ class Shard:
                 self.worker.gave_way = self.lease.shard_id if self.outranked else None
                 self.give_back()
             else:
-                self.write(lambda session: complete_shard(session, self.lease))
+                beside = 0.0 if self.free_since is None else time.monotonic() - self.free_since
+                self.write(lambda session: complete_shard(session, self.lease, beside=beside))
         except LeaseLost as error:
             self.lost = error
             self.worker.say(f"shard {self.lease.shard_id}: {error}")
@@ -220,43 +245,57 @@ class Shard:
         costs its neighbours one attempt and no more.
         """
         fresh = [clip for clip in self.clips if clip.attempt_no == 1]
-        for some in (fresh, *([clip] for clip in self.clips if clip.attempt_no > 1)):
+        groups = [fresh, *([clip] for clip in self.clips if clip.attempt_no > 1)]
+        for some in groups:
             if not self.leaves:
-                self.render_some(some, publisher)
+                self.render_some(some, publisher, last=some is groups[-1])
 
-    def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> None:
-        settings = self.worker.settings
+    def render_some(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor, *, last: bool) -> None:
+        """last: the ranks have nothing more to do for this shard after these clips."""
         while left := self.left(clips):
             pending: list[Future[None]] = []
             failure: Exception | None = None
-            try:
-                for rendered in self.worker.renderer.render(
-                    self.specs(left),
-                    on_step=self.on_step,
-                    cancelled=self.unwanted,
-                    on_failure=self.fail,
-                    on_checkpoint=lambda clip: self.on_checkpoint(clip, publisher),
-                    checkpoint_every=(settings.checkpoint_steps, settings.checkpoint_seconds),
-                    leave=lambda: self.leaves or len(self.doubtful) >= IN_A_ROW,
-                ):
-                    pending.append(publisher.submit(self.publish, rendered, tuple(self.doubtful)))
-                    pending = [f for f in pending if not f.done() or f.result()]
-            except (RankDied, RankHung, RenderFailed) as error:
-                failure = error
-            for future in (*pending, *self.saving.values()):
-                future.result()
-            if self.lost is not None:
-                raise self.lost
-            if failure is not None:
-                self.fail(failure)
+            with self.worker.ranks:
+                try:
+                    for rendered in self.rendering(left, publisher):
+                        pending.append(publisher.submit(self.publish, rendered, tuple(self.doubtful)))
+                        pending = [f for f in pending if not f.done() or f.result()]
+                except (RankDied, RankHung, RenderFailed) as error:
+                    failure = error
+                    self.wait_for(pending)
+                    self.fail(failure)
+                    if not self.stopped:
+                        self.worker.restart_ranks(failure)
+            if last and not (failure or self.leaves or self.doubtful or self.lost):
+                self.free_since = time.monotonic()
+                self.rendered.set()
+            self.wait_for(pending)
             if self.stopped:
                 return
-            if failure is not None:
-                self.worker.restart_ranks(failure)
             broke_off = len(self.doubtful) >= IN_A_ROW
             self.judge()
             if failure is None and not broke_off:
                 return  # what is left was cancelled, or gives way
+
+    def rendering(self, clips: Sequence[LeasedClip], publisher: ThreadPoolExecutor) -> Iterator[RenderedClip]:
+        """The clips as the ranks finish them. Raises as `Renderer.render` does."""
+        settings = self.worker.settings
+        return self.worker.renderer.render(
+            self.specs(clips),
+            on_step=self.on_step,
+            cancelled=self.unwanted,
+            on_failure=self.fail,
+            on_checkpoint=lambda clip: self.on_checkpoint(clip, publisher),
+            checkpoint_every=(settings.checkpoint_steps, settings.checkpoint_seconds),
+            leave=lambda: self.leaves or len(self.doubtful) >= IN_A_ROW,
+        )
+
+    def wait_for(self, pending: Sequence[Future[None]]) -> None:
+        """Waits for clips and resume states that are on their way to the store. Raises LeaseLost."""
+        for future in (*pending, *self.saving.values()):
+            future.result()
+        if self.lost is not None:
+            raise self.lost
 
     def on_step(self, clip_id: str, step: int, steps: int) -> None:
         """The engine calls this with the step at which a clip begins, then after every denoising step."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import platform
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -81,6 +82,8 @@ class Worker:
     gave_way: int | None = None  # with which shard, a moment ago
     looks_from: float = 0.0  # the time from which it would give way again
     alive: int = 1  # engines, when it last looked
+    # Held by the shard whose clips the ranks are at; the one before may still be publishing, and may doubt the ranks.
+    ranks: threading.Lock = field(default_factory=threading.Lock)
 
     def engines_alive(self) -> int:
         """Engines of Prefect that the ledger hears of, of any model; while it is away, what was last known."""
@@ -150,8 +153,9 @@ class Worker:
         """Renders and encodes a plain clip. Returns what went wrong; None: the engine can render."""
         spec, failed = plain_clip(self.card), list[RenderFailed]()
         try:
-            for rendered in self.renderer.render([spec], on_failure=failed.append):
-                video(rendered.frames, spec.fps, {})
+            with self.ranks:
+                for rendered in self.renderer.render([spec], on_failure=failed.append):
+                    video(rendered.frames, spec.fps, {})
         except EngineError as error:
             return str(error)
         except Exception as error:

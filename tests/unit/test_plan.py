@@ -125,6 +125,23 @@ def test_engines_are_fed_even_when_the_work_is_short() -> None:
 
 
 @law
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(2, 17), st.floats(20, 5000))
+def test_long_clips_are_batched_and_overlap_and_no_engine_has_more_to_do_than_others(
+    count: int, engines: int, fewest: int, each: float
+) -> None:
+    clips = [Clip(str(i)) for i in range(count)]
+    planned = shards(clips, lambda _: each, seconds=20, engines=engines, fewest=fewest)
+    sizes = [len(shard.clip_ids) for shard in planned]
+    if count >= engines * fewest:
+        assert min(sizes) >= fewest, "one by one they are neither batched nor published while others render"
+        assert max(sizes) < 3 * fewest, "a lost engine loses little, and a priority is soon felt"
+        assert len(sizes) % engines == 0
+    else:
+        assert len(sizes) == min(count, engines), "engines come first"
+    assert max(sizes) - min(sizes) <= 1
+
+
+@law
 @given(st.lists(st.builds(Finished, seconds=st.floats(-1, 1e4) | st.just(math.nan)), max_size=20), kinds)
 def test_predictions_are_always_positive_and_finite(history: list[Finished], kind: tuple[int, int, int, int]) -> None:
     predicted = learnt(history).seconds(WorkShape.of(Clip("a", *kind)), TWO)
