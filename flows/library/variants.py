@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +44,8 @@ class Lora:
         """Read FILE, FILE:SCALE or transformer_2=FILE:SCALE. Raises BadVariant."""
         into = SECOND if text.startswith(f"{SECOND}=") else TRANSFORMER
         name = text.removeprefix(f"{SECOND}=")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+            raise BadVariant(f"--lora {text}: must be a safetensors file of this machine: fetch it first")
         file, colon, said = name.rpartition(":")
         if not colon or Path(name).is_file():
             return cls(Path(name), into=into)

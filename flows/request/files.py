@@ -36,6 +36,14 @@ class _Opens(Protocol):
     def open(self, key: str) -> BinaryIO: ...
 
 
+NO_ADDRESS = "nothing is fetched from the network"
+
+
+def is_address(name: str) -> bool:
+    """An address of the network, such as https://…, where a file is to be named."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class InStore:
     """An object of the store."""
@@ -65,7 +73,8 @@ def locate(uri: str, folder: Path, name: str = "prompts_uri") -> InStore | InFol
     if colon and scheme == "file":
         path = rest.removeprefix("//") if rest.startswith("///") else rest
     elif colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
-        raise BadUri(f"{shown} must be store:<key>, or a file below the prompts folder {folder}")
+        fetch = f": {NO_ADDRESS}" if rest.startswith("//") else ""
+        raise BadUri(f"{shown} must be store:<key>, or a file below the prompts folder {folder}{fetch}")
     else:
         path = uri
     if not path or "\0" in path or ".." in Path(path).parts:

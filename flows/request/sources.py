@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.artifacts import NewArtifact
 from db.clips import clip_by
 from db.tables import ACTIVE
-from flows.request.files import BadUri, InStore, locate
+from flows.request.files import NO_ADDRESS, BadUri, InStore, is_address, locate
 from flows.request.modes import BadSource, MediaSource
 from flows.request.unpack import BadFile
 from infra.store.contract import BLOBS, NoSuchKey, Store
@@ -148,6 +148,8 @@ def for_submitter(
         if name.startswith("store:"):
             key = name.removeprefix("store:")
             return from_store(store(), key), key
+        if is_address(name):
+            raise BadSource(f"cannot be used: name a file beside the prompts, or store:KEY; {NO_ADDRESS}")
         files[name] = folder / name
         return from_file(files[name]), ""
 

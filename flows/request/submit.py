@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from flows.request.advice import words_beyond
-from flows.request.files import media_type_of, open_file, prompts_key
+from flows.request.files import NO_ADDRESS, is_address, media_type_of, open_file, prompts_key
 from flows.request.form import MAX_FILES, GenerationRequest, PromptsFormat, format_of, request_id, request_key
 from flows.request.modes import Find, MediaSource, nowhere
 from flows.request.read import Checked, check_defaults, check_prompts
@@ -92,6 +92,8 @@ def check_file(
     for message in wrong:
         report(message)
     if not path.exists():
+        if is_address(str(source)):
+            raise BadFile(f"{source}: is no file of this machine, and {NO_ADDRESS}: fetch it first")
         raise BadFile(f"{source}: no such file")
     files: dict[str, Path] = {}
     rewriter = request.rewrite and bool(card.rewriter or (settings and settings.rewriter_url))

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import datasets
 from db.datasets import ClipOfDataset, DatasetRow, NewDataset
 from db.tables import CaptionOrigin
+from flows.request.files import NO_ADDRESS, is_address
 from flows.settings import PREFIX, Settings, WrongSetting
 from infra.files import atomic_path
 from infra.store.contract import Store
@@ -71,6 +72,8 @@ def find_dataset(
     if "/" not in data:
         with ledgers() as session:
             return Found(datasets.dataset_by(session, data))
+    if is_address(data) and not data.startswith("s3://"):
+        raise BadData(f"{data}: must be a folder, s3://BUCKET/PREFIX or a data set of the ledger; {NO_ADDRESS}")
     source = data if data.startswith("s3://") else Path(os.path.abspath(Path(data).expanduser())).as_uri()
     folder = folder_of(settings, source)
     scanned = scan(folder, [bucket.shape for bucket in buckets], FPS)
@@ -147,7 +150,7 @@ def folder_of(settings: Settings, source: str) -> Path:
     """The folder of a file:// source, or where the objects of an s3:// one were copied to, which this does."""
     parts = urlsplit(source)
     if parts.scheme == "file":
-        return Path(parts.path)
+        return Path(unquote(parts.path))
     store, prefix = prefix_of(settings, source)
     name = parts.path.strip("/").rpartition("/")[2] or parts.netloc
     folder = settings.home / "data" / hashlib.sha256(source.encode()).hexdigest()[:12] / name

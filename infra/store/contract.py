@@ -115,17 +115,25 @@ def blob_key(sha256: str) -> str:
     return f"{BLOBS}{sha256[:2]}/{sha256[2:4]}/{sha256}"
 
 
+MAX_KEY = 1024  # bytes: S3's own bound
+
+
 def check_key(key: str) -> str:
-    """The key itself, when every kind of store can hold it; ValueError otherwise."""
-    if len(key) > 900 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-        raise ValueError(
-            f"store key {key[:120]!r} must be parts of up to 200 letters, digits or ._=+@- joined by '/', "
-            "at most 900 in all; a part begins with a letter, a digit or '_'"
-        )
+    """The key itself, when every kind of store can hold it; ValueError otherwise.
+
+    That is what S3 can: up to 1024 bytes of UTF-8, spaces, accents and control characters among them. But no parts `.`
+    and `..`, which HTTP takes out of addresses, no NUL, and not white space alone.
+    """
+    shown = repr(key if len(key) <= 120 else f"{key[:119]}…")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"store key {shown} must be text: half a surrogate pair has no UTF-8") from None
+    if not 1 <= size <= MAX_KEY:
+        raise ValueError(f"store key {shown} has {size} bytes: it must have 1 to {MAX_KEY}")
+    if not {".", ".."}.isdisjoint(key.split("/")) or "\0" in key or not key.strip():
+        raise ValueError(f"store key {shown} must have no part '.' or '..', no NUL, and not be blank")
     return key
-
-
-_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,199}")
 
 
 def check_name(key: str) -> None:
@@ -136,10 +144,3 @@ def check_name(key: str) -> None:
 def check_range(start: int, length: int | None) -> None:
     if start < 0 or (length is not None and length < 0):
         raise ValueError(f"range start={start} length={length} must not be negative")
-
-
-def check_prefix(prefix: str) -> str:
-    folder, slash, _ = prefix.rpartition("/")
-    if slash:
-        check_key(folder)
-    return prefix

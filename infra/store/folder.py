@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tempfile
 import time
@@ -24,7 +25,6 @@ from infra.store.contract import (
     blob_key,
     check_key,
     check_name,
-    check_prefix,
     check_range,
 )
 from infra.store.source import Source, measured
@@ -35,6 +35,7 @@ class FolderStore:
 
     A file is written under `.incoming/`, synced, and renamed to its key: a reader, or the next start after a power
     cut, meets it whole or not at all. Media types lie beside the tree, in `.media/`, as small files of their own.
+    Keys are paths, but for what a file system cannot hold, which `_written` escapes.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -100,8 +101,7 @@ class FolderStore:
         return self.stat(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
-        folder = check_prefix(prefix).rpartition("/")[0]
-        yield from self._walk(folder + "/" if folder else "", prefix)
+        yield from self._walk(self.root, "", prefix)
 
     def link(self, key: str, seconds: int = LINK_SECONDS) -> str:
         del seconds  # a file:// link does not end
@@ -124,10 +124,10 @@ class FolderStore:
         return swept
 
     def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
+        return self.root / _written(check_key(key))
 
     def _media(self, key: str) -> Path:
-        return self.root / ".media" / key
+        return self.root / ".media" / _written(key)
 
     def _write(self, key: str, source: Source, media_type: str) -> None:
         with _folder_answers(self.root):
@@ -157,25 +157,32 @@ class FolderStore:
                 os.unlink(name)
             raise
 
-    def _walk(self, folder: str, prefix: str) -> Iterator[Listed]:
+    def _walk(self, folder: Path, above: str, prefix: str) -> Iterator[Listed]:
+        """The objects in a folder, whose keys all begin with `above`."""
         with _folder_answers(self.root):
             try:
-                entries = list(os.scandir(self.root / folder))
+                entries = list(os.scandir(folder))
             except (FileNotFoundError, NotADirectoryError):
                 return
-        # A folder sorts as its name with '/', as its keys do among the others in S3.
-        named = sorted((entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name) for entry in entries)
-        for name in named:
-            key = folder + name
-            if name.startswith(".") or not (key.startswith(prefix) or prefix.startswith(key)):
-                continue
-            if name.endswith("/"):
-                yield from self._walk(key, prefix)
-            elif key.startswith(prefix):
-                with _folder_answers(self.root), suppress(FileNotFoundError):  # deleted meanwhile
-                    facts = os.stat(self.root / key, follow_symlinks=False)
-                    if stat.S_ISREG(facts.st_mode):
-                        yield Listed(key, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+        known: list[tuple[str, bool, str]] = []  # what keys begin with or are, whether it is a folder, its name
+        for entry in entries:
+            begin = _read(entry.name, entry.is_dir(follow_symlinks=False))
+            if begin is not None:
+                known.append((above + begin, entry.is_dir(follow_symlinks=False), entry.name))
+        found = (
+            each for begin, inside, name in sorted(known) for each in self._look(folder / name, begin, inside, prefix)
+        )
+        # Keys that go on in a folder without a slash may lie between those of their neighbours.
+        yield from sorted(found, key=lambda each: each.key) if any(_goes_on(name) for _, _, name in known) else found
+
+    def _look(self, path: Path, begin: str, inside: bool, prefix: str) -> Iterator[Listed]:
+        if inside and (begin.startswith(prefix) or prefix.startswith(begin)):
+            yield from self._walk(path, begin, prefix)
+        elif not inside and begin.startswith(prefix):
+            with _folder_answers(self.root), suppress(FileNotFoundError):  # deleted meanwhile
+                facts = os.stat(path, follow_symlinks=False)
+                if stat.S_ISREG(facts.st_mode):
+                    yield Listed(begin, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
 
     def _delete(self, key: str, old_enough: Callable[[datetime], bool]) -> bool:
         path = self._path(key)
@@ -192,6 +199,49 @@ class FolderStore:
                 os.unlink(self._media(key))
                 _prune(self._media(key).parent, self.root)
         return True
+
+
+LONGEST = 255  # bytes of a file's name
+_EMPTY, _ON = "%2F", "%3E"  # a part of no characters; behind a name: the part goes on in this folder
+
+
+def _written(key: str) -> str:
+    """The path of a key: itself, where a file system can hold it. Two keys never have one path.
+
+    Escaped as %XX are a dot at the beginning of a part (`.media` is ours), a % that would look like an escape, and
+    parts of no characters; parts that are too long for a name go on in a folder.
+    """
+    return "/".join(_name_of(part) for part in key.split("/"))
+
+
+def _name_of(part: str) -> str:
+    part = re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", part)
+    names: list[str] = []
+    while True:
+        part = f"%2E{part[1:]}" if part.startswith(".") else part
+        if len(raw := part.encode()) <= LONGEST:
+            return "/".join([*names, part or _EMPTY])
+        begin = raw[: LONGEST - len(_ON)].decode(errors="ignore")  # to the end of a character
+        begin = re.sub(r"%[0-9A-Fa-f]?\Z", "", begin)  # nor through an escape
+        names.append(begin + _ON)
+        part = part[len(begin) :]
+
+
+def _goes_on(name: str) -> bool:
+    return name.endswith(_ON)
+
+
+def _read(name: str, folder: bool) -> str | None:
+    """How keys begin that lie in a folder of this name, or end whose file it is; None where no key has such a path."""
+    on = folder and _goes_on(name)
+    said = name.removesuffix(_ON) if on else name
+    part = "" if said == _EMPTY else re.sub(r"%(25|2E)", lambda found: chr(int(found[1], 16)), said)
+    try:
+        if _name_of(part) != said:  # somebody else's file, or one of ours beside the tree
+            return None
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return None
+    return part if on else f"{part}/" if folder else part
 
 
 @contextmanager

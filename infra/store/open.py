@@ -14,7 +14,8 @@ def open_store(url: str, access_key: str | None = None, secret_key: str | None =
     """The store a URL names; nothing is contacted yet.
 
     `file:///srv/rushes`, or `s3://bucket?endpoint=host:port` with, when wanted, `&secure=false` (plain HTTP),
-    `&region=…`, and `&public=https://…` (the address under which browsers reach the endpoint, for signed links).
+    `&region=…` (where the endpoint's name does not say it), and `&public=https://…` (the address under which browsers
+    reach the endpoint, with a path if a proxy has one, for signed links).
     """
     parts = urlsplit(url)
     if parts.scheme == "file":
@@ -40,6 +41,6 @@ def open_store(url: str, access_key: str | None = None, secret_key: str | None =
         secret_key,
         parts.hostname,
         secure=query.get("secure", "true") == "true",
-        region=query.get("region", "us-east-1"),
+        region=query.get("region"),
         public=query.get("public"),
     )

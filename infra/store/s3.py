@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import ssl
 import time
 from collections.abc import Generator, Iterator
@@ -11,7 +12,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
+from xml.etree.ElementTree import ParseError
 
 import certifi
 import urllib3
@@ -35,19 +37,28 @@ from infra.store.contract import (
     blob_key,
     check_key,
     check_name,
-    check_prefix,
     check_range,
 )
 from infra.store.source import PART, Source, measured
 
 MAX_PARTS = 10_000  # S3's own bound
+# Characters that XML cannot hold, in which a listing repeats its prefix.
+_NO_XML = re.compile("[^\\t\\n\\r -\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+# The region in an endpoint's name: of AWS with its variants (dualstack, fips, VPC), and of others that have them.
+_REGIONAL = re.compile(
+    r"(?:.*\.)?s3(?:-fips)?[.-](?:dualstack\.)?([a-z]{2}(?:-[a-z]+)+-\d+)\.(?:vpce\.)?amazonaws\.com(?:\.cn)?"
+    r"|s3\.([a-z0-9-]+)\.(?:wasabisys\.com|backblazeb2\.com|scw\.cloud|io\.cloud\.ovh\.net)"
+    r"|([a-z0-9-]+)\.linodeobjects\.com|sos-([a-z0-9-]+)\.exo\.io"
+)
+DEFAULT_REGION = "us-east-1"
 
 
 class S3Store:
     """Objects in a bucket of any S3 server. The bucket is made by the first put if it may be; until then it is empty.
 
-    `endpoint` is host:port. `public` is the scheme and host:port under which browsers reach it: the host is part of a
-    link's signature. May be used from many threads, copied to other processes, and kept over a fork.
+    `endpoint` is host:port. `region` is that of the endpoint's name by default, else us-east-1. `public` is the scheme
+    and host:port under which browsers reach it: the host is part of a link's signature. It may have a path, which a
+    proxy takes off again. May be used from many threads, copied to other processes, and kept over a fork.
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class S3Store:
         bucket: str,
         *,
         secure: bool = True,
-        region: str = "us-east-1",
+        region: str | None = None,
         public: str | None = None,
         timeout: float = 60,
         fresh_for: float = 3600,
@@ -66,8 +77,18 @@ class S3Store:
         check_bucket_name(bucket, strict=True)
         if "/" in endpoint:
             raise ValueError(f"store endpoint {endpoint!r} must be host:port, without scheme or path")
-        if public is not None and urlsplit(public).scheme not in ("http", "https"):
-            raise ValueError(f"public address of the store {public!r} must begin with http:// or https://")
+        if public is not None:
+            parts = urlsplit(public)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(
+                    f"public address of the store {public!r} must begin with http:// or https:// and a host"
+                )
+            if parts.query or parts.fragment or parts.username:
+                raise ValueError(f"public address of the store {public!r} must be scheme, host, port and path alone")
+        named = region_of(endpoint)
+        if region and named and region != named:
+            raise ValueError(f"store region={region} is not that of its endpoint {endpoint}, {named}: leave it out")
+        region = region or named or DEFAULT_REGION
         self.endpoint, self.bucket, self.secure, self.region, self.public = endpoint, bucket, secure, region, public
         self.timeout, self.fresh_for = timeout, fresh_for
         self._keys = (access_key, secret_key)
@@ -91,7 +112,8 @@ class S3Store:
     def put_at(self, key: str, data: Data, media_type: str = OCTETS) -> Stored:
         check_name(key)
         parts = key.split("/")
-        if any(self.exists("/".join(parts[:count])) for count in range(1, len(parts))):
+        shorter = ("/".join(parts[:count]) for count in range(1, len(parts)))
+        if any(self.exists(each) for each in shorter if each.strip()):
             raise ValueError(f"store key {key!r}: a shorter key of its path is an object already")
         if next(self.list(key + "/"), None) is not None:
             raise ValueError(f"store key {key!r}: there are objects below it already")
@@ -119,12 +141,11 @@ class S3Store:
         return self.stat(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
-        check_prefix(prefix)
         try:
             with self._answers(f"list {prefix!r}"):
-                for found in self._client.list_objects(self.bucket, prefix, recursive=True):
-                    if found.last_modified is not None and found.object_name:
-                        yield Listed(found.object_name, found.size or 0, found.last_modified.astimezone(UTC))
+                for found in self._client.list_objects(self.bucket, _NO_XML.split(prefix, 1)[0], recursive=True):
+                    if found.last_modified is not None and (found.object_name or "").startswith(prefix):
+                        yield Listed(found.object_name or "", found.size or 0, found.last_modified.astimezone(UTC))
         except NoSuchKey:
             return  # no bucket yet
 
@@ -137,7 +158,9 @@ class S3Store:
             if address is None
             else Minio(address.netloc, *self._keys, secure=address.scheme == "https", region=self.region)
         )
-        return signer.presigned_get_object(self.bucket, check_key(key), timedelta(seconds=seconds))
+        signed = urlsplit(signer.presigned_get_object(self.bucket, check_key(key), timedelta(seconds=seconds)))
+        before = address.path.rstrip("/") if address else ""
+        return urlunsplit(signed._replace(path=before + signed.path))
 
     def delete(self, key: str) -> None:
         with suppress(NoSuchKey), self._answers(f"delete {key}"):
@@ -200,7 +223,7 @@ class S3Store:
             if "Response code: 404" in str(error):
                 raise NoSuchKey(f"cannot {what}: not in the bucket {self.bucket} at {self.endpoint}") from error
             raise StoreUnavailable(f"{self!r} could not {what}: {error}") from error
-        except (MinioException, HTTPError) as error:
+        except (MinioException, HTTPError, ParseError) as error:
             raise StoreUnavailable(f"{self!r} could not {what}: {error}") from error
 
     def _look(self, key: str) -> Object | None:
@@ -262,6 +285,12 @@ class S3Store:
             cause = error.__cause__
             if not (isinstance(cause, S3Error) and cause.code in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")):
                 raise
+
+
+def region_of(endpoint: str) -> str | None:
+    """The region that the endpoint's name says: eu-west-1 of s3.eu-west-1.amazonaws.com; None if it says none."""
+    found = _REGIONAL.fullmatch(endpoint.lower().rpartition(":")[0] or endpoint.lower())
+    return next(filter(None, found.groups()), None) if found else None
 
 
 _HINTS = {

@@ -70,6 +70,15 @@ def test_a_folder_is_written_down_once(settings: Settings, ledger: sessionmaker[
     assert np.abs(clips[5].astype(int) - clip_of(5)).mean() < 6
 
 
+def test_a_folder_may_have_any_name_and_an_address_is_refused(
+    settings: Settings, ledger: sessionmaker[Session], tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "my videos, 100% ä", 6)
+    assert find(settings, ledger, folder).clips == 6
+    with pytest.raises(BadData, match="must be a folder, s3://BUCKET/PREFIX or a data set of the ledger"):
+        find(settings, ledger, "https://example.com/videos")
+
+
 def test_the_world_is_a_data_set(settings: Settings, ledger: sessionmaker[Session]) -> None:
     row = find(settings, ledger, "world", seed=4)
     assert (row.name, row.source, row.seed, row.clips) == ("world", "world", 4, 6)

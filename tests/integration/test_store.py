@@ -64,10 +64,66 @@ def store(request: pytest.FixtureRequest) -> Store:
     return request.getfixturevalue(request.param)
 
 
-UNHOLDABLE = [
-    *["", "/etc/passwd", "a/../b", "..", "a//b", "a/", "./a", "a\\b", "a b", "a\nb", "a/.hidden", "-rf", "näh"],
-    *["a" * 201, "/".join(["abcdefghi"] * 91)],
+UNHOLDABLE = ["", " ", "\n", "a/../b", "..", "./a", "a/.", "a\0b", "\ud800", "a" * 1025, "ä" * 513]
+# Parts that a file system, an address, a signature or a listing could take for something else.
+PARTS = [
+    "a",
+    "A",
+    "a b",
+    " ",
+    "näh",
+    "a\u0308",
+    "日本",
+    "🎬",
+    "a,b",
+    "%",
+    "%41",
+    "%2F",
+    "a%3E",
+    "+",
+    "a+b",
+    "?x=1#y",
+    "&<>\"'",
 ]
+PARTS += [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    ".media",
+    ".incoming",
+    "-rf",
+    "con",
+    "a:b",
+    "a\\b",
+    "a\nb",
+    "\x01",
+    "\x7f",
+    "~",
+    "a" * 255,
+    "a" * 256,
+]
+PARTS += [
+    "a" * 600,
+    f"{'a' * 252}.b",
+    f"{'a' * 252}.{'b' * 9}",
+    f"{'a' * 251}%41",
+    f"{'a' * 252}%{'b' * 9}",
+    "ä" * 200,
+    f"{'a' * 252}%3E",
+]
+KEYS = st.lists(st.sampled_from(PARTS) | st.text(max_size=20), min_size=1, max_size=4).map("/".join)
+
+
+def holdable(key: str) -> bool:
+    fits = all(not 0xD800 <= ord(each) < 0xE000 for each in key) and 1 <= len(key.encode()) <= 1024
+    return (
+        fits
+        and "\0" not in key
+        and key.strip() != ""
+        and {".", ".."}.isdisjoint(key.split("/"))
+        and key.split("/")[0] != "blobs"
+    )
 
 
 class Counted(io.BytesIO):
@@ -154,6 +210,29 @@ class TestContract:
                 use(key)
         with pytest.raises(ValueError, match="store key"):
             store.put_at(key, b"x")
+        assert list(store.list()) == []
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(keys=st.lists(KEYS.filter(holdable), min_size=1, max_size=5, unique=True))
+    def test_any_key_of_s3_is_held_listed_and_opened_by_its_link(self, store: Store, keys: list[str]) -> None:
+        for left in store.list():  # by an example that failed
+            store.delete(left.key)
+        held: dict[str, bytes] = {}
+        for key in keys:
+            if not any(key.startswith(f"{other}/") or other.startswith(f"{key}/") for other in held):
+                held[key] = key.encode()
+                store.put_at(key, held[key], "text/plain")
+        assert _sizes(store.list()) == sorted((key, len(data)) for key, data in held.items())
+        for key, data in held.items():
+            with urlopen(store.link(key), timeout=30) as answer:
+                assert answer.read() == store.get(key) == data
+            for prefix in {key, key[:1], key[: len(key) // 2], key.rpartition("/")[0], f"{key}/"}:
+                wanted = sorted((each, len(data)) for each, data in held.items() if each.startswith(prefix))
+                assert _sizes(store.list(prefix)) == wanted, prefix
+            stored = store.stat(key)
+            assert stored is not None and (stored.bytes, stored.media_type) == (len(data), "text/plain")
+        for key in held:
+            store.delete(key)
         assert list(store.list()) == []
 
     def test_what_lies_under_blobs_is_named_by_its_digest(self, store: Store) -> None:
@@ -366,6 +445,38 @@ def _machine(store: Store) -> type[RuleBasedStateMachine]:
     return Machine
 
 
+REGIONS = {
+    "s3.amazonaws.com": "us-east-1",
+    "s3-external-1.amazonaws.com": "us-east-1",
+    "s3.eu-west-1.amazonaws.com": "eu-west-1",
+    "s3.eu-west-1.amazonaws.com:443": "eu-west-1",
+    "S3-eu-central-1.amazonaws.com": "eu-central-1",
+    "s3.dualstack.ap-southeast-2.amazonaws.com": "ap-southeast-2",
+    "s3-fips.us-gov-west-1.amazonaws.com": "us-gov-west-1",
+    "s3.cn-north-1.amazonaws.com.cn": "cn-north-1",
+    "bucket.vpce-0a1b.s3.sa-east-1.vpce.amazonaws.com": "sa-east-1",
+    "s3.us-west-004.backblazeb2.com": "us-west-004",
+    "s3.fr-par.scw.cloud": "fr-par",
+    "s3.my-company.com:9000": "us-east-1",
+    "127.0.0.1:9000": "us-east-1",
+}
+
+
+@pytest.mark.parametrize("endpoint", REGIONS)
+def test_the_region_is_that_of_the_endpoints_name(endpoint: str) -> None:
+    region = REGIONS[endpoint]
+    store = cast(S3Store, open_store(f"s3://rushes?endpoint={endpoint}", "access", "secret"))
+    link = urlsplit(store.link("x"))
+    assert store.region == region and f"%2F{region}%2Fs3%2F" in link.query
+    assert region == "us-east-1" or region in link.netloc, "it is this region that is talked to"
+
+
+def test_another_region_than_that_of_the_endpoint_is_refused() -> None:
+    url = "s3://rushes?endpoint=s3.eu-west-1.amazonaws.com&region=us-east-1"
+    with pytest.raises(ValueError, match=r"region=us-east-1 is not that of its .*, eu-west-1: leave"):
+        open_store(url, "access", "secret")
+
+
 def _sizes(listed: Iterator[Listed]) -> list[tuple[str, int]]:
     return [(found.key, found.bytes) for found in listed]
 
@@ -377,6 +488,16 @@ def test_any_order_of_calls_acts_like_a_dictionary(request: pytest.FixtureReques
 
 
 class TestFolder:
+    def test_what_others_lay_into_the_folder_is_found_or_left_alone(self, folder: FolderStore) -> None:
+        for name in ("my video, ä.mp4", "100%.mp4", ".DS_Store", "a%2fb", "x%3E", os.fsdecode(b"latin-\xe4")):
+            (folder.root / name).write_bytes(b"x")
+        (folder.root / "my clips").mkdir()
+        (folder.root / "my clips" / "1.mp4").write_bytes(b"x")
+        named = ["100%.mp4", "my clips/1.mp4", "my video, ä.mp4"]
+        assert [found.key for found in folder.list()] == named
+        assert all(folder.get(key) == b"x" for key in named)
+        assert folder.sweep_unfinished(-60) == 0
+
     def test_only_the_owner_may_look(self, tmp_path: Path) -> None:
         before = os.umask(0)
         try:
@@ -571,6 +692,11 @@ class TestUrl:
         assert "very-secret" not in repr(store)
         link = urlsplit(store.link("requests/r/sheet.png"))
         assert (link.scheme, link.netloc) == ("https", "clips.example.org")
+        behind = cast(S3Store, open_store(f"{url}/media/s3/", "access", "very-secret"))
+        assert urlsplit(behind.link("a b.png")).path == "/media/s3/rushes/a%20b.png", "the proxy's own path is kept"
+        for wrong in ("ftp://x", "https://", "https://x/?y=1", "https://me@x"):
+            with pytest.raises(ValueError, match="public address of the store"):
+                open_store(f"s3://rushes?endpoint=127.0.0.1:9000&public={quote(wrong, '')}", "access", "very-secret")
 
     @pytest.mark.parametrize(
         ("url", "complaint"),

@@ -13,11 +13,14 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 
+from flows.library.variants import BadVariant, Lora
 from flows.request.fields import parse_size
 from flows.request.files import BadUri, InFolder, InStore, digest_stream, locate, open_file, open_uri
 from flows.request.form import MAX_SEED, Defaults, PromptsFormat
+from flows.request.modes import BadSource
 from flows.request.read import BadLine, check_defaults, check_prompts, read_prompts
 from flows.request.recipe import Prompt, derived_seed, recipe
+from flows.request.sources import for_submitter
 from flows.request.unpack import BadFile
 from infra.store.folder import FolderStore
 
@@ -494,6 +497,20 @@ def test_a_uri_names_objects_of_the_store(tmp_path: Path, folder: Path) -> None:
         assert digest_stream(stream)[1] == 16
     with open_uri("sub/a.jsonl", folder=folder, store=store) as stream:
         assert stream.read() == b'{"prompt": "a"}\n'
+
+
+def test_an_address_says_what_is_allowed(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(BadUri, match=r"must be store:<key>, or a file below .*: nothing is fetched from the network"):
+        locate("https://example.com/a.png", folder, "image")
+    sources = for_submitter(None, lambda: FolderStore(tmp_path / "store"), folder, {})
+    for name in ("https://example.com/a.png", "s3://bucket/a.png", "file:///a.png"):
+        with pytest.raises(
+            BadSource, match="name a file beside the prompts, or store:KEY; nothing is fetched from the n"
+        ):
+            sources.find("image", name)
+    with pytest.raises(BadVariant, match="must be a safetensors file of this machine"):
+        Lora.parse("https://example.com/a.safetensors:0.8")
+    assert locate("store:my pictures/ä, 1.png", folder) == InStore("my pictures/ä, 1.png")
 
 
 def test_what_is_no_file_is_said_in_one_line(tmp_path: Path, folder: Path) -> None:
