@@ -30,6 +30,11 @@ def worker(
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     if limit or pool == "gpu":
         command += ["--limit", str(limit or settings.most_engines)]
+    if pool == "gpu":
+        from flows.render.watchdog import watch_beside
+
+        need(settings.database)
+        watch_beside(settings)
     raise typer.Exit(run_worker(command, settings.child_environment()))
 
 
