@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -179,6 +180,8 @@ class FakeRenderer:
                 checkpoint_every=checkpoint_every,
                 leave=leave,
             )
+        except RenderFailed:
+            raise
         except EngineError:
             self.running = False
             raise
@@ -189,13 +192,15 @@ class FakeRenderer:
             attempt = self.script.attempts[spec.prompt]
         step = 0
         if spec.resume_state is not None:
-            kept = json.loads(spec.resume_state)
-            if kept["of"] == self.fingerprint(spec):
-                step = int(kept["step"])
+            with suppress(ValueError):
+                kept = json.loads(spec.resume_state)
+                if kept["of"] == self.fingerprint(spec):
+                    step = int(kept["step"])
         return _Clip(spec, step, time.monotonic(), time.time(), attempt)
 
     def _step(self, clip: _Clip, together: int) -> RenderFailed | None:
         """One denoising step. Raises as ranks do that die, hang or run out of memory."""
+        self._wait(0.0)
         trouble = self.script.trouble.get(clip.spec.prompt)
         if self.script.broken is not None:
             trouble = Trouble(self.script.broken)
