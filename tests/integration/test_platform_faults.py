@@ -49,8 +49,8 @@ def test_a_poison_clip_is_quarantined_and_its_neighbours_are_done(
         assert "completed with gaps" in page.shown["summary"]
         status = page.shown["0-status"]
         assert page.descriptions["0-status"] == "3 of 4 clips, 1 failed."
-        cause = f"| 1 | {as_text(kind)} | {as_text(str(clips[0]['error']).splitlines()[0])} | `{clips[0]['clip_id']}` |"
-        assert cause in status and f"`rushes retry {outcome.request_id}`" in status
+        cause = f"| 1 | {as_text(kind)} | {as_text(str(clips[0]['error']).splitlines()[0])} | "
+        assert cause + f"[{clips[0]['clip_id']}](" in status and f"`rushes retry {outcome.request_id}`" in status
         if fault is not Fault.FAILS:
             assert platform.script.starts == 5, "one engine started its ranks again, each time"
         assert len({attempt["owner"] for attempt in platform.attempts(outcome.request_id)}) == 1
