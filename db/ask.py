@@ -244,7 +244,10 @@ cross join lateral (
 ) family""",
     parent=("ancestor.parent", "the clip that it came from"),
     child=("family.child", "the clip that was made; one that connects two clips has a row for each"),
-    kind=("family.kind::text", "how the last step used its source: image extend connect loop edit"),
+    kind=(
+        "family.kind::text",
+        "how the last step used its source: image extend connect loop edit; take: another take of it",
+    ),
     depth=("family.depth", "steps between the two: 1 is made from it directly"),
 )
 

@@ -102,6 +102,7 @@ _TAKE_OVER_EDGES = text(f"""
     insert into edges (child, parent, kind)
     select given.id, made_from.parent, made_from.kind::edge_kind
     from {_GIVEN.name} given cross join unnest(given.parents, given.kinds) made_from (parent, kind)
+    where exists (select from clips parent where parent.id = made_from.parent)
     on conflict do nothing""")
 
 

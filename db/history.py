@@ -82,11 +82,15 @@ def find_clips(
     status: ClipStatus | None = None,
     prompt: str | None = None,
     tags: Sequence[str] = (),
+    tenant: str | None = None,
+    model: str | None = None,
     since: timedelta | None = None,
     limit: int = 50,
 ) -> list[HistoryRow]:
     """The newest clips of a request (id or name), of a status, with `prompt` in their words, with all of `tags`, queued
     within `since`.
+
+    model: its name, or the beginning of its digest.
     """
     found = select(history).order_by(history.c.queued_at.desc(), history.c.index, history.c.sample).limit(limit)
     if request is not None:
@@ -98,9 +102,37 @@ def find_clips(
         found = found.where(or_(*(column.icontains(prompt, autoescape=True) for column in words)))
     if tags:
         found = found.where(history.c.tags.contains(list(tags)))
+    if tenant is not None:
+        found = found.where(history.c.tenant == tenant)
+    if model is not None:
+        found = found.where(or_(history.c.model == model, history.c.model_digest.startswith(model, autoescape=True)))
     if since is not None:
         found = found.where(history.c.queued_at >= func.now() - since)
     return list(rows_of(session, found))
+
+
+def find_by_id(session: Session, clip_id: str) -> HistoryRow | None:
+    """The clip of this id."""
+    return next(rows_of(session, select(history).where(history.c.clip_id == clip_id)), None)
+
+
+def find_by_custom_id(session: Session, custom_id: str, *, limit: int = 10) -> list[HistoryRow]:
+    """The clips whose submitter called them so, newest first."""
+    found = select(Clip.id).where(Clip.custom_id == custom_id).order_by(Clip.queued_at.desc(), Clip.sample)
+    return _newest_by_id(session, found.limit(limit))
+
+
+def find_by_digest(session: Session, digest: str, *, limit: int = 10) -> list[HistoryRow]:
+    """The clips whose file or recipe has this digest, or one that begins so: rendered ones first, then the newest."""
+    of_file = Clip.artifact.startswith(digest, autoescape=True)
+    found = select(Clip.id).where(or_(of_file, Clip.recipe.startswith(digest, autoescape=True)))
+    return _newest_by_id(session, found.order_by(Clip.reused, Clip.queued_at.desc()).limit(limit))
+
+
+def _newest_by_id(session: Session, chosen: Select[tuple[str]]) -> list[HistoryRow]:
+    ids = list(session.scalars(chosen))
+    rows = {row.clip_id: row for row in rows_of(session, select(history).where(history.c.clip_id.in_(ids)))}
+    return [rows[each] for each in ids if each in rows]
 
 
 def show_clip(session: Session, clip_id: str) -> ClipStory | None:
@@ -133,6 +165,40 @@ def rows_of(session: Session, wanted: Select[Any]) -> Iterator[HistoryRow]:
     with contextlib.closing(session.execute(wanted, execution_options={"yield_per": 500})) as rows:
         for row in rows:
             yield row_of(dict(zip(COLUMNS, row, strict=True)))
+
+
+STANDING = (  # columns of ask.requests
+    *("request_id", "name", "status", "done", "failed", "quarantined", "cancelled", "rejected", "clips_left", "total"),
+    *("clips_per_minute", "eta", "tenant", "priority", "model", "created_at", "finished_at"),
+)
+
+
+def standings(session: Session, *, limit: int) -> list[dict[str, Any]]:
+    """Where the latest requests stand, newest first: the columns STANDING of the view ask.requests."""
+    asked = text(f"select {', '.join(STANDING)} from ask.requests order by created_at desc, request_id limit :limit")
+    return [dict(row) for row in session.execute(asked, {"limit": limit}).mappings()]
+
+
+def pairs_that_differ(
+    session: Session, one: str, other: str, columns: Sequence[str], *, limit: int
+) -> list[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]:
+    """Clips of two requests that differ in one of these columns of history, or that one of them lacks.
+
+    Each as the name of its line, and the two rows. Clips are the same line's where custom_id, or else the prompt, and
+    sample are the same.
+    """
+    differ = " or ".join(f'a."{name}" is distinct from b."{name}"' for name in columns)
+    lines = """select h.*, coalesce(custom_id, prompt) as named,
+        row_number() over (partition by coalesce(custom_id, prompt), sample order by "index") as nth
+        from history h where request_id = """
+    asked = text(f"""
+        with a as ({lines} :one), b as ({lines} :other)
+        select coalesce(a.named, b.named) as named, to_jsonb(a) as a, to_jsonb(b) as b
+        from a full join b on a.named = b.named and a.sample = b.sample and a.nth = b.nth
+        where a.clip_id is null or b.clip_id is null or {differ}
+        order by coalesce(a."index", b."index"), coalesce(a.sample, b.sample), coalesce(a.nth, b.nth) limit :limit""")
+    rows = session.execute(asked, {"one": one, "other": other, "limit": limit})
+    return [(row.named, row.a, row.b) for row in rows]
 
 
 def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | None = None) -> Answer:

@@ -322,12 +322,6 @@ def request_by(session: Session, id_or_name: str) -> RequestRow | None:
     return None if found is None else _request_row(found)
 
 
-def latest_requests(session: Session, limit: int = 20) -> list[RequestRow]:
-    latest = select(Request).order_by(Request.created_at.desc(), Request.id).limit(limit)
-    found = session.scalars(latest, execution_options={"populate_existing": True})
-    return [_request_row(request) for request in found]
-
-
 def _request_row(request: Request) -> RequestRow:
     return RequestRow(**{f.name: getattr(request, f.name) for f in fields(RequestRow)})
 

@@ -107,6 +107,7 @@ class EdgeKind(StrEnum):
     CONNECT = "connect"
     LOOP = "loop"
     EDIT = "edit"
+    TAKE = "take"  # the child is another take of the parent, with something changed; no pixel of it was used
 
 
 class CaptionOrigin(StrEnum):

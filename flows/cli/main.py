@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from flows.cli import demo, operation, questions, requests, stack, training
+from flows.cli import clips, demo, operation, questions, requests, stack, training
 from flows.cli.app import TRAINING, app
 from flows.cli.models import models
 
-COMMANDS = (requests, stack, operation, questions, training, demo)  # each registers its own when it is imported
+COMMANDS = (requests, clips, stack, operation, questions, training, demo)  # each registers its own when it is imported
 
 app.add_typer(models, name="models", rich_help_panel=TRAINING)
 

@@ -69,6 +69,15 @@ class FormCommand(TyperCommand):
         return set(self.FIELDS or _form_names())
 
 
+class AgainCommand(FormCommand):
+    """Takes what another take of a clip may change."""
+
+    FIELDS = (
+        *("model", SIZE, "frames", "fps", "steps", "guidance", "solver", "shift", "step_cache", "negative_prompt"),
+        *("seed", "samples", "name", "priority"),
+    )
+
+
 class PlanCommand(FormCommand):
     """Takes what decides how long a clip takes."""
 

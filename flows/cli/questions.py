@@ -17,6 +17,7 @@ from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.operation import need
 
 MOST_PROBLEMS = 20  # lines about clips of which none can be rendered again
+CLIP = "Clip id, your own id, a digest, or a file."
 BRIEF = ["clip_id", "custom_id", "status", "prompt", "width", "height", "frames", "seconds", "attempts", "error"]
 
 
@@ -29,10 +30,15 @@ def history(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="With these words in the prompt.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="With this tag; given twice, with both.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Of this tenant.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Of this model, by its name or the beginning of its digest.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="Asked for within the last 30m, 12h, 7d …")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
     columns: Annotated[
-        str | None, typer.Option(help="Columns of the view `history`, by comma; `all` for all of them.")
+        str | None,
+        typer.Option(help="Columns of the view `history`, by comma; `all`, or `help` for what each means."),
     ] = None,
     format: Format = "table",
 ) -> None:
@@ -44,6 +50,10 @@ def history(
     from flows.clients.ledger import reading
     from flows.show import show_rows
 
+    if columns == "help":
+        meanings = [{"column": name, "means": column.means} for name, column in COLUMNS.items()]
+        show_rows(meanings, ["column", "means"], format)
+        return
     wanted = list(COLUMNS) if columns == "all" or (columns is None and format != "table") else BRIEF
     if columns is not None and columns != "all":
         wanted = [column.strip() for column in columns.split(",")]
@@ -52,7 +62,7 @@ def history(
                 import difflib
 
                 near = difflib.get_close_matches(column, COLUMNS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COLUMNS)}"
+                hint = f"did you mean {near[0]}?" if near else "`--columns help` lists them"
                 fail(f"--columns: no column {column!r} in history: {hint}", BAD_INPUT)
     with reading(current_settings()) as session:
         found = find_clips(
@@ -61,6 +71,8 @@ def history(
             status=ClipStatus(status) if status else None,
             prompt=prompt,
             tags=tag or (),
+            tenant=tenant,
+            model=model,
             since=within,
             limit=limit,
         )
@@ -79,19 +91,24 @@ def _duration(text: str) -> Any:
 
 
 @app.command(rich_help_panel=QUESTIONS)
-def show(clip: Annotated[str, typer.Argument(help="Clip id.")], format: Format = "table") -> None:
-    """Show everything about one clip: its settings, every attempt, where its bytes are, what it came from."""
+def show(clip: Annotated[str, typer.Argument(help=CLIP)], format: Format = "table") -> None:
+    """Show everything about one clip: its settings, every attempt, where its bytes are, what it came from.
+
+    The clip may be named by its id, your own id for it, a digest of its file
+    or recipe (8 digits do), or a file that it was exported to.
+    """
     from db.history import show_clip
+    from flows.cli.clips import address_of
+    from flows.cli.find import find_clip
     from flows.clients.ledger import reading
     from flows.show import show_one, show_rows
 
     settings = current_settings()
     with reading(settings) as session:
-        story = show_clip(session, clip)
-    if story is None:
-        fail(f"no clip {clip!r} in the ledger: `rushes history` lists those there are", BAD_INPUT)
+        story = show_clip(session, find_clip(session, clip).clip_id)
+    assert story is not None
     row = story.clip.columns()
-    row["link"] = settings.open_store().link(story.clip.object_key) if story.clip.object_key else None
+    row["link"] = address_of(settings, story.clip)
     attempts = [asdict(attempt) for attempt in story.attempts]
     parents = [{"clip": parent, "kind": kind} for parent, kind in story.parents]
     children = [{"clip": child, "kind": kind} for child, kind in story.children]
@@ -260,7 +277,8 @@ def reproduce(
     settings, format = current_settings(), "json" if as_json else format
     need(settings.database)
     from db.reproductions import done_clips
-    from flows.clients.ledger import find_request, ledger
+    from flows.cli.find import find_request
+    from flows.clients.ledger import ledger
     from flows.operate.reproduce import COLUMNS, display, plan, summary
     from flows.operate.reproduce import reproduce as render_again
     from flows.show import show_rows
@@ -268,7 +286,7 @@ def reproduce(
     with ledger(settings) as sessions:
         if request is not None:
             with sessions() as session:
-                asked = find_request(session, request)
+                asked = find_request(settings, session, request)
                 clips = done_clips(session, asked.id, sample)
             if not clips:
                 fail(f"{asked.id} has no clip that is done: there is nothing to compare with", BAD_INPUT)

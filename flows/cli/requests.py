@@ -170,12 +170,13 @@ def watch_request(settings: Settings, request: str, run_id: str | None) -> int:
 def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
     """Cancel a request: engines stop at their next denoising step; finished clips stay."""
     from db.requests import cancel_request
-    from flows.clients.ledger import find_request, ledger
+    from flows.cli.find import find_request
+    from flows.clients.ledger import ledger
     from flows.clients.prefect import PrefectApi
 
     settings = current_settings()
     with ledger(settings) as sessions, sessions.begin() as session:
-        row = find_request(session, request)
+        row = find_request(settings, session, request)
         count = cancel_request(session, row.id)
     if row.status != "open":
         typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
@@ -190,10 +191,12 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
 def pause(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
     """Hold a request: engines keep what is under way and render nothing more of it, until `rushes resume`."""
     from db.requests import pause_request
-    from flows.clients.ledger import find_request, ledger
+    from flows.cli.find import find_request
+    from flows.clients.ledger import ledger
 
-    with ledger(current_settings()) as sessions, sessions.begin() as session:
-        row = find_request(session, request)
+    settings = current_settings()
+    with ledger(settings) as sessions, sessions.begin() as session:
+        row = find_request(settings, session, request)
         paused = pause_request(session, row.id)
     if not paused:
         fail(f"{row.id} is {row.status.value.replace('_', ' ')}: there is nothing to pause")
@@ -207,7 +210,8 @@ def resume(
 ) -> None:
     """Let a paused request go on: its clips go on from the step they had come to, to the same bits."""
     from db.requests import resume_request
-    from flows.clients.ledger import find_request, ledger
+    from flows.cli.find import find_request
+    from flows.clients.ledger import ledger
     from flows.clients.prefect import PrefectApi
     from flows.request.submit import run_url, start_run
 
@@ -217,7 +221,7 @@ def resume(
         ledger(settings) as sessions,
     ):
         with sessions.begin() as session:
-            row = find_request(session, request)
+            row = find_request(settings, session, request)
             if not resume_request(session, row.id):
                 fail(f"{row.id} is {row.status.value.replace('_', ' ')}: there is nothing to resume (`rushes retry`?)")
         run = api.run(row.flow_run_id) if row.flow_run_id else None
@@ -243,7 +247,8 @@ def retry(
     """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew."""
     from db.requests import AGAIN, retry_request
     from db.tables import ClipStatus
-    from flows.clients.ledger import find_request, ledger
+    from flows.cli.find import find_request
+    from flows.clients.ledger import ledger
     from flows.clients.prefect import PrefectApi
     from flows.request.submit import run_url, start_run
 
@@ -253,7 +258,7 @@ def retry(
         ledger(settings) as sessions,
     ):
         with sessions() as session:
-            row = find_request(session, request)
+            row = find_request(settings, session, request)
         old = api.run(row.flow_run_id) if row.flow_run_id else None
         if old is None:
             fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
@@ -283,13 +288,14 @@ def export(
 
 
 def export_request(settings: Settings, request: str, folder: Path, *, quiet: bool = False) -> int:
-    from flows.clients.ledger import find_request, reading
+    from flows.cli.find import find_request
+    from flows.clients.ledger import reading
     from flows.operate.export import export as copy
     from flows.operate.export import export_sheet
 
     store = settings.open_store()
     with reading(settings) as session:
-        row = find_request(session, request)
+        row = find_request(settings, session, request)
         done = copy(session, store, row.id, folder)
         sheet = export_sheet(store, row.sheet_key, folder)
     for problem in done.broken:
@@ -328,14 +334,23 @@ def rewrite(
 def requests_(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20, format: Format = "table"
 ) -> None:
-    """List the latest requests."""
-    from db.requests import latest_requests
+    """List the latest requests: what is done, failed and left, how fast it goes, when it will be done."""
+    from db.history import STANDING, standings
     from flows.clients.ledger import reading
     from flows.show import show_rows
 
     with reading(current_settings()) as session:
-        rows = [{**asdict(row), "request": row.id} for row in latest_requests(session, limit)]
-    columns = ["request", "name", "status", "total", "tenant", "priority", "model", "created_at", "finished_at"]
+        rows = standings(session, limit=limit)
+    for row in rows:
+        row["request"], row["left"] = row.pop("request_id"), row.pop("clips_left")
+        if format == "table":  # for people: what ended badly in one number, a rate as one reads it
+            row["failed"] += row["quarantined"] + row["rejected"]
+            row["rate"] = None if row["clips_per_minute"] is None else f"{row['clips_per_minute']:.3g}/min"
+    if format == "table":
+        columns = ["request", "name", "status", "done", "failed", "left", "total", "rate", "eta"]
+        columns += ["tenant", "priority", "model", "created_at"]
+    else:
+        columns = ["request", *(name for name in STANDING if name not in ("request_id", "clips_left")), "left"]
     show_rows(rows, columns, format)
 
 

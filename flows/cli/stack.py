@@ -80,6 +80,19 @@ def _take_up(settings: Settings, stack: Stack) -> None:
 
 
 @app.command(rich_help_panel=STACK)
+def env() -> None:
+    """Print what a shell needs so that Prefect's own commands find the stack: eval "$(rushes env)"."""
+    import shlex
+
+    settings = current_settings()
+    exports = {"RUSHES_HOME": str(settings.home), "PREFECT_API_URL": settings.prefect_api}
+    if settings.prefect_password:
+        exports["PREFECT_API_AUTH_STRING"] = settings.prefect_password
+    for name, value in exports.items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+@app.command(rich_help_panel=STACK)
 def down() -> None:
     """Stop the local stack. Nothing is left running; what was rendered stays."""
     from infra.stack.down import down as end_stack

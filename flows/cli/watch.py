@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from db.requests import Progress, progress, request_by
-from db.tables import UNENDED, RequestStatus
+from sqlalchemy.orm import Session
+
+from db.requests import Progress, RequestNotFound, progress, request_by
+from db.tables import UNENDED, ClipStatus, RequestStatus
+from flows.cli.find import held_up, run_for
 from flows.clients.ledger import ledger
 from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run
 from flows.settings import Settings
 from flows.show import printable, terminal_bars
 
 POLL = 0.5  # seconds between two looks at the ledger
+ASK_WHY = 5.0  # seconds between two looks at what keeps runs from beginning
 ASK_PREFECT = 2.0  # seconds between two looks at the flow run
 WAIT_PREFECT = 10.0  # seconds that a busy server is asked again for it
 LINE_EVERY = 5.0  # seconds between two lines where there is no terminal to draw on
@@ -37,23 +41,27 @@ class Ended:
 def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> Ended:
     """Shows progress until the request `name` (id, name or flow run) and its flow run have ended.
 
-    A request that is not in the ledger yet is waited for, if `flow_run_id` says who will open it. Raises
-    RequestNotFound for one that will never be opened, NotRunning.
+    A request that is not in the ledger yet is waited for: `flow_run_id` says who will open it, else Prefect is asked.
+    Raises RequestNotFound for one that nobody will open, NotRunning.
     """
-    from flows.clients.ledger import find_request
-
     with ledger(settings) as open_session, _prefect(settings) as api, _display() as display:
         run: Run | None = None
+        held: str | None = None
         asked, began = -ASK_PREFECT, time.monotonic()
+        looked = began  # for what is in the way
         while True:
             with open_session() as session:
-                row = request_by(session, name) if flow_run_id else find_request(session, name)
+                row = request_by(session, name)
+                if row is None and flow_run_id is None:
+                    flow_run_id = _opener(session, api, name)
                 now = progress(session, row.id) if row else None
             run_id = flow_run_id or (row.flow_run_id if row else None)
             if api and run_id and time.monotonic() - asked >= ASK_PREFECT:
                 asked, run = time.monotonic(), api.run(run_id)
             over = row is not None and row.status not in UNENDED
-            display.show(now, _waiting_for(run, time.monotonic() - began))
+            if api and time.monotonic() - looked >= ASK_WHY:
+                looked, held = time.monotonic(), api.held_up(_pool_of(run, now))
+            display.show(now, _waiting_for(run, time.monotonic() - began), held)
             # A request may have ended in an earlier run; then this one has still to look at it.
             if over and (flow_run_id is None or run is None or run.final):
                 assert row is not None
@@ -68,13 +76,31 @@ def watch(settings: Settings, name: str, *, flow_run_id: str | None = None) -> E
             time.sleep(POLL)
 
 
+def _opener(session: Session, api: _Patient | None, name: str) -> str:
+    """The flow run that will open the request of this name. Raises RequestNotFound."""
+    run = api.run_for(name) if api else None
+    if run is None:
+        if (row := request_by(session, name)) is not None and row.flow_run_id:  # opened just now
+            return row.flow_run_id
+        raise RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
+    return run.id
+
+
+def _pool_of(run: Run | None, now: Progress | None) -> str | None:
+    """The work pool in which a flow run is waited for now; None where none is."""
+    if run is not None and run.state in ("SCHEDULED", "PENDING"):
+        return "control"
+    waits = now is not None and now.total is not None and now.waiting and not now.counts[ClipStatus.RUNNING]
+    return "gpu" if waits else None
+
+
 @contextmanager
-def _prefect(settings: Settings) -> Generator[PrefectApi | None]:
+def _prefect(settings: Settings) -> Generator[_Patient | None]:
     if settings.prefect_api_url is None:
         yield None
         return
     with PrefectApi(settings.prefect_api_url, settings.prefect_password, patience=WAIT_PREFECT) as api:
-        yield _Patient(api)  # type: ignore[misc]
+        yield _Patient(api)
 
 
 class _Patient:
@@ -88,6 +114,15 @@ class _Patient:
             return self._api.run(run_id)
         except PrefectUnavailable:
             return None
+
+    def run_for(self, name: str) -> Run | None:
+        try:
+            return run_for(self._api, name)
+        except PrefectUnavailable:
+            return None
+
+    def held_up(self, pool: str | None) -> str | None:
+        return held_up(self._api, pool) if pool else None
 
 
 def _waiting_for(run: Run | None, seconds: float) -> str:
@@ -122,7 +157,7 @@ def _summary(now: Progress | None) -> str:
 
 
 class _Display(Protocol):
-    def show(self, now: Progress | None, waiting_for: str) -> None: ...
+    def show(self, now: Progress | None, waiting_for: str, held: str | None) -> None: ...
 
 
 @contextmanager
@@ -136,13 +171,13 @@ class _Bar:
         self._bars = bars
         self._task = bars.add_task("request", total=None, left="", counts="")
 
-    def show(self, now: Progress | None, waiting_for: str) -> None:
+    def show(self, now: Progress | None, waiting_for: str, held: str | None) -> None:
         if now is None or now.total is None:
-            self._bars.update(self._task, description=waiting_for, counts=_counts(now) if now else "")
+            self._bars.update(self._task, description=held or waiting_for, counts=_counts(now) if now else "")
             return
         seconds = eta(now)
-        held = not now.waiting or now.status is RequestStatus.PAUSED
-        left = "" if held else f"about {clock(seconds)} left" if seconds else "engines are starting"
+        idle = not now.waiting or now.status is RequestStatus.PAUSED
+        left = "" if idle else held or (f"about {clock(seconds)} left" if seconds else "engines are starting")
         self._bars.update(
             self._task,
             description=now.request_id,
@@ -158,8 +193,9 @@ class _Lines:
         self._said = ""
         self._when = -LINE_EVERY
 
-    def show(self, now: Progress | None, waiting_for: str) -> None:
+    def show(self, now: Progress | None, waiting_for: str, held: str | None) -> None:
         line = f"{now.request_id}: {_counts(now)}" if now and now.total is not None else waiting_for
+        line = f"{line}: {held}" if held else line
         if line != self._said and time.monotonic() - self._when >= LINE_EVERY:
             self._said, self._when = line, time.monotonic()
             print(line, file=sys.stderr, flush=True)

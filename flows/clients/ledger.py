@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from db.requests import RequestNotFound, RequestRow, request_by
 from db.roles import make_reader
 from db.session import connect, sessions, upgrade
 from flows.clients.retry import OUTAGE_SECONDS, never, with_retry
@@ -92,11 +91,3 @@ def reading(settings: Settings) -> Generator[Session]:
     """Open one session, for reading only. Raises NotRunning."""
     with ledger(settings) as open_session, open_session() as session:
         yield session
-
-
-def find_request(session: Session, name: str) -> RequestRow:
-    """Find a request by its id, name or flow run. Raises RequestNotFound."""
-    row = request_by(session, name)
-    if row is None:
-        raise RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
-    return row

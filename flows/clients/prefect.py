@@ -133,9 +133,27 @@ class PrefectApi:
 
     def tagged(self, tag: str, limit: int = 20) -> list[Run]:
         """The flow runs with this tag, newest first."""
-        wanted = {"flow_runs": {"tags": {"all_": [tag]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
+        return self._runs({"tags": {"all_": [tag]}}, limit)
+
+    def named(self, name: str, limit: int = 20) -> list[Run]:
+        """The flow runs of this name, newest first."""
+        return self._runs({"name": {"any_": [name]}}, limit)
+
+    def _runs(self, which: Mapping[str, Any], limit: int) -> list[Run]:
+        wanted = {"flow_runs": which, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
         answer = self._answer("POST", "/flow_runs/filter", wanted)
         return [_run(each, date_of(answer.headers)) for each in answer.json()]
+
+    def pool(self, name: str) -> dict[str, Any] | None:
+        """A work pool as Prefect describes it; None where there is none."""
+        try:
+            return self._call("GET", f"/work_pools/{name}", missing="gone")
+        except LookupError:
+            return None
+
+    def queues(self, pool: str) -> list[dict[str, Any]]:
+        """The work queues of a pool, as Prefect describes them."""
+        return list(self._answer("POST", f"/work_pools/{pool}/queues/filter", {}).json())
 
     def run(self, run_id: str) -> Run | None:
         """The flow run, or None if the server no longer has it."""

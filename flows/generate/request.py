@@ -283,9 +283,9 @@ def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None 
             end_source=made.end_source and made.end_source.sha256,
             direction=None if made.direction is None else ClipDirection(made.direction),
             made_frames=made.made_frames,
-            parents=parents_of(made),
             tags=labels.tags,
             metadata=labels.metadata,
+            parents=parents_of(made, line.take_of),
         )
 
 
@@ -300,10 +300,11 @@ KIND = {
 }
 
 
-def parents_of(made: Conditions) -> tuple[tuple[str, EdgeKind], ...]:
-    """The clips of history that a clip is made from, and how."""
+def parents_of(made: Conditions, take_of: str | None) -> tuple[tuple[str, EdgeKind], ...]:
+    """The clips of history that a clip is made from or is another take of, and how."""
     named = dict.fromkeys(each.clip_id for each in (made.source, made.end_source) if each and each.clip_id)
-    return tuple((parent, KIND[made.mode]) for parent in named)
+    takes = ((take_of, EdgeKind.TAKE),) if take_of else ()
+    return (*((parent, KIND[made.mode]) for parent in named), *takes)
 
 
 def reuse_cached(ledgers: sessionmaker[Session], request_id: str) -> Progress:

@@ -82,7 +82,7 @@ _LIMITS = {
     if name in SETTINGS and (limits := limits_of(field)).kind in (int, float)
 }
 _STRENGTH = limits_of(PromptLine.model_fields["strength"])
-KNOWN = frozenset((*SETTINGS, *CONDITIONS, "prompt", "custom_id", "size", "tags", "metadata"))
+KNOWN = frozenset((*SETTINGS, *CONDITIONS, "prompt", "custom_id", "take_of", "size", "tags", "metadata"))
 _SOLVERS = tuple(solver.value for solver in Solver)
 
 

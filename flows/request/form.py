@@ -248,6 +248,11 @@ class PromptLine(ClipOptions):
         default=None, title="Your own id", description="Unique in the request; names the exported clip"
     )
     negative_prompt: str | None = Field(default=None, title="Negative prompt")
+    take_of: str | None = Field(
+        default=None,
+        title="Take of",
+        description="The clip of history that this is another take of: kept as its parent",
+    )
     seed: Seed | None = Field(default=None, description="Used as it is; sample k of this prompt uses seed + k")
     tags: Tags | None = Field(default=None, title="Tags", description="Beside those of the request")
     metadata: dict[str, Any] | None = Field(

@@ -192,11 +192,12 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int],
     given = record.given or JSON
     values = {key: value for key, value in record.values.items() if value is not None}
     faults = list(record.faults)
-    prompt, custom_id, settings, named, labels = "", None, {}, {}, NO_LABELS
+    prompt, custom_id, take_of, settings, named, labels = "", None, None, {}, {}, NO_LABELS
     if not faults or values:
         prompt = text_of(values, "prompt", MAX_PROMPT, faults, needed=True) or ""
         custom_id = text_of(values, "custom_id", MAX_ID, faults)
         labels = labels_of(values, faults)
+        take_of = text_of(values, "take_of", MAX_ID, faults)
         named, more = conditions_of(values, defaults, given)
         faults += more
         settings, more = settings_of(values, defaults, given, any_length=mode_of(named) in STITCHED)
@@ -231,6 +232,7 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int],
         prompt=prompt,
         custom_id=custom_id,
         labels=labels,
+        take_of=take_of,
         conditions=conditions,
         shapes=shapes,
         **decided,

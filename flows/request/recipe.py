@@ -24,6 +24,7 @@ class Prompt(LineSettings):
     prompt: str
     custom_id: str | None
     labels: Labels = NO_LABELS  # its own, which no recipe knows
+    take_of: str | None = None  # the clip that it is another take of; it decides no pixel
     conditions: Conditions = PLAIN
     shapes: tuple[str, ...] = ()  # WIDTHxHEIGHTxFRAMES of what the model makes at once
 

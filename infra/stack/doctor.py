@@ -20,7 +20,7 @@ from infra.stack.databases import LEDGER
 from infra.stack.deploy import read_deployments
 from infra.stack.home import DEPLOYMENTS, HEARTBEAT_SECONDS, POOLS, POSTGRES, SERVER, WEB, T
 from infra.stack.postgres import connect, running_postgres
-from infra.stack.prefect import Api, api_of
+from infra.stack.prefect import Api, api_of, reason_to_wait
 from infra.stack.processes import Member, part_of, process_family
 
 
@@ -164,10 +164,9 @@ def _see_shared_memory() -> str:
 
 def _describe_pool(api: Api, pool: str) -> str:
     row = api.get(f"/work_pools/{pool}")
-    if row is None:
-        raise RuntimeError(f"{pool} is missing")
-    if row["is_paused"]:
-        raise RuntimeError(f"{pool} is paused")
+    if wrong := reason_to_wait(row, api.queues(pool) if row else ()):
+        raise RuntimeError(wrong)
+    assert row is not None
     return f"{pool} (limit {row['concurrency_limit']})"
 
 

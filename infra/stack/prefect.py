@@ -96,6 +96,28 @@ def settle_runs(api: Api, pool: str, runs: Iterable[Mapping[str, Any]]) -> None:
             api.set_state(run["id"], "CRASHED", "Crashed", "The stack ended.")
 
 
+def reason_to_wait(pool: Mapping[str, Any] | None, queues: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why no run of a work pool begins, by what Prefect says of it and its queues; None where nothing is in the way.
+
+    pool: None where there is none. A queue counts that our deployments use, the pool's own.
+    """
+    if pool is None:
+        return "its work pool is missing: `rushes deploy` makes it"
+    name = pool["name"]
+    if pool["is_paused"]:
+        return f"the work pool {name} is paused: resume it in the Prefect UI, or `prefect work-pool resume {name}`"
+    if pool.get("concurrency_limit") == 0:
+        return f"the work pool {name} may run 0 flow runs at once: raise its limit, or `rushes deploy` sets ours again"
+    for queue in queues:
+        if queue["id"] != pool.get("default_queue_id"):
+            continue
+        if queue["is_paused"]:
+            return f"the queue {queue['name']} of the work pool {name} is paused: resume it in the Prefect UI"
+        if queue.get("concurrency_limit") == 0:
+            return f"the queue {queue['name']} of the work pool {name} may run 0 flow runs at once: raise its limit"
+    return None
+
+
 class Api:
     """The Prefect server's REST interface, as far as the stack needs it."""
 
@@ -130,6 +152,10 @@ class Api:
 
     def workers(self, pool: str) -> list[dict[str, Any]]:
         answer = self._call("POST", f"/work_pools/{pool}/workers/filter", {})
+        return [] if answer.status_code == 404 else list(self._content(answer))
+
+    def queues(self, pool: str) -> list[dict[str, Any]]:
+        answer = self._call("POST", f"/work_pools/{pool}/queues/filter", {})
         return [] if answer.status_code == 404 else list(self._content(answer))
 
     def has_worker(self, pool: str, name: str, since: datetime) -> bool:

@@ -61,6 +61,23 @@ def pixels_in(data: bytes) -> int:
         return file.pixels
 
 
+def read_tags(path: Path) -> dict[str, str]:
+    """The texts that a file has beside its pixels, as those that Rushes writes into its own; {} where it has none."""
+    import av
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()  # texts may stand behind the pixels
+            return {str(key): str(value) for key, value in picture.info.items()}
+    except (OSError, ValueError, SyntaxError):
+        pass
+    try:
+        with av.open(str(path), "r") as container:
+            return dict(container.metadata)
+    except (av.FFmpegError, OSError, ValueError):
+        return {}
+
+
 def read_frames(data: bytes, *, width: int, height: int, fps: float, most: int, ground: Ground = BLACK) -> Frames:
     """The first frames, at most `most`, at the size and rate of a clip: [T, height, width, 3]. Raises BadMedia.
 

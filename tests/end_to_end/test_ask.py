@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.end_to_end.stack import Stack, decode, finished
@@ -47,7 +48,8 @@ def test_show(stack: Stack, runs: dict[str, str]) -> None:
     clip = stack.clips(stack.request_of(runs["form"]))[0]
     (row,) = listed(stack, "show", clip["clip_id"])
     assert (row["prompt"], row["seed"], row["sha256"]) == (clip["prompt"], clip["seed"], clip["sha256"])
-    assert row["link"] == stack.blob(clip["object_key"]).as_uri()
+    assert row["link"] == f"{stack.info()['web_url']}/clips/{clip['clip_id']}.mp4"
+    assert httpx.get(row["link"], trust_env=False).content == stack.blob(clip["object_key"]).read_bytes()
     assert [attempt["status"] for attempt in row["tries"]] == ["done"]
     stack.rushes("show", "req_nowhere-000000-0", code=2)
 

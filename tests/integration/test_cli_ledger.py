@@ -8,10 +8,16 @@ import io
 import json
 import os
 import time
+import uuid
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
@@ -20,9 +26,11 @@ from db.artifacts import NewArtifact
 from db.claim import claim_shard
 from db.leases import complete_shard, fail_clip, record_clip, start_clip
 from db.planning import reuse_renders
-from db.requests import finish_request
+from db.requests import finish_request, request_id
+from db.view import COLUMNS
 from flows.cli.main import app
 from infra.store.folder import FolderStore
+from model.media.encode import encode_png
 from tests.factories import ENGINE, MODEL, new_clip, opened, planned
 
 # One with a custom_id, two samples, an id that is no file name, two ids that would be one file, one failed, one bad.
@@ -119,7 +127,10 @@ def test_history_lists_what_was_asked_for(made: Made) -> None:
 def test_requests_are_listed(made: Made) -> None:
     (row,) = listed("requests")
     assert (row["request"], row["name"], row["status"]) == (made.request, "dailies", "completed_with_gaps")
-    assert row["total"] == len(CLIPS)
+    assert (row["total"], row["done"], row["failed"], row["rejected"], row["left"]) == (len(CLIPS), 6, 1, 1, 0)
+    assert isinstance(row["clips_per_minute"], float) and row["eta"] is None
+    table = rushes("requests")
+    assert all(head in table for head in ("done", "failed", "left", "rate", "eta")) and "/min" in table
 
 
 def test_show_tells_everything_of_a_clip(made: Made) -> None:
@@ -131,6 +142,65 @@ def test_show_tells_everything_of_a_clip(made: Made) -> None:
     assert "the model cannot" in rushes("show", made.clip(FAILED))
     error = rushes("show", "req_000000000000-000000-0", code=2)
     assert error.startswith("rushes: no clip 'req_000000000000-000000-0' in the ledger")
+
+
+def test_a_clip_is_found_by_what_is_at_hand(made: Made, tmp_path: Path) -> None:
+    """By its id, the submitter's id, digests and their beginnings, a file of its bytes, a changed file's tags."""
+    clip = listed("history", "--columns", "all", "--request", made.request)[0]
+    copy, changed = tmp_path / "copy.mp4", tmp_path / "changed.png"
+    copy.write_bytes(made.bytes_of(clip["clip_id"]))
+    changed.write_bytes(encode_png(np.zeros((16, 16, 3), np.uint8), {"clip_id": clip["clip_id"]}))
+    names = [clip["clip_id"], "opening", clip["sha256"], clip["sha256"][:8], clip["recipe"], str(copy), str(changed)]
+    for name in names:
+        assert json.loads(rushes("show", name, "--format", "json"))["clip_id"] == clip["clip_id"], name
+        assert rushes("open", name).strip().endswith(clip["sha256"])
+    assert json.loads(rushes("show", "pair", "--format", "json"))["custom_id"] == "pair", "one of several"
+    (tmp_path / "strange.mp4").write_bytes(b"nothing of ours")
+    for strange in (str(tmp_path / "strange.mp4"), "0" * 64, "nobody", "' or true --", ""):
+        assert "no clip" in rushes("show", strange, code=2)
+    assert "failed: the model cannot: there is nothing to play" in rushes("open", made.clip(FAILED), code=1)
+
+
+def test_a_clip_opens_at_the_service_where_there_is_one(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_WEB_URL", "http://127.0.0.1:8400")
+    assert rushes("open", "opening").strip() == f"http://127.0.0.1:8400/clips/{made.clip(0)}.mp4"
+
+
+def test_history_is_narrowed_and_explains_its_columns(made: Made) -> None:
+    row = listed("history", "--limit", "1")[0]
+    assert len(listed("history", "--tenant", row["tenant"], "--model", row["model"])) == len(CLIPS)
+    assert len(listed("history", "--model", MODEL[:10])) == len(CLIPS)
+    assert listed("history", "--tenant", "nobody") == listed("history", "--model", "nothing") == []
+    meanings = {row["column"]: row["means"] for row in listed("history", "--columns", "help")}
+    assert list(meanings) == list(COLUMNS) and all(meanings.values())
+    assert "did you mean clip_id" in rushes("history", "--columns", "clipid", code=2)
+
+
+def test_a_trace_adds_up(made: Made) -> None:
+    rows = listed("trace", "opening")
+    assert [row["span"] for row in rows] == ["waiting", "denoise"] and rows[1]["seconds"] == 2.0
+    assert rows[0]["start"] == 0 and rows[1]["start"] == pytest.approx(rows[0]["seconds"])
+    lines = rushes("trace", "opening").splitlines()
+    assert lines[0].startswith(f"{made.clip(0)} done after ") and "attempt 1 done" in lines[2 - 1]
+    assert "█" in lines[-1] and "2.000 s" in lines[-1]
+    assert "attempt 1 failed" in rushes("trace", made.clip(FAILED)) and "the model cannot" in rushes(
+        "trace", made.clip(FAILED)
+    )
+
+
+def test_requests_are_compared_clip_by_clip(made: Made) -> None:
+    with made.ledger.begin() as session:
+        others = [*CLIPS[:6], new_clip(6, prompt="a cube [bold]falls[/bold]", seed=99), new_clip(9, prompt="alone")]
+        other = opened(session, others, key="other")
+    assert "nothing differs" in rushes("diff", made.request, "dailies")
+    done = CliRunner().invoke(app, ["diff", made.request, other, "-f", "json"], prog_name="rushes")
+    assert done.exit_code == 1
+    differ = {row["line"]: row for row in json.loads(done.stdout)}
+    assert "seed 35 → 99" in differ["a cube [bold]falls[/bold]"]["differs"]
+    assert differ["alone"]["differs"] == "only in the second" and differ["alone"][made.request] is None
+    assert differ["bad"]["differs"] == "only in the first"
+    assert "status done → queued" in differ["opening"]["differs"]
+    assert "2 clips differ" in rushes("diff", made.request, other, "--limit", "2", code=1)
 
 
 def test_what_cannot_be_reproduced_is_told_before_anything_is_loaded(made: Made) -> None:
@@ -289,6 +359,84 @@ def test_an_unknown_request_is_bad_input(made: Made, command: list[str], tmp_pat
         rushes(*arguments, code=2).strip()
         == "rushes: no request 'nobody' in the ledger: `rushes history` lists those there are"
     )
+
+
+class Prefect(ThreadingHTTPServer):
+    """Answers as Prefect does about one flow run, tagged with the request that it is to open."""
+
+    daemon_threads = True
+
+    def __init__(self, request: str) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.request = request
+        self.asked = Event()
+        self.run = {"id": str(uuid.uuid4()), "name": "tomorrow", "state_type": "SCHEDULED", "state_name": "Scheduled"}
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Prefect  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        self.say(self.server.run)
+        self.server.asked.set()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["flow_runs"]
+        known = asked in (
+            {"tags": {"all_": [f"request:{self.server.request}"]}},
+            {"name": {"any_": [self.server.run["name"]]}},
+        )
+        self.say([self.server.run] if known else [])
+        self.server.asked.set()
+
+    def say(self, body: Any) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def tomorrow(monkeypatch: pytest.MonkeyPatch) -> Generator[Prefect]:
+    """A request that was submitted and that its flow run has yet to open."""
+    with Prefect(request_id("tomorrow")) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever, 0.02)
+        monkeypatch.setenv("RUSHES_PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}/api")
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("named", ["request", "name", "run"])
+def test_a_request_is_known_as_soon_as_it_is_submitted(
+    made: Made, tomorrow: Prefect, named: str, tmp_path: Path
+) -> None:
+    name = {"request": tomorrow.request, "name": "tomorrow", "run": tomorrow.run["id"]}[named]
+
+    def open_it() -> None:
+        assert tomorrow.asked.wait(60)
+        with made.ledger.begin() as session:
+            opened(session, [new_clip(30)], key="tomorrow", name="tomorrow", flow_run_id=tomorrow.run["id"])
+
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(open_it)
+        done = CliRunner().invoke(app, ["export", name, str(tmp_path / "x")], prog_name="rushes")
+        opening.result()
+    assert done.exit_code == 0 and "0 clips copied" in done.stdout, done.output
+    assert f"rushes: {name} is not opened yet: waiting for its flow run tomorrow" in done.stderr
+
+
+def test_a_request_whose_run_was_refused_says_why(made: Made, tomorrow: Prefect) -> None:
+    ended = {"state_type": "FAILED", "state_name": "BadInput", "state": {"message": "1 error: nothing was submitted"}}
+    tomorrow.run |= ended  # type: ignore[arg-type]
+    said = rushes("cancel", tomorrow.request, code=2)
+    assert "its flow run tomorrow ended as BadInput: 1 error: nothing was submitted" in said
+    assert "no request 'nobody' in the ledger" in rushes("cancel", "nobody", code=2)
 
 
 def test_a_ledger_without_tables_says_how_to_make_them(

@@ -24,7 +24,7 @@ from db.artifacts import add_artifacts, artifacts, known_keys
 from db.claim import claim_shard, others_wait
 from db.clips import NewClip, add_clips, clip_by
 from db.engines import close_engine, closed_engines, engine_heartbeat, live_engines, register_engine, silent_engines
-from db.history import clips_of, show_clip
+from db.history import clips_of, show_clip, standings
 from db.leases import complete_shard, fail_clip, record_clip, renew, start_clip
 from db.models import record_scores, register_model
 from db.planning import reuse_renders, shard_table, unbind_shards, unplanned
@@ -33,7 +33,6 @@ from db.requests import (
     RequestNotReady,
     cancel_request,
     finish_request,
-    latest_requests,
     open_request,
     progress,
     request_by,
@@ -541,8 +540,8 @@ def test_requests_are_found_by_id_name_and_flow_run(ledger: Ledger) -> None:
         second = opened(session, [new_clip(0)], key="b", name="night shoot", flow_run_id="run-b")
         found = [request_by(session, asked) for asked in (first, "night shoot", "run-a", "nothing")]
         assert [row.id if row else None for row in found] == [first, second, first, None]
-        assert [row.id for row in latest_requests(session, 5)] == [second, first]
-        assert [row.id for row in latest_requests(session, 1)] == [second]
+        assert [row["request_id"] for row in standings(session, limit=5)] == [second, first]
+        assert [row["request_id"] for row in standings(session, limit=1)] == [second]
 
 
 def test_engines_come_go_and_fall_silent(ledger: Ledger) -> None:

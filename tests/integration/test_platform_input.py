@@ -6,11 +6,14 @@ import hashlib
 import json
 import re
 from html import unescape
+from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
+from db.history import show_clip
 from db.tenants import set_tenant
+from flows.cli.clips import line_of
 from flows.generate.outcome import Ending
 from flows.show import printable
 from tests.platform import Platform
@@ -65,6 +68,42 @@ def test_pasted_prompts_are_a_file_of_their_own(platform: Platform) -> None:
     (row,) = platform.sql("select source, name from requests where id = :id", id=outcome.request_id)
     key = row["source"].removeprefix("store:")
     assert row["name"] == "pasted" and platform.store.get(key) == b"a red ball\n\na blue cone\n"
+
+
+def test_another_take_differs_in_what_was_changed_and_knows_its_parent(platform: Platform) -> None:
+    def asked_again(clip_id: str) -> dict[str, Any]:
+        with platform.sessions() as session:
+            story = show_clip(session, clip_id)
+        assert story is not None
+        return line_of(platform.settings, story)
+
+    with platform.engines():
+        first, _ = platform.make([{"prompt": "a red ball", "negative_prompt": "blue", "seed": 3, "guidance": 2.0}])
+        (clip,) = platform.clips(first.request_id)
+        extended, _ = platform.make([{"prompt": "b", "mode": "extend", "clip": clip["clip_id"], "frames": 9}])
+        (longer,) = platform.clips(extended.request_id)
+        line = asked_again(clip["clip_id"])
+        other, _ = platform.make([line | {"seed": 4}, line | {"prompt": "a blue ball"}, line])
+        takes = platform.clips(other.request_id)
+        once_more, _ = platform.make([asked_again(longer["clip_id"]) | {"seed": 9}])
+        (longer_take,) = platform.clips(once_more.request_id)
+    assert [take["status"] for take in (*takes, longer_take)] == ["done"] * 4
+    assert [(take["prompt"], take["seed"], take["guidance"], take["negative_prompt"]) for take in takes] == [
+        ("a red ball", 4, 2.0, "blue"),
+        ("a blue ball", 3, 2.0, "blue"),
+        ("a red ball", 3, 2.0, "blue"),
+    ]
+    assert takes[2]["reused"] and takes[2]["recipe"] == clip["recipe"], "being a take decides no pixel"
+    assert longer_take["parents"] == [clip["clip_id"], longer["clip_id"]]
+    family = platform.sql("select child, kind from ask.lineage where parent = :id and depth = 1", id=clip["clip_id"])
+    assert {row["child"]: row["kind"] for row in family} == {
+        **{take["clip_id"]: "take" for take in takes},
+        longer["clip_id"]: "extend",
+        longer_take["clip_id"]: "extend",
+    }
+    with platform.engines():
+        stray, _ = platform.make([{"prompt": "c", "take_of": "req_000000000000-000000-0"}])
+    assert stray.ending is Ending.COMPLETED, "of a clip that is not there it is a clip without a parent"
 
 
 def test_a_clip_for_every_prompt_and_sample(platform: Platform) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from flows.clients import prefect as prefect_api
 from flows.clients.prefect import PrefectApi, PrefectRefused, PrefectUnavailable
+from infra.stack.prefect import reason_to_wait
 
 RUN = {"id": "a-run", "name": "keen-otter", "state_type": "SCHEDULED", "state_name": "Scheduled"}
 
@@ -132,3 +133,25 @@ def test_a_server_that_is_not_there_is_not_waited_for() -> None:
     with PrefectApi(f"http://127.0.0.1:{port}/api") as api, pytest.raises(PrefectUnavailable, match="rushes up"):
         api.tagged("any")
     assert time.monotonic() - began < 120
+
+
+POOL = {"name": "gpu", "is_paused": False, "concurrency_limit": 1, "default_queue_id": "q"}
+QUEUE = {"id": "q", "name": "default", "is_paused": False, "concurrency_limit": None}
+
+
+@pytest.mark.parametrize(
+    ("pool", "queue", "said"),
+    [
+        ({}, {}, None),
+        ({"concurrency_limit": None}, {"concurrency_limit": 3}, None),
+        ({"is_paused": True}, {}, "the work pool gpu is paused"),
+        ({"concurrency_limit": 0}, {}, "the work pool gpu may run 0 flow runs"),
+        ({}, {"is_paused": True}, "the queue default of the work pool gpu is paused"),
+        ({}, {"concurrency_limit": 0}, "the queue default of the work pool gpu may run 0 flow runs"),
+        ({}, {"id": "of others", "is_paused": True}, None),
+        (None, {}, "its work pool is missing"),
+    ],
+)
+def test_why_no_run_begins(pool: dict[str, Any] | None, queue: dict[str, Any], said: str | None) -> None:
+    found = reason_to_wait(None if pool is None else POOL | pool, [QUEUE | queue])
+    assert found is None if said is None else (found or "").startswith(said)

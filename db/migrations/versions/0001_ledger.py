@@ -46,7 +46,7 @@ ENUMS = (
        ('queued', 'running', 'done', 'failed', 'quarantined', 'cancelled', 'rejected')""",
     "create type shard_status as enum ('queued', 'leased', 'done', 'cancelled')",
     "create type attempt_status as enum ('running', 'done', 'failed', 'lost', 'released', 'cancelled')",
-    "create type edge_kind as enum ('image', 'extend', 'connect', 'loop', 'edit')",
+    "create type edge_kind as enum ('image', 'extend', 'connect', 'loop', 'edit', 'take')",
     """create type clip_mode as enum
        ('text-to-video', 'image', 'image-to-video', 'extend', 'connect', 'loop', 'edit')""",
     "create type clip_direction as enum ('forward', 'backward')",
