@@ -113,6 +113,8 @@ def line_of(settings: Settings, story: ClipStory) -> dict[str, Any]:
     own = {**asdict(clip.settings), "negative_prompt": clip.negative_prompt, "seed": clip.seed}
     line = {name: own[name] for name in SETTINGS if own.get(name) is not None}
     line |= {"prompt": clip.prompt, "take_of": clip.clip_id, "samples": 1}
+    line |= {"tags": list(clip.tags)} if clip.tags else {}
+    line |= {"metadata": dict(clip.metadata)} if clip.metadata else {}
     if str(clip.mode) == "text-to-video":
         return line
     line |= {name: own[name] for name in ("strength", "overlap") if own.get(name) is not None}
