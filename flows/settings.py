@@ -31,6 +31,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from infra.otel import wrong_value
+
 if TYPE_CHECKING:
     from infra.store.contract import Store
 
@@ -344,6 +346,8 @@ def load_settings(**given: Any) -> Settings:
     Makes the home folder (mode 0700) if it is missing. Raises WrongSetting.
     """
     _refuse_misspelt_names()
+    if wrong := wrong_value(os.environ):
+        raise WrongSetting(wrong)
     home = _make_home(Path(given.get("home") or os.environ.get(f"{PREFIX}HOME") or DEFAULT_HOME))
     from_files = {name: value for name, value in _secrets_in_files().items() if name not in given}
     named = {name for name in Settings.model_fields if name in given or os.environ.get(PREFIX + name.upper())}
