@@ -145,6 +145,7 @@ STAGES_VIEW = _view(
     "one row per stage of an attempt that was measured",
     f"""from attempts attempt
 join clips clip on clip.id = attempt.clip_id
+join requests request on request.id = clip.request_id
 cross join lateral (values
     {", ".join(f"({k}, '{stage}', attempt.{stage}_seconds)" for k, stage in enumerate(STAGES, 1))}
 ) stage (position, name, seconds)
@@ -152,6 +153,7 @@ where stage.seconds is not null""",
     clip_id=("attempt.clip_id", "the clip"),
     number=("attempt.number", "of the attempt"),
     request_id=("clip.request_id", "the clip's request"),
+    model=("request.model", "the model's name"),
     engine=("attempt.engine", "who did it"),
     position=("stage.position", "1 is the first stage"),
     stage=(
@@ -160,6 +162,7 @@ where stage.seconds is not null""",
     ),
     seconds=("stage.seconds", "engine time"),
     started_at=("attempt.started_at", "when the attempt began"),
+    finished_at=("attempt.finished_at", "when the attempt ended"),
     tags=("clip.tags", "the clip's; null where it has none"),
     metadata=("clip.metadata", "the clip's: a JSON object"),
 )

@@ -35,6 +35,8 @@ from db.tables import ClipDirection, ClipMode, ClipStatus
 
 _PARENTS = """array(select edge.parent from edges edge where edge.child = clip.id
         group by edge.parent order by min(edge.kind), edge.parent)"""
+# In the list of columns and not among the tables, so that who does not ask for it does not wait for it.
+_AGAIN = "(select {} from reproductions again where again.clip_id = clip.id)"
 _DIGITS = r"substring({}.partition from '{}([0-9]+)')::integer"
 
 
@@ -133,9 +135,13 @@ class HistoryRow:
     ]
     peak_bytes: Annotated[int | None, ViewColumn("memory on the fullest rank, measured", "last.peak_bytes", BigInteger)]
     skipped_steps: Annotated[int | None, ViewColumn("steps that the step cache answered", "last.skipped_steps")]
-    reproductions: Annotated[int, ViewColumn("times it was rendered again to compare", "again.reproductions")]
-    lowest_psnr: Annotated[float | None, ViewColumn("dB, of those that differed", "again.psnr")]
-    largest_difference: Annotated[int | None, ViewColumn("of any value of 255 in any of them", "again.largest")]
+    reproductions: Annotated[
+        int, ViewColumn("times it was rendered again to compare", _AGAIN.format("count(*)::integer"))
+    ]
+    lowest_psnr: Annotated[float | None, ViewColumn("dB, of those that differed", _AGAIN.format("min(again.psnr)"))]
+    largest_difference: Annotated[
+        int | None, ViewColumn("of any value of 255 in any of them", _AGAIN.format("max(again.largest)"))
+    ]
     priority: Annotated[int, ViewColumn("of its request: 0 to 9, higher goes first", "request.priority::integer")]
     deadline: Annotated[datetime | None, ViewColumn("when its request should be done", "request.deadline")]
     fresh: Annotated[bool, "a render from before it was queued would not do"]
@@ -247,12 +253,7 @@ left join clips maker on clip.reused and maker.id = clip.rendered_by
 left join attempts last on last.clip_id = coalesce(maker.id, clip.id)
     and last.number = coalesce(maker.attempts, clip.attempts)
 left join artifacts artifact on artifact.sha256 = clip.artifact
-left join shards shard on shard.id = clip.shard_id
-left join lateral (
-    select count(*)::integer as reproductions, min(psnr) as psnr, max(reproductions.largest) as largest
-    from reproductions
-    where reproductions.clip_id = clip.id
-) again on true""",
+left join shards shard on shard.id = clip.shard_id""",
 )
 
 

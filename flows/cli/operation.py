@@ -54,14 +54,17 @@ def engine(
     settings = current_settings(**{name: value for name, value in given.items() if value is not None})
     need(settings.database)
     from flows.render.engine import run_engine
+    from infra.metrics import setup_metrics
     from infra.tracing import flush, setup_tracing
 
     setup_tracing("rushes-engine")
+    metrics = setup_metrics("rushes-engine")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as at Ctrl-C, clips under way are kept
     try:
         done = run_engine(settings, say=typer.echo)
     finally:
         flush()
+        metrics.shutdown()
     typer.echo(f"{done.clips} clips in {done.shards} shards; busy {done.busy:.0f} of {done.alive:.0f} s")
 
 

@@ -28,6 +28,7 @@ from flows.render.engine import run_engine
 from flows.render.pool import dead_owners
 from flows.render.shard import Shard
 from flows.settings import load_settings
+from infra.metrics import setup_metrics
 from infra.tracing import flush, setup_tracing
 
 TASK_RUNS = 1000  # of one flow run, which then ends: pages and queries of Prefect bear so many
@@ -42,6 +43,7 @@ def render(model: str | None = None, linger: float | None = None, partition: str
     given = {"model": model, "linger": linger}
     settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     setup_tracing("rushes-engine")
+    metrics = setup_metrics("rushes-engine")
     run_logger, page = get_run_logger(), PrefectPage()
     try:
         done = run_engine(
@@ -55,6 +57,7 @@ def render(model: str | None = None, linger: float | None = None, partition: str
         )
     finally:
         flush()
+        metrics.shutdown()
     if page.suspended():
         said = "paused for as long as you like; Resume starts the engine again, and until then none takes its place"
         page.settle(Suspended(message=f"{done.clips} clips in {done.shards} shards; {said}"))

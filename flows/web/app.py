@@ -9,6 +9,7 @@ signed link.
     /clips/ID                  leads to the file, or to the row where there is no file yet
     /requests/ID               its manifest: a line a clip; also /requests/ID/manifest.jsonl and /contact_sheet.png
     /healthz                   200 when ledger and store answer, else 503
+    /metrics                   Prometheus text: see docs/monitoring.md
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from db.view import HistoryRow, history
 from flows.settings import Settings, load_settings
 from flows.show import plain
 from flows.web.links import EXTENSION, Links
+from flows.web.metrics import TEXT, Metrics
 from infra.store.contract import Store, StoreUnavailable
 
 REQUEST = r"req_[0-9a-f]{12}"
@@ -62,6 +64,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
+        service.metrics.close()
         service.engine.dispose()
 
     app = FastAPI(title="Rushes", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -75,6 +78,7 @@ def create_app(
 
     for path, answer in {
         "/healthz": service.health,
+        "/metrics": service.measured,
         "/clips/{name}": service.clip,
         "/requests/{request_id}": service.manifest,
         "/requests/{request_id}/manifest.jsonl": service.manifest,
@@ -100,6 +104,7 @@ class Service:
     def __init__(self, settings: Settings, store: Store | None = None) -> None:
         self.engine = connect(settings.reader, application="rushes-web")
         self.store: Store = store or settings.open_store()
+        self.metrics = Metrics(self.asking, self.store)
 
     @contextmanager
     def asking(self) -> Generator[Session]:
@@ -112,6 +117,9 @@ class Service:
             session.execute(text("select from history limit 1"))
         self.store.exists("healthz")
         return JSONResponse({"status": "ok"})
+
+    def measured(self) -> Response:
+        return Response(self.metrics.text(), media_type=TEXT)
 
     def clip(self, request: Request, name: str) -> Response:
         if (named := CLIP.fullmatch(name)) is None:

@@ -10,6 +10,7 @@ from tests.bench import ledger as bench_ledger
 from tests.bench import overhead as bench_overhead
 from tests.bench import planner as bench_planner
 from tests.bench import prefect as bench_prefect
+from tests.bench import questions as bench_questions
 
 BENCHES = {
     **tests.bench.model_engine.BENCHES,
@@ -18,6 +19,7 @@ BENCHES = {
     **bench_ledger.BENCHES,
     **bench_beside.BENCHES,
     **bench_prefect.BENCHES,
+    **bench_questions.BENCHES,
 }
 
 

@@ -262,9 +262,11 @@ def test_the_stores_user_may_use_the_bucket_alone() -> None:
 
 def test_the_collector_passes_on_what_it_receives(services: dict[str, Any]) -> None:
     config = yaml.safe_load((INFRA / "otel-collector.yaml").read_text())
-    (pipeline,) = config["service"]["pipelines"].values()
+    pipelines = config["service"]["pipelines"]
+    assert pipelines.keys() == {"traces", "metrics"}
     for kind in ("receivers", "processors", "exporters"):
-        assert set(pipeline[kind]) == config[kind].keys(), f"{kind} that no pipeline uses, or that are not defined"
+        used = {name for pipeline in pipelines.values() for name in pipeline[kind]}
+        assert used == config[kind].keys(), f"{kind} that no pipeline uses, or that are not defined"
     port = config["receivers"]["otlp"]["protocols"]["http"]["endpoint"].rpartition(":")[2]
     assert services["control"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://collector:{port}"
     assert config["exporters"]["otlp_grpc/jaeger"]["endpoint"].partition(":")[0] in services
