@@ -81,6 +81,8 @@ def serve(
     """
     settings = current_settings()
     need(settings.reader)
+    from urllib.parse import urlsplit
+
     import uvicorn
 
     from flows.web.app import LOOPBACK, create_app
@@ -88,7 +90,9 @@ def serve(
 
     port = port or free_port()
     typer.echo(f"Clips    http://{host}:{port}")
-    service = create_app(settings, hosts=LOOPBACK if host in LOOPBACK else ["*"])
+    known = urlsplit(settings.web_url).hostname if settings.web_url else None
+    hosts = (*LOOPBACK, *filter(None, [known])) if known or host in LOOPBACK else ("*",)
+    service = create_app(settings, hosts=hosts)
     uvicorn.run(service, host=host, port=port, access_log=False, log_level="warning")
 
 

@@ -155,7 +155,7 @@ def test_versions_agree_with_what_is_installed(services: dict[str, Any]) -> None
 
 def test_ports_are_bound_to_loopback(services: dict[str, Any]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert len(ports) == 5
+    assert len(ports) == 6
     assert all(str(port).startswith("127.0.0.1:") for port in ports)
 
 
@@ -194,7 +194,8 @@ def test_our_settings_exist(services: dict[str, Any]) -> None:
 
 def test_our_commands_exist(services: dict[str, Any]) -> None:
     commands = {tuple(service["command"]) for service in services.values() if "build" in service}
-    assert commands == {("migrate",), ("deploy",), ("worker", "control"), ("worker", "gpu")}
+    serve = ("serve", "--host", "0.0.0.0", "--port", "8400")
+    assert commands == {("migrate",), ("deploy",), ("worker", "control"), ("worker", "gpu"), serve}
     for command in commands:
         asked = [Path(sys.executable).with_name("rushes"), *command, "--help"]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
