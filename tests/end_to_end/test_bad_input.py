@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest
 
 
 def test_the_run_says_everything_that_is_wrong_at_once_and_nothing_reaches_the_ledger(stack: Stack) -> None:
-    lines = ["a red ball", {"prompt": "a blue ball", "frames": 50}]
-    run = stack.submit(request=stack.request(lines, width=72))
+    lines = ["a red ball", {"prompt": "a blue ball", "frames": 50}, {"prompt": "a cube", "width": 72}]
+    run = stack.submit(request=stack.request(lines))
     ended = stack.ended(run, state="BadInput")
     assert ended["state_type"] == "FAILED"
     said = ended["state"]["message"]
     assert "prompts:2: frames=50 must be 4n+1 (49 or 53)" in said
-    assert "width=72 must be a multiple of 16 (64 or 80)" in said, "of the request itself, not of a line"
+    assert "prompts:3: width=72 must be a multiple of 16 (64 or 80)" in said
     assert stack.artifacts(run)["bad-input"]["data"].count("frames=50") == 1
     assert stack.sql("select id from requests where flow_run_id = %s", run) == []
 
@@ -30,6 +30,7 @@ def test_the_run_says_everything_that_is_wrong_at_once_and_nothing_reaches_the_l
     "request_",
     [
         {"prompts": ["a ball"], "steps": 0},
+        {"prompts": ["a ball"], "width": 72},
         {"prompts": ["a ball"], "guidance": "much"},
         {"prompts": ["a ball"], "solver": "magic"},
         {"prompts": ["a ball"], "colour": "red"},

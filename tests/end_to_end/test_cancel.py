@@ -63,6 +63,7 @@ def engine_of(stack: Stack, request: str) -> str:
     return engine
 
 
+@pytest.mark.chaos
 def test_cancelled_and_retried_by_command(stack: Stack, tmp_path: Path) -> None:
     """By the way its deadline cannot be met: the command says so before anybody waits, and so does the run's page."""
     file = tmp_path / "again.jsonl"

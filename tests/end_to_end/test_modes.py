@@ -117,6 +117,7 @@ def test_the_form_makes_clips_from_clips(stack: Stack, first: dict[str, Any], lo
     ]
 
 
+@pytest.mark.chaos
 def test_a_source_that_is_not_there_is_bad_input(stack: Stack, tmp_path: Path) -> None:
     lines = [
         {"prompt": "a ball", "mode": "extend", "clip": "req_000000000000-000000-0"},

@@ -140,6 +140,7 @@ def holding(stack: Stack, contents: dict[str, bytes | None]) -> Iterator[None]:
             stack.blob(key).write_bytes(data)
 
 
+@pytest.mark.chaos
 def test_what_is_stored_wrongly_is_found(stack: Stack, made: list[dict[str, Any]], more: More) -> None:
     """One command: a clip that fails under the ranks stops none of the others."""
     first, second, other, still = made

@@ -14,6 +14,7 @@ from tests.end_to_end.stack import Stack
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
+@pytest.mark.chaos
 def test_a_step_cache_is_asked_for_in_the_file_or_for_all_of_it_and_history_tells_what_it_did(
     stack: Stack, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""From a folder of videos to a model in the ledger and to better captions, killed on the way."""
+"""From a folder of videos to a model in the ledger and to better captions; killed on the way *(chaos)*."""
 
 from __future__ import annotations
 
@@ -44,47 +44,54 @@ def stages(stack: Stack) -> list[Any]:
     return [process for process in stack.processes() if "model.train" in command(process)]
 
 
-def test_training_on_a_folder_goes_on_after_a_kill(stack: Stack, videos: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
-    asked = ("train", "--data", str(videos), "--name", "mine", "--threads", "1", "--licence", "CC0-1.0")
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.chaos)], ids=["whole", "killed"])
+def test_a_folder_of_videos_becomes_a_model(stack: Stack, videos: Path, tmp_path: Path, killed: bool) -> None:
+    name = "killed" if killed else "whole"
+    recipe = RECIPE | ({"dit_steps": 200} if killed else {})  # so that there is a middle
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    asked = ("train", "--data", str(videos), "--name", name, "--threads", "1", "--licence", "CC0-1.0")
     asked += ("--recipe", str(tmp_path / "recipe.json"))
-    said = stack.rushes(*asked)
-    run = said.strip().rpartition("/")[2]
+    before = set((stack.home / "training").glob("*"))
+
+    def work() -> Path | None:
+        new = set((stack.home / "training").glob("*")) - before
+        return new.pop() if new else None
 
     def log() -> list[dict[str, Any]]:
-        found = list((stack.home / "training").glob("*/dit.jsonl"))
-        return lines(found[0]) if found else []
+        return lines(folder / "dit.jsonl") if (folder := work()) else []
 
-    def under_way() -> bool:
-        state = stack.run(run)
-        assert state["state_type"] not in ("COMPLETED", "FAILED"), state["state"]["message"]
-        return bool(log())
+    if killed:
+        run = stack.rushes(*asked).strip().rpartition("/")[2]
 
-    wait_for(under_way, "the transformer's first checkpoint")
-    stack.kill(stack.processes_of(run))
-    wait_for(lambda: not stages(stack), "the stage to end with its flow")
-    reached = log()[-1]["step"]
-    assert reached < RECIPE["dit_steps"], "it was killed too late to tell"
+        def under_way() -> bool:
+            state = stack.run(run)
+            assert state["state_type"] not in ("COMPLETED", "FAILED"), state["state"]["message"]
+            return bool(log())
+
+        wait_for(under_way, "the transformer's first checkpoint")
+        stack.kill(stack.processes_of(run))
+        wait_for(lambda: not stages(stack), "the stage to end with its flow")
+        assert log()[-1]["step"] < recipe["dit_steps"], "it was killed too late to tell"
 
     said = stack.rushes(*asked, "--watch")
-    assert "Completed: mine" in said
-    run = run_named(stack, f"mine on {videos}")
+    assert f"Completed: {name}" in said
+    run = run_named(stack, f"{name} on {videos}")
     steps = [row["step"] for row in log()]
-    assert steps == sorted(set(steps)) and steps[-1] == RECIPE["dit_steps"]  # nothing was done twice
-    work = next((stack.home / "training").glob("*/dit.jsonl")).parent
-    assert len(lines(work / "vae.jsonl")) == 1
+    assert steps == sorted(set(steps)) and steps[-1] == recipe["dit_steps"]  # nothing was done twice
+    folder = work()
+    assert folder is not None and len(lines(folder / "vae.jsonl")) == 1
 
-    (model,) = stack.sql("select * from models where name = 'mine'")
+    (model,) = stack.sql("select * from models where name = %s", name)
     (dataset,) = stack.sql("select * from datasets where id = %s", model["dataset_id"])
     assert (dataset["source"], dataset["licence"], dataset["clips"]) == (videos.as_uri(), "CC0-1.0", 12)
     assert dataset["shapes"] == {"32x32x9": 12} and dataset["captions"] == "files"
-    assert model["card"]["training"]["recipe"]["dit_steps"] == RECIPE["dit_steps"]
+    assert model["card"]["training"]["recipe"]["dit_steps"] == recipe["dit_steps"]
     assert model["card"]["scores"]["dit"]["held_out_loss"] == log()[-1]["held_out_loss"]
     assert Path(model["path"], "transformer", "config.json").is_file()
 
     shown = {key.split("-", 1)[-1]: value for key, value in stack.artifacts(run).items()}
     curve = json.loads(shown["dit-curve"]["data"])
-    assert curve[-1]["step"] == RECIPE["dit_steps"] and curve[-1]["steps_per_second"] > 0
+    assert curve[-1]["step"] == recipe["dit_steps"] and curve[-1]["steps_per_second"] > 0
     assert shown["samples"]["data"].startswith("data:image/png;base64,")
     assert shown["dit-progress"]["data"] == 100.0
     assert model["digest"] in shown["model"]["data"]
