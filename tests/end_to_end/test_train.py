@@ -20,8 +20,8 @@ RECIPE = {
     "chunk": 8,
     "vae_steps": 6,
     "decoder_steps": 4,
-    "dit_steps": 60,
-    "every": 6,
+    "dit_steps": 40,
+    "every": 20,
 }
 
 
