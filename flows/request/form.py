@@ -151,7 +151,7 @@ def _as_form(schema: dict[str, Any], _: object = None, *, in_sight: Sequence[str
     form shows `properties`, and what is in neither these nor `patternProperties` is refused.
     """
     fields = schema.get("properties", {})
-    names = sorted(fields, key=lambda name: (_place(name), name in CONDITIONS))
+    names = sorted(fields, key=_place)
     shown = [name for name in names if name not in HIDDEN and (in_sight is None or name in in_sight)]
     schema["properties"] = {name: _plain(fields[name]) | {"position": at} for at, name in enumerate(shown)}
     hidden = {name: field for name, field in fields.items() if name not in shown}
@@ -161,7 +161,10 @@ def _as_form(schema: dict[str, Any], _: object = None, *, in_sight: Sequence[str
         schema["patternProperties"] = {f"^{name}$": field for name, field in hidden.items()}
 
 
-def _place(name: str) -> int:
+def _place(name: str) -> float:
+    """Sources stand behind prompts and model: where they are in sight, they are what the form is for."""
+    if name in CONDITIONS:
+        return LEADING.index("model") + 0.5
     return LEADING.index(name) if name in LEADING else len(LEADING)
 
 

@@ -66,6 +66,12 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(stack: Stack, pag
     page.get_by_text("Artifacts", exact=True).first.click()
     for kind in ("0-status", "clips", "shards", "summary", "outputs", "contact-sheet"):
         page.get_by_text(kind).first.wait_for()
+    page.goto(f"{ui}/artifacts/artifact/{stack.artifacts(run_id)['clips']['id']}")
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name=stack.clips(stack.request_of(run_id))[0]["clip_id"]).click()
+    film = opened.value.locator("video")
+    wait_for(lambda: film.evaluate("video => video.readyState >= 2 && video.videoWidth > 0"), "the clip to play")
+    opened.value.close()
     page.goto(f"{ui}/artifacts/artifact/{stack.artifacts(run_id)['contact-sheet']['id']}")
     picture = page.locator("img[src^='data:image/png']").first
     picture.wait_for()
