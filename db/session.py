@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import psycopg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, CursorResult, Delete, Engine, Insert, Update, create_engine, event, make_url
+from sqlalchemy import Connection, CursorResult, Delete, Engine, Insert, Update, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
+REVISION = "0001"  # of the schema that this code was written for: the newest in db/migrations
+OLDER: tuple[str, ...] = ()  # revisions before it
 FRESH = 1.0  # seconds since its last use within which a connection is taken to live
 IDLE = 600.0  # seconds: no transaction of ours thinks for so long, so it belongs to a stalled process
 _USED, _POOLED = "used", "pooled"
@@ -32,12 +34,28 @@ _NETWORK = {
 _NO_OPTIONS = re.compile("startup parameter|command-line options", re.IGNORECASE)
 
 
-def connect(url: str, *, application: str = "rushes", idle: float = IDLE, keep_plans: bool = False) -> Engine:
+class WrongSchema(RuntimeError):
+    """The ledger's tables are not those that this version of Rushes was written for. The message says what to run."""
+
+    exit_code = 1
+
+
+def connect(
+    url: str,
+    *,
+    application: str = "rushes",
+    idle: float = IDLE,
+    keep_plans: bool = False,
+    again: Callable[[], str] | None = None,
+    check: bool = False,
+) -> Engine:
     """An engine for `url` (postgresql://… or postgresql+psycopg://…); connects at first use.
 
     idle: seconds after which the server ends a transaction that does nothing, and gives back the locks it held.
     keep_plans: for who says the same few statements about single rows again and again, which take longer to plan than
     to run. Else each is planned for its own parameters: what suits ten clips does not suit a million.
+    again: the address as it is now, asked for at every new connection, since a password may have been changed.
+    check: the first connection looks at the schema's revision, and raises WrongSchema where it is not REVISION.
 
     Behind a pooler of connections, such as PgBouncer with transaction pooling, a server connection is ours for one
     transaction only: settings go with each transaction, and no statement is prepared.
@@ -66,8 +84,12 @@ def connect(url: str, *, application: str = "rushes", idle: float = IDLE, keep_p
             **_NETWORK,
         },
     )
+    if again is not None:
+        _ask_again(engine, again)  # first, since `_settle` connects
     _settle(engine, [f"set {{}} {name} = '{value}'" for name, value in settings.items()])
     _ping_idle_ones(engine)
+    if check:
+        _check_once(engine)
     return engine
 
 
@@ -87,10 +109,11 @@ def _settle(engine: Engine, settings: Sequence[str]) -> None:
     ) -> psycopg.Connection[Any]:
         nonlocal refused
         without = {**named, "options": ""}  # and none of PGOPTIONS
+        bare = refused  # as it is now: another thread may find out meanwhile
         try:
-            connection = psycopg.connect(*given, **without if refused else named, autocommit=True)
+            connection = psycopg.connect(*given, **without if bare else named, autocommit=True)
         except psycopg.OperationalError as error:
-            if refused or not _NO_OPTIONS.search(str(error)):
+            if bare or not _NO_OPTIONS.search(str(error)):
                 raise
             connection, refused = psycopg.connect(*given, **without, autocommit=True), True
         served_by = connection.execute("select pg_backend_pid()").fetchone()
@@ -108,6 +131,49 @@ def _settle(engine: Engine, settings: Sequence[str]) -> None:
     def begun(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
         if _POOLED in connection.connection.info:
             connection.exec_driver_sql(begin)
+
+
+def _ask_again(engine: Engine, again: Callable[[], str]) -> None:
+    @event.listens_for(engine, "do_connect")
+    def address(dialect: Any, record: Any, positional: Any, named: dict[str, Any]) -> None:  # pyright: ignore[reportUnusedFunction]
+        now = make_url(again())
+        named.update(dialect.create_connect_args(now.set(query={}))[1])
+
+
+def _check_once(engine: Engine) -> None:
+    checked = False
+
+    @event.listens_for(engine, "connect")
+    def look(connection: Any, record: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        nonlocal checked
+        if not checked:
+            check_schema(connection)
+            checked = True
+
+
+def check_schema(connection: Any) -> str:
+    """The schema's revision, where it is REVISION. connection: psycopg's, no transaction of which is left open.
+
+    Raises WrongSchema, saying which is the older and what to run.
+    """
+    try:
+        there = connection.execute("select version_num from alembic_version").fetchone()
+    except psycopg.errors.UndefinedTable:
+        there = None
+    finally:
+        connection.rollback()
+    if there is None:
+        raise WrongSchema("the ledger has no tables yet: `rushes migrate` makes them")
+    if there[0] in OLDER:
+        raise WrongSchema(
+            f"the ledger is older than this program (revision {there[0]}, it wants {REVISION}): run `rushes migrate`"
+        )
+    if there[0] != REVISION:
+        raise WrongSchema(
+            f"the ledger is newer than this program (revision {there[0]}, it knows {REVISION} at most): "
+            "install the version of Rushes that migrated it"
+        )
+    return REVISION
 
 
 def _ping_idle_ones(engine: Engine) -> None:
@@ -129,11 +195,30 @@ def _ping_idle_ones(engine: Engine) -> None:
                 raise InvalidatePoolError from error
 
 
+# What Postgres, PgBouncer and libpq say of a login that is wrong, and will be as wrong in a minute. A connection that
+# fails has no error code, so it is known by its words.
+_REFUSED = re.compile(
+    r"(password|SASL|scram|GSSAPI|peer|ident|certificate|cert|LDAP|PAM|RADIUS) authentication failed"
+    r"|authentication failed for user|no password supplied|no pg_hba.conf entry|pg_hba.conf rejects"
+    r"|role \".*\" (does not exist|is not permitted to log in)|database \".*\" does not exist"
+    r"|permission denied for database|no such (user|database)|certificate verify failed",
+    re.IGNORECASE,
+)
+
+
+def is_refused(error: BaseException) -> bool:
+    """True where the server is there and refuses the login: its user, password or database is wrong."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(cause, psycopg.OperationalError) and _REFUSED.search(str(cause)) is not None
+
+
 def is_away(error: BaseException) -> bool:
     """True where an error says nothing of what was asked: the server is gone, starting, full, or chose a victim.
 
     The transaction is undone then and may be begun again from its start.
     """
+    if is_refused(error):
+        return False
     invalidated = isinstance(error, DBAPIError) and error.connection_invalidated
     cause = error.orig if isinstance(error, DBAPIError) else error  # a COPY raises the driver's own
     refused = isinstance(cause, psycopg.OperationalError) and not isinstance(cause, psycopg.errors.QueryCanceled)
@@ -143,6 +228,17 @@ def is_away(error: BaseException) -> bool:
 def sessions(engine: Engine) -> sessionmaker[Session]:
     """Sessions on `engine`; use `with factory.begin() as session:` for one transaction."""
     return sessionmaker(engine, expire_on_commit=False)
+
+
+def identity(session: Session) -> str:
+    """Which ledger this is: its server's system identifier and its database's number.
+
+    A dump that is restored is another ledger; a standby that takes over is the same one, and so is a copied volume.
+    """
+    found = session.execute(
+        text("select system_identifier, oid from pg_control_system(), pg_database where datname = current_database()")
+    ).one()
+    return f"{found.system_identifier}/{found.oid}"
 
 
 # Our functions never keep ORM objects across a write, so there is nothing to bring up to date in the session.

@@ -14,6 +14,7 @@ import difflib
 import json
 import os
 import stat
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -176,6 +177,13 @@ class Settings(BaseSettings):
             return f"postgresql+asyncpg://{rest}"
         raise ValueError("must begin with postgresql+asyncpg://")
 
+    @field_validator("prefect_auth")
+    @classmethod
+    def _auth_has_both_parts(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and ":" not in value.get_secret_value():
+            raise ValueError("must be user:password, as the Prefect server's own PREFECT_SERVER_API_AUTH_STRING")
+        return value
+
     @field_validator("store_url")
     @classmethod
     def _store_is_known(cls, value: str | None) -> str | None:
@@ -282,15 +290,23 @@ class Settings(BaseSettings):
         """The object store that these settings name. Raises WrongSetting."""
         from infra.store.open import open_store
 
-        secret = self.store_secret_key.get_secret_value() if self.store_secret_key else None
         try:
-            return open_store(self.store, self.store_access_key, secret)
+            return open_store(self.store, *self.store_keys(), again=self.store_keys)
         except ValueError as error:
             raise WrongSetting(f"{PREFIX}STORE_URL={self.store}: {error}") from None
 
     def child_environment(self) -> dict[str, str]:
-        """The environment of a Prefect or engine process that is to work with these settings."""
-        env = {**os.environ, f"{PREFIX}HOME": str(self.home)}
+        """The environment of a Prefect or engine process that is to work with these settings, in whichever folder."""
+        from infra.stack.prefect import RUN_SETTINGS, WORKER_SETTINGS
+
+        env = {**WORKER_SETTINGS, **os.environ, **RUN_SETTINGS, f"{PREFIX}HOME": str(self.home)}
+        if self.prompts_folder:
+            env[f"{PREFIX}PROMPTS_FOLDER"] = str(self.prompts)
+        if Path(self.model).is_dir():
+            env[f"{PREFIX}MODEL"] = os.path.abspath(self.model)
+        for variable in (f"{PREFIX}{name.upper()}_FILE" for name in SECRETS):
+            if file := env.get(variable):
+                env[variable] = os.path.abspath(os.path.expanduser(file))
         if self.prefect_api_url:
             env["PREFECT_API_URL"] = self.prefect_api_url
         if self.prefect_password:
@@ -311,10 +327,27 @@ class Settings(BaseSettings):
         """The ledger's address. Raises NotRunning when there is none."""
         return self._needed("database_url")
 
+    def database_now(self) -> str:
+        """The ledger's address, its file read again: a password may have been changed since. Raises NotRunning."""
+        return _checked_again(self, "database_url") or self.database
+
+    def store_keys(self) -> tuple[str, str]:
+        """The store's access and secret key, their files read again."""
+        secret = self.store_secret_key.get_secret_value() if self.store_secret_key else None
+        access = _checked_again(self, "store_access_key") or self.store_access_key
+        return access or "", _checked_again(self, "store_secret_key") or secret or ""
+
     @property
     def reader(self) -> str:
         """The ledger's address for those who ask. Raises NotRunning when there is none."""
         return self.reader_url or self.database
+
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The settings that name a ledger or a Prefect server which are not those of the local stack that runs here."""
+        stack = _read_stack(self.stack_file)
+        named = (name for name in ("database_url", "prefect_api_url") if getattr(self, name) is not None)
+        return tuple(f"{PREFIX}{name.upper()}" for name in named if getattr(self, name) != stack.get(name))
 
     @cached_property
     def prefect_api(self) -> str:
@@ -325,6 +358,8 @@ class Settings(BaseSettings):
         value: str | None = getattr(self, name)
         if value is None:
             unset = f"{PREFIX}{name.upper()} is not set"
+            if named := self.elsewhere:
+                raise NotRunning(f"{unset}, and {named[0]} names servers elsewhere: name this one as well")
             raise NotRunning(f"no stack is running under {self.home} and {unset}: start one with `rushes up`")
         return value
 
@@ -393,6 +428,18 @@ def _secrets_in_files() -> dict[str, str]:
     return found
 
 
+def _checked_again(settings: Settings, name: str) -> str | None:
+    """A secret as its file holds it now; None where no file is named, or where it is being written just now."""
+    if not os.environ.get(f"{PREFIX}{name.upper()}_FILE"):
+        return None
+    try:
+        held: dict[str, Any] = {name: _secrets_in_files()[name]}
+        value = getattr(Settings(home=settings.home, **held), name)
+    except (KeyError, ValueError):
+        return None
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
 def _say(error: Any, home: Path, from_stack: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     reason = str(error["msg"]).removeprefix("Value error, ")
@@ -421,20 +468,30 @@ def _read_stack(path: Path) -> dict[str, Any]:
 
 
 def _make_home(home: Path) -> Path:
-    """Makes `home` or tightens our own one to 0700; never changes the rights of a folder that is not ours to change."""
+    """Makes `home` or tightens our own one to 0700; never changes the rights of a folder that is not ours to change.
+
+    The root of a volume may belong to somebody else and be open to a group, or to all (Kubernetes: fsGroup): it is
+    taken as it is where we may write, since who mounts it decides who sees it. A folder like /tmp is not.
+    """
     home = Path(os.path.abspath(home.expanduser()))
     name = f"{PREFIX}HOME={home}"
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = home.stat().st_mode
+        found = home.stat()
+        mode = found.st_mode
         if not stat.S_IMODE(mode) & 0o077:
+            return home
+        if found.st_uid != os.geteuid():
+            if mode & stat.S_ISVTX or not os.access(home, os.R_OK | os.W_OK | os.X_OK):
+                raise WrongSetting(f"{name}: belongs to another user, and is not ours to use: name a folder of its own")
             return home
         if any(home.iterdir()) and not (home / STACK_FILE).exists():
             raise WrongSetting(
                 f"{name}: others may enter it (mode {stat.S_IMODE(mode):04o}) and it holds other things: "
                 "name a folder of its own, or chmod 700 it yourself"
             )
-        home.chmod(0o700)
+        with suppress(PermissionError):  # a mount that keeps no rights
+            home.chmod(0o700)
     except (FileExistsError, NotADirectoryError):
         raise WrongSetting(f"{name}: is not a folder") from None
     except OSError as error:

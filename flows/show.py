@@ -1,4 +1,4 @@
-"""Prints rows for people (a table), programs (JSON) and spreadsheets (CSV).
+"""Prints rows for people (a table), programs (JSON) and spreadsheets (CSV), and puts a picture into an address.
 
 Rows are dicts and may come one by one: JSON and CSV are written as they come, so a listing of a million clips needs no
 memory. Values of clips are data, never markup or terminal commands: control characters are shown, not obeyed.
@@ -6,8 +6,11 @@ memory. Values of clips are data, never markup or terminal commands: control cha
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+import math
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 Format = Literal["table", "json", "csv"]
 Row = Mapping[str, Any]
+
+# Characters of a picture's address, at most: Prefect keeps it twice, in the artifact and in an event.
+ADDRESS = 200_000
+SIDE = 4096  # pixels of a picture in an address, at most; WebP ends at 16,383
 
 COLOUR = {
     "done": "green",
@@ -200,3 +207,25 @@ def _csv_cell(value: Any) -> Any:
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
     return "" if value is None else value
+
+
+def picture_address(data: bytes) -> str:
+    """A PNG as an address that holds the picture itself, of at most ADDRESS characters.
+
+    One that is larger becomes a WebP, smaller in its sides where it must be.
+    """
+    address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    if len(address) <= ADDRESS:
+        return address
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as picture:
+        whole = picture.convert("RGB")
+    scale = min(1.0, SIDE / max(whole.size))
+    while len(address) > ADDRESS:
+        small = whole.resize((max(1, round(whole.width * scale)), max(1, round(whole.height * scale))))
+        file = io.BytesIO()
+        small.save(file, "WEBP", quality=80)
+        address = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+        scale *= min(0.9, math.sqrt(ADDRESS / len(address)))
+    return address

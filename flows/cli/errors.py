@@ -56,12 +56,16 @@ def fail(message: str, code: int = FAILED) -> NoReturn:
 def _say(error: Exception) -> str:
     module = type(error).__module__
     if module == "sqlalchemy.exc":
+        from db.session import is_refused
+
         first = str(getattr(error, "orig", error)).strip().splitlines()[0]
         if "does not exist" in first:
             return f"the ledger has no such table or view ({first}): `rushes migrate` makes them"
+        if is_refused(error):
+            return f"the ledger refuses this login ({first}): RUSHES_DATABASE_URL names user, password and database"
         libpq = ", ".join(sorted(name for name in os.environ if name.startswith("PG")))
         hint = f"libpq also goes by {libpq}; " if libpq else ""
-        return f"the ledger does not answer ({first}): {hint}is the stack up? `rushes up` starts it"
+        return f"the ledger does not answer ({first}): {hint}{_hint()}"
     if module.startswith("pydantic"):
         return "; ".join(_say_option(each) for each in error.errors())  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.filename:
@@ -70,6 +74,13 @@ def _say(error: Exception) -> str:
         lines = str(error).splitlines()
         return "; ".join([lines[0], *(line for line in lines if line.startswith("HINT"))])
     return str(error)
+
+
+def _hint() -> str:
+    from flows.settings import load_settings
+
+    named = load_settings().elsewhere
+    return f"is {named[0]} right?" if named else "is the stack up? `rushes up` starts it"
 
 
 def _say_option(error: Any) -> str:

@@ -15,7 +15,7 @@ from db.history import find_by_custom_id, find_by_digest, find_by_id
 from db.requests import RequestNotFound, RequestRow, request_by
 from db.view import HistoryRow
 from flows.cli.errors import BAD_INPUT, fail
-from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run
+from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run, prefect_api
 from flows.request.submit import tag_of
 from flows.settings import Settings
 from infra.stack.prefect import reason_to_wait
@@ -33,7 +33,7 @@ def find_request(settings: Settings, session: Session, name: str) -> RequestRow:
     """
     if (row := request_by(session, name)) is not None or settings.prefect_api_url is None:
         return row or _nowhere(name)
-    with PrefectApi(settings.prefect_api_url, settings.prefect_password) as api:
+    with prefect_api(settings) as api:
         try:
             run = run_for(api, name)
         except PrefectUnavailable:

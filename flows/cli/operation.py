@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flows.cli.app import OPERATION, REPOSITORY, app, current_settings, working_folder
 from flows.cli.errors import DONE, FAILED
 from flows.cli.stack import fill_forms
+
+if TYPE_CHECKING:
+    from flows.settings import Settings
 
 CONTROL_RUNS = 100  # requests that the control pool watches at once
 
@@ -27,6 +31,7 @@ def worker(
 
     settings = current_settings()
     need(settings.prefect_api)
+    need_login(settings)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     if limit or pool == "gpu":
         command += ["--limit", str(limit or settings.most_engines)]
@@ -35,11 +40,24 @@ def worker(
 
         need(settings.database)
         watch_beside(settings)
-    raise typer.Exit(run_worker(command, settings.child_environment()))
+    if pool == "control":
+        from flows.operate.take_up import take_up_beside
+
+        need(settings.database)
+        take_up_beside(settings)
+    raise typer.Exit(run_worker(command, settings.child_environment(), working_folder(settings)))
 
 
 def need(_: str) -> None:
     """Looking a setting up says what is missing before anything is loaded."""
+
+
+def need_login(settings: Settings) -> None:
+    """Says at once that the Prefect server refuses our password; one that is away may come back."""
+    from flows.clients.prefect import PrefectUnavailable, prefect_api
+
+    with contextlib.suppress(PrefectUnavailable), prefect_api(settings, patience=0) as api:
+        api.version()
 
 
 @app.command(rich_help_panel=OPERATION)
@@ -113,6 +131,23 @@ def migrate() -> None:
             typer.echo(f"  {statement};", err=True)
 
 
+@app.command("adopt", rich_help_panel=OPERATION)
+def take_over_store() -> None:
+    """Make the store this ledger's, in place of another ledger that is gone for good.
+
+    A store is one ledger's. A ledger that was restored from a dump is another
+    one: it refuses to render into the store, or to sweep it, until this is
+    run. What the other ledger alone knew is then deleted after a day.
+    """
+    from flows.clients.ledger import ledger
+    from flows.clients.ownership import take_over
+
+    settings = current_settings()
+    with ledger(settings) as ledgers:
+        before = take_over(ledgers, settings.open_store())
+    typer.echo(f"{settings.store} is this ledger's{f'; it was that of {before}' if before else ''}")
+
+
 @app.command(rich_help_panel=OPERATION)
 def deploy(
     engines: Annotated[
@@ -123,9 +158,9 @@ def deploy(
     import subprocess
 
     settings = current_settings()
+    need_login(settings)
     command = [sys.executable, "-m", "infra.stack.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
-    command += ["--folder", str(working_folder(settings)), "--pool", f"control={CONTROL_RUNS}"]
-    command += ["--pool", f"gpu={engines or settings.most_engines}"]
+    command += ["--pool", f"control={CONTROL_RUNS}", "--pool", f"gpu={engines or settings.most_engines}"]
     done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
     if not done.returncode:
         fill_forms()

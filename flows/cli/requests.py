@@ -172,7 +172,7 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
     from db.requests import cancel_request
     from flows.cli.find import find_request
     from flows.clients.ledger import ledger
-    from flows.clients.prefect import PrefectApi
+    from flows.clients.prefect import prefect_api
 
     settings = current_settings()
     with ledger(settings) as sessions, sessions.begin() as session:
@@ -182,7 +182,7 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
         typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
         return
     if row.flow_run_id and settings.prefect_api_url:
-        with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+        with prefect_api(settings) as api:
             api.cancel(row.flow_run_id)
     typer.echo(f"{row.id}: {counted(count, 'clip')} cancelled")
 
@@ -212,12 +212,12 @@ def resume(
     from db.requests import resume_request
     from flows.cli.find import find_request
     from flows.clients.ledger import ledger
-    from flows.clients.prefect import PrefectApi
+    from flows.clients.prefect import prefect_api
     from flows.request.submit import run_url, start_run
 
     settings = current_settings()
     with (
-        PrefectApi(settings.prefect_api, settings.prefect_password) as api,
+        prefect_api(settings) as api,
         ledger(settings) as sessions,
     ):
         with sessions.begin() as session:
@@ -249,12 +249,12 @@ def retry(
     from db.tables import ClipStatus
     from flows.cli.find import find_request
     from flows.clients.ledger import ledger
-    from flows.clients.prefect import PrefectApi
+    from flows.clients.prefect import prefect_api
     from flows.request.submit import run_url, start_run
 
     settings = current_settings()
     with (
-        PrefectApi(settings.prefect_api, settings.prefect_password) as api,
+        prefect_api(settings) as api,
         ledger(settings) as sessions,
     ):
         with sessions() as session:

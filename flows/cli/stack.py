@@ -1,4 +1,4 @@
-"""Commands of the local stack: up, down, status, doctor."""
+"""Commands of the stack: up and down of the local one, status and doctor of whichever the settings name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from flows.cli.errors import DONE, FAILED
 
 if TYPE_CHECKING:
     from flows.settings import Settings
+    from infra.stack.elsewhere import Servers
     from infra.stack.home import Stack
+
+
+UNNAMED = "none is named here, so requests can be submitted and not asked about"
 
 
 @app.command(rich_help_panel=STACK)
@@ -25,9 +29,11 @@ def up() -> None:
 
 
 def start_stack(settings: Settings) -> Stack:
+    """Starts the local stack. Raises WrongSetting where settings name servers elsewhere, which it would work on."""
     from flows.clients.ledger import prepare_ledger
     from infra.stack.up import up as bring_up
 
+    refuse_elsewhere(settings)
     stack = bring_up(
         settings.home,
         repo=working_folder(settings),
@@ -56,27 +62,35 @@ def fill_forms() -> None:
         typer.echo(f"rushes: warning: the forms in Prefect do not show all models yet: {error}", err=True)
 
 
-def _take_up(settings: Settings, stack: Stack) -> None:
-    """Has maintenance look at once, and not within ten minutes, where the run of an open request has ended without it.
+def refuse_elsewhere(settings: Settings) -> None:
+    """Raises WrongSetting where settings name a ledger or a Prefect server that is not the local stack's."""
+    from flows.settings import WrongSetting
 
-    That is what becomes of a run whose worker was killed. While Prefect cannot say, the schedule will do.
+    if named := settings.elsewhere:
+        raise WrongSetting(
+            f"{' and '.join(named)}: the local stack has servers of its own, and would work on those that are named: "
+            "unset to start it. Elsewhere `rushes migrate`, `rushes deploy` and `rushes worker` are what runs"
+        )
+
+
+def _take_up(settings: Settings, stack: Stack) -> None:
+    """Has open requests taken up whose run has ended without them, as that of a killed worker does.
+
+    While Prefect cannot say, the schedule will do.
     """
     from db.session import sessions
-    from db.watching import open_requests
     from flows.clients.ledger import database
-    from flows.clients.prefect import PrefectApi, PrefectRefused, PrefectUnavailable
+    from flows.clients.prefect import PrefectRefused, PrefectUnavailable, prefect_api
+    from flows.operate.take_up import take_up
 
-    with database(settings, url=stack.database_url) as engine, sessions(engine)() as session:
-        runs = [request.flow_run_id for request in open_requests(session) if request.flow_run_id]
-    if not runs:
-        return
-    try:
-        with PrefectApi(stack.prefect_api_url, settings.prefect_password) as api:
-            states = [api.run(run) for run in runs]
-            if any(run is None or not run.under_way for run in states):
-                api.submit("maintenance/scheduled", {})
-    except (PrefectRefused, PrefectUnavailable) as error:
-        typer.echo(f"maintenance will take up what was left: {error}")
+    with (
+        database(settings, url=stack.database_url) as engine,
+        prefect_api(settings, url=stack.prefect_api_url) as api,
+    ):
+        try:
+            take_up(sessions(engine), api)
+        except (PrefectRefused, PrefectUnavailable) as error:
+            typer.echo(f"maintenance will take up what was left: {error}")
 
 
 @app.command(rich_help_panel=STACK)
@@ -104,20 +118,28 @@ def down() -> None:
 
 @app.command(rich_help_panel=STACK)
 def status(format: Format = "table") -> None:
-    """Show which parts of the local stack run. Exit code 1 if one does not."""
+    """Show which parts of the stack run, the local one or that of the settings. Exit code 1 if one does not."""
     from flows.operate import checks
     from flows.show import show_rows
-    from infra.stack.up import status as status_of
 
-    settings = current_settings()
-    now = status_of(settings.home)
-    rows = [{"part": p.name, "state": "running" if p.running else "stopped", "detail": p.detail} for p in now.parts]
-    rows.append({"part": "flow runs", "state": str(now.flow_runs), "detail": "processes that execute one now"})
-    if now.running:
+    settings, more = current_settings(), list[dict[str, str]]()
+    if settings.elsewhere:
+        from infra.stack.elsewhere import status_elsewhere
+
+        parts = status_elsewhere(_servers(settings))
+    else:
+        from infra.stack.up import status as status_of
+
+        now = status_of(settings.home)
+        parts = list(now.parts)
+        more.append({"part": "flow runs", "state": str(now.flow_runs), "detail": "processes that execute one now"})
+    rows = [{"part": p.name, "state": "running" if p.running else "stopped", "detail": p.detail} for p in parts]
+    running = all(part.running for part in parts)
+    if running:
         with suppress(Exception):  # doctor says what is wrong with the ledger
-            rows += [{"part": "engines", "state": "failing", "detail": said} for said in checks.failing(settings)]
-    show_rows(rows, ["part", "state", "detail"], format)
-    raise typer.Exit(DONE if now.running else FAILED)
+            more += [{"part": "engines", "state": "failing", "detail": said} for said in checks.failing(settings)]
+    show_rows(rows + more, ["part", "state", "detail"], format)
+    raise typer.Exit(DONE if running else FAILED)
 
 
 @app.command(rich_help_panel=STACK)
@@ -125,16 +147,22 @@ def doctor(format: Format = "table") -> None:
     """Check every part (settings, ledger, store, Prefect, workers, model) and say how to mend what is wrong."""
     from flows.operate import checks
     from flows.show import show_rows
-    from infra.stack.doctor import doctor as examine
 
     settings = current_settings()
-    seen = examine(
-        settings.home,
-        schema=checks.schema,
-        store=lambda: checks.store(settings),
-        weights=lambda: checks.weights(settings),
-        engines=lambda: checks.engines(settings),
-    )
+    if settings.elsewhere:
+        from infra.stack.elsewhere import doctor_elsewhere
+
+        seen = doctor_elsewhere(settings.home, _servers(settings), weights=lambda: checks.weights(settings))
+    else:
+        from infra.stack.doctor import doctor as examine
+
+        seen = examine(
+            settings.home,
+            schema=checks.schema,
+            store=lambda: checks.store(settings),
+            weights=lambda: checks.weights(settings),
+            engines=lambda: checks.engines(settings),
+        )
     rows = [
         {"check": "ok" if check.ok else "wrong", "part": check.name, "detail": check.detail, "mend": check.mend}
         for check in seen
@@ -142,3 +170,16 @@ def doctor(format: Format = "table") -> None:
     show_rows(rows, ["check", "part", "detail", "mend"], format)
     if not all(check.ok for check in seen):
         raise typer.Exit(FAILED)
+
+
+def _servers(settings: Settings) -> Servers:
+    """The servers that the settings name."""
+    from flows.operate import checks
+    from infra.stack.elsewhere import Servers
+
+    return Servers(
+        ledger=lambda: checks.schema(settings.database) if settings.database_url else UNNAMED,
+        store=lambda: checks.store(settings),
+        api_url=settings.prefect_api_url,
+        auth=settings.prefect_password,
+    )

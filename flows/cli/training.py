@@ -84,11 +84,11 @@ def _object_in(file: Path) -> dict[str, Any]:
 def _submit_run(deployment: str, request: dict[str, Any], watch: bool) -> None:
     import time
 
-    from flows.clients.prefect import PrefectApi
+    from flows.clients.prefect import prefect_api
     from flows.request.submit import run_url
 
     settings = current_settings()
-    with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+    with prefect_api(settings) as api:
         run = api.submit(deployment, {"request": request}, tags=("rushes",))
         typer.echo(run_url(settings.ui_url, run.id))
         while watch and not run.final:

@@ -15,7 +15,7 @@ from db.requests import Progress, RequestNotFound, progress, request_by
 from db.tables import UNENDED, ClipStatus, RequestStatus
 from flows.cli.find import held_up, run_for
 from flows.clients.ledger import ledger
-from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run
+from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run, prefect_api
 from flows.settings import Settings
 from flows.show import printable, terminal_bars
 
@@ -24,7 +24,8 @@ ASK_WHY = 5.0  # seconds between two looks at what keeps runs from beginning
 ASK_PREFECT = 2.0  # seconds between two looks at the flow run
 WAIT_PREFECT = 10.0  # seconds that a busy server is asked again for it
 LINE_EVERY = 5.0  # seconds between two lines where there is no terminal to draw on
-REFUSALS = ("BadInput", "QuotaExceeded", "RewriterFailed")  # how `generate` names what it does not even begin
+# How `generate` names what it does not even begin.
+REFUSALS = ("BadInput", "QuotaExceeded", "RewriterFailed", "ForeignStore")
 QUIET = 120.0  # seconds after which a run that has not begun is worth a word
 
 
@@ -99,7 +100,7 @@ def _prefect(settings: Settings) -> Generator[_Patient | None]:
     if settings.prefect_api_url is None:
         yield None
         return
-    with PrefectApi(settings.prefect_api_url, settings.prefect_password, patience=WAIT_PREFECT) as api:
+    with prefect_api(settings, patience=WAIT_PREFECT) as api:
         yield _Patient(api)
 
 

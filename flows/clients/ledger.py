@@ -70,9 +70,11 @@ def prepare_ledger(url: str, reader_url: str) -> None:
 def database(settings: Settings, *, url: str | None = None, **how: Any) -> Generator[Engine]:
     """Connect to the ledger's database with the options of `connect`; disconnects at the end. Raises NotRunning.
 
+    By our own login the schema is looked at, WrongSchema raised, and the address read again at every connection.
     url: another login than ours.
     """
-    engine = connect(url or settings.database, **how)
+    own: dict[str, Any] = {} if url else {"check": True, "again": settings.database_now}
+    engine = connect(url or settings.database, **own, **how)
     try:
         yield engine
     finally:

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 import httpx
 
-from infra.stack.prefect import NOT_NOW
+from flows.settings import Settings
+from infra.stack.prefect import DENIED, NOT_NOW, credentials, is_loopback, refused_login
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 FAULTS = 5  # times that a 500 is asked again, in some 3 s: its Postgres may be restarting, or it is a fault that stays
@@ -72,26 +73,36 @@ class Run:
         return not (self.final or lost or self.state == "CANCELLING")
 
 
+def prefect_api(settings: Settings, *, url: str | None = None, patience: float = PATIENCE) -> PrefectApi:
+    """A connection to the server that the settings name, with their password. Raises NotRunning.
+
+    url: of another API than theirs.
+    """
+    return PrefectApi(url or settings.prefect_api, settings.prefect_password, patience, local=not settings.elsewhere)
+
+
 class PrefectApi:
     """A connection to one server; use it in a with statement."""
 
-    def __init__(self, url: str, auth: str | None = None, *, patience: float = PATIENCE) -> None:
+    def __init__(self, url: str, auth: str | None = None, patience: float = PATIENCE, *, local: bool = True) -> None:
         """`url` ends in /api; `auth` is user:password where the server asks for it.
 
         `patience`: seconds for which a server that is there, but does not answer or is too busy to, is asked again.
+        `local`: it is the local stack's, which `rushes up` starts.
         """
-        user, _, password = (auth or "").partition(":")
-        self._url, self._patience = url, patience
+        self._url, self._auth, self._patience, self._local = url, auth, patience, local
         # No proxy: a proxy meant for the internet would swallow calls to loopback.
-        self._http = httpx.Client(
-            base_url=url, timeout=TIMEOUT, auth=(user, password) if auth else None, trust_env="://127." not in url
-        )
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, auth=credentials(auth), trust_env=not is_loopback(url))
 
     def __enter__(self) -> PrefectApi:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
+
+    def version(self) -> str:
+        """The server's version. Raises PrefectRefused where it asks for another password."""
+        return str(self._answer("GET", "/admin/version").json())
 
     def submit(
         self,
@@ -186,6 +197,8 @@ class PrefectApi:
             raise LookupError(path)
         if answer.status_code == 404 and missing:
             raise PrefectRefused(f"{missing}: `rushes deploy` puts it there")
+        if answer.status_code in DENIED:
+            raise PrefectRefused(refused_login(self._url, self._auth))
         if answer.is_error:
             raise PrefectRefused(f"the Prefect server refused: {_detail(answer)}")
         return answer
@@ -203,7 +216,7 @@ class PrefectApi:
             except httpx.TransportError as error:
                 said = f"does not answer ({str(error) or type(error).__name__})"
                 if not isinstance(error, LOST):
-                    raise self._unavailable(f"{said}: is the stack up? `rushes up` starts it") from None
+                    raise self._unavailable(f"{said}: {self._hint()}") from None
             waited = time.monotonic() - began
             if waited >= self._patience:
                 raise self._unavailable(f"{said}, for {waited:.0f} s by now: try again later, or see `rushes doctor`")
@@ -212,6 +225,9 @@ class PrefectApi:
                 told = True
             time.sleep(random.uniform(pause / 2, pause))  # who met here would meet again
             pause = min(2 * pause, 4.0)
+
+    def _hint(self) -> str:
+        return "is the stack up? `rushes up` starts it" if self._local else "is RUSHES_PREFECT_API_URL right?"
 
     def _unavailable(self, said: str) -> PrefectUnavailable:
         return PrefectUnavailable(f"the Prefect server at {self._url} {said}")

@@ -23,6 +23,7 @@ from db.requests import (
 )
 from db.tables import ClipStatus
 from flows.clients.ledger import Ledger
+from flows.clients.ownership import ForeignStore, check_owner
 from flows.clients.retry import best_effort, with_retry
 from flows.generate.outcome import Ending, Outcome
 from flows.generate.page import Button, Page, refuse, tell_deadline
@@ -67,6 +68,10 @@ def make_clips(
         return resume(settings, ledgers, store, begun, run_id=run_id, page=page, engines=engines)
     if request.fresh and request.idempotency_key is None:
         request = request.model_copy(update={"idempotency_key": f"fresh-{run_id}"})
+    try:
+        with_retry(lambda: check_owner(ledgers, store))
+    except ForeignStore as error:
+        return refuse(page, [str(error)], reason="ForeignStore")
     try:
         source = with_retry(lambda: find_source(settings, ledgers, store, request))
     except (BadUri, BadFile, ModelNotFound, BrokenModel, NoSuchKey) as error:

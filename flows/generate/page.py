@@ -5,9 +5,6 @@ The texts are made here; `Page` is where they go: the run's page in the Prefect 
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -23,6 +20,7 @@ from flows.generate.estimates import Estimate, as_duration
 from flows.generate.outcome import Outcome
 from flows.generate.status import Pace, Story, count_of, failed_in, headline, status_text
 from flows.plan import starts
+from flows.show import picture_address
 from flows.web.links import Links
 from infra.store.contract import LINK_SECONDS, Store
 
@@ -30,7 +28,12 @@ ROUND = 5.0  # seconds between two rounds of asking and telling Prefect, at leas
 REPORT_MOST = 60.0  # seconds between two reports to the UI, at most
 TABLE_ROWS = 100  # shards that the UI's table shows
 STATUS = "0-status"  # a page is in the order of its keys, and this is to be the first
-IMAGE_BYTES = 2_000_000  # of a picture that is kept inside an artifact
+
+HEADS = {
+    "RewriterFailed": "The rewriter failed",
+    "QuotaExceeded": "Too much at once",
+    "ForeignStore": "Another ledger's store",
+}  # of refusals, by the name of the run's state; else it is bad input
 
 Row: TypeAlias = Mapping[str, str | int | float]
 
@@ -74,7 +77,7 @@ def key_of(request_id: str, what: str) -> str:
 def refuse(page: Page, messages: Sequence[str], *, count: int = 1, reason: str = "BadInput") -> Outcome:
     """All errors at once, on the page and in the outcome's message; nothing was recorded or planned."""
     text = "\n".join(messages)
-    what = {"RewriterFailed": "The rewriter failed", "QuotaExceeded": "Too much at once"}.get(reason, "Bad input")
+    what = HEADS.get(reason, "Bad input")
     page.warn(f"{what}: nothing was submitted. {count_of(count, 'error')}:")
     for message in messages:
         page.warn(message)
@@ -202,7 +205,7 @@ Export the clips: `rushes export {request_id} FOLDER`. One clip: `rushes show CL
         "Outputs",
     )
     if sheet:
-        page.image(key_of(request_id, "contact-sheet"), picture(store, sheet), "Contact sheet")
+        page.image(key_of(request_id, "contact-sheet"), picture_address(store.get(sheet)), "Contact sheet")
 
 
 def outputs_text(request_id: str, manifest: str, address: str | None, link: str) -> str:
@@ -215,18 +218,3 @@ def outputs_text(request_id: str, manifest: str, address: str | None, link: str)
 
 `rushes export {request_id} FOLDER` brings all of it, and `rushes show CLIP_ID` tells all of one clip.
 """
-
-
-def picture(store: Store, key: str) -> str:
-    """The picture itself as an address, which lives as long as the page: a signed link would not, and is a secret."""
-    from PIL import Image
-
-    data = store.get(key)
-    if len(data) > IMAGE_BYTES:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        scale = math.sqrt(IMAGE_BYTES / len(data))
-        small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-        buffer = io.BytesIO()
-        small.save(buffer, "PNG")
-        data = buffer.getvalue()
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

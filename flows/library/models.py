@@ -21,6 +21,7 @@ from sqlalchemy.exc import OperationalError
 from db.artifacts import NewArtifact, add_artifacts
 from db.models import FILES, ModelRow, NameTaken, add_model, added_model, added_models, check_name, remove_model
 from flows.clients.ledger import ledger, reading
+from flows.clients.ownership import check_owner
 from flows.library.cache import in_use, make_room
 from flows.library.variants import Lora, write_variant
 from flows.plan.layout import GPUS, RELEASES, CannotFit, Gpu, Network, Work, parse_gpus, shared_partition
@@ -136,6 +137,7 @@ def _add(settings: Settings, path: Path, name: str | None, *, passing: bool = Fa
             called = before.name if before else _free_name(name or card.name, card.digest)
             check_name(session, called, card.digest)
         store = settings.open_store()
+        check_owner(ledgers, store)
         stored = _mend(store, path, before) if before else _put(store, path)
         files = _files(before) if before else tuple(ModelFile(n, s.sha256, s.bytes) for n, s in stored.items())
         if _digest(files) != card.digest:

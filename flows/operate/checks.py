@@ -6,16 +6,13 @@ Each returns its finding as a phrase, and raises when that is wrong.
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import func, select
 
-import db
 from db.engines import FailedStart, failed_starts
-from db.session import connect
-from flows.clients.ledger import reading
+from db.session import REVISION, connect
+from flows.clients.ledger import ledger, reading
+from flows.clients.ownership import check_owner
 from flows.library.models import card_of, partition_for
 from flows.plan import starts
 from flows.settings import Settings
@@ -23,20 +20,16 @@ from flows.settings import Settings
 
 def schema(url: str) -> str:
     """Check that the ledger's tables are those that this code was written for."""
-    engine = connect(url, application="rushes-doctor")
+    engine = connect(url, application="rushes-doctor", check=True)
     try:
-        with engine.connect() as connection:
-            there = MigrationContext.configure(connection).get_current_revision()
+        with engine.connect():
+            return f"revision {REVISION} at {engine.url.host}"
     finally:
         engine.dispose()
-    wanted = ScriptDirectory(str(Path(db.__path__[0]) / "migrations")).get_current_head()
-    if there != wanted:
-        raise RuntimeError(f"the tables are at revision {there or 'none'}, this code wants {wanted}")
-    return f"revision {there}"
 
 
 def store(settings: Settings) -> str:
-    """Check that bytes can be put, read back and deleted."""
+    """Check that bytes can be put, read back and deleted, and that the store is this ledger's or nobody's."""
     store = settings.open_store()
     key, data = f"doctor/{uuid.uuid4()}", b"Rushes was here."
     store.put_at(key, data, "text/plain")
@@ -45,6 +38,9 @@ def store(settings: Settings) -> str:
             raise RuntimeError(f"{settings.store} gave back other bytes than it was given")
     finally:
         store.delete(key)
+    if settings.database_url is not None:
+        with ledger(settings) as ledgers:
+            check_owner(ledgers, store)
     return settings.store
 
 

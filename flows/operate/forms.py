@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from db.models import FILES, latest_models
 from flows.clients.ledger import reading
-from flows.clients.prefect import PrefectApi
+from flows.clients.prefect import prefect_api
 from flows.library.models import BrokenModel, card_of
 from flows.request.form import MAX_FRAMES, MAX_ID
 from flows.request.modes import STITCHED
@@ -36,7 +36,7 @@ def refresh_forms(settings: Settings) -> int:
     with suppress(OSError):  # a folder that somebody else is to make
         settings.prompts.mkdir(mode=0o700, parents=True, exist_ok=True)
     cards, changed = models_of(settings), 0
-    with PrefectApi(settings.prefect_api, settings.prefect_password) as api:
+    with prefect_api(settings) as api:
         for name in FORMS:
             if (found := api.form(name)) is None:
                 continue

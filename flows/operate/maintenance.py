@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,11 +38,15 @@ from db.engines import ALIVE, QUIET, EngineRow, close_engine, silent_engines
 from db.leases import expire_leases, expire_owner
 from db.requests import SIGN, cancel_request, count_try, hand_over, is_watched, pause_request
 from flows.clients.ledger import ledger as ledger_of
+from flows.clients.ownership import ForeignStore, check_owner
 from flows.clients.prefect import PrefectRefused, PrefectUnavailable
 from flows.operate.audit import ORPHAN_AGE, REFERENCES
 from flows.operate.forms import refresh_forms
 from flows.render import pool
 from flows.settings import load_settings
+from infra.stack.deploy import read_deployments
+from infra.stack.home import DEPLOYMENTS
+from infra.stack.prefect import BEAT_SECONDS
 from infra.store.contract import Store
 from infra.tracing import flush, setup_tracing
 
@@ -61,6 +66,7 @@ ENDINGS = (
     "BadInput",
     "RewriterFailed",
     "QuotaExceeded",
+    "ForeignStore",
     "Crashed",
     "Cancelled",
     "Cancelling",
@@ -101,6 +107,9 @@ def maintenance() -> State[Any]:
             prune(ledgers, settings.open_store(), report)
         with suppress(PrefectUnavailable, PrefectRefused):  # the next round will do
             refresh_forms(settings)
+    except ForeignStore as error:
+        log.error("%s", error)
+        return Failed(message=f"{report}; nothing was swept: {error}")
     finally:
         flush()
     log.info("%s", report)
@@ -122,26 +131,48 @@ def rescue(client: SyncPrefectClient, ledgers: sessionmaker[Session], report: Ma
 
 
 def prune(ledgers: sessionmaker[Session], store: Store, report: MaintenanceReport) -> None:
-    """Delete from the store what nothing refers to any more, and uploads that were never finished."""
+    """Delete from the store what nothing refers to any more, and uploads that were never finished.
+
+    Raises ForeignStore, and deletes nothing, where the store is another ledger's.
+    """
+    check_owner(ledgers, store)
     report.objects, report.bytes = sweep_orphans(ledgers, store)
     store.sweep_unfinished(ORPHAN_AGE["blobs/"].total_seconds())
 
 
 def ensure_heartbeat_automation(client: SyncPrefectClient) -> None:
-    """Create the automation that marks a run as crashed when its host is gone; Prefect has no such rule itself."""
-    if not client.read_automations_by_name(HEARTBEATS):
-        client.create_automation(heartbeat_automation())
+    """Create the automation that marks a run as crashed when its host is gone; Prefect has no such rule itself.
+
+    One that matches other runs than those of our deployments, which a server may share with other teams, is changed.
+    """
+    wanted = heartbeat_automation(our_deployments(client))
+    there = client.read_automations_by_name(HEARTBEATS)
+    if not there:
+        client.create_automation(wanted)
+    for automation in there:
+        if _watches(automation) != _watches(wanted):
+            client.update_automation(automation.id, wanted.model_copy(update={"enabled": automation.enabled}))
 
 
-def heartbeat_automation() -> AutomationCore:
-    """An automation: 90 seconds after a heartbeat without another one or an ending, the run has crashed."""
+def our_deployments(client: SyncPrefectClient) -> list[UUID]:
+    """The ids that the server gave to the deployments of prefect.yaml."""
+    found: list[UUID] = []
+    for deployment in read_deployments(DEPLOYMENTS):
+        with suppress(ObjectNotFound):
+            found.append(client.read_deployment_by_name(deployment.full_name).id)
+    return found
+
+
+def heartbeat_automation(deployments: Sequence[UUID]) -> AutomationCore:
+    """An automation: 90 seconds after a heartbeat without another one or an ending, a run of these has crashed."""
     return AutomationCore(
         name=HEARTBEATS,
-        description="Flow runs send a heartbeat every 30 seconds; one that falls silent lost its host.",
+        description=f"Flow runs of Rushes beat every {BEAT_SECONDS} seconds; one that falls silent lost its host.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{name}" for name in ENDINGS)},
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            match_related={"prefect.resource.id": sorted(f"prefect.deployment.{each}" for each in deployments)},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -156,6 +187,11 @@ def heartbeat_automation() -> AutomationCore:
             )
         ],
     )
+
+
+def _watches(automation: AutomationCore) -> dict[str, Any]:
+    """The runs and the silence that its trigger waits for, in a form in which two can be compared."""
+    return automation.trigger.model_dump(mode="json", include={"match_related", "within"})
 
 
 def close_silent_engines(client: SyncPrefectClient, ledgers: sessionmaker[Session]) -> int:

@@ -18,6 +18,7 @@ from db import models
 from db.engines import close_engine, engine_heartbeat, engine_ready, register_engine
 from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
+from flows.clients.ownership import check_owner
 from flows.clients.retry import never, with_retry
 from flows.library.models import card_of, gpus_of, partition_for, resolve
 from flows.render.devices import TooFewDevices, hold_devices, visible_gpus
@@ -89,6 +90,8 @@ def run_engine(
         register(ledgers, settings, digest, planned or "", owner, flow_run_id)
 
         def begin() -> None:
+            store = settings.open_store()
+            with_retry(lambda: check_owner(ledgers, store))
             card = with_retry(lambda: resolve(settings, settings.model))
             partition = Partition.parse(planned) if planned else partition_for(settings, card)
             partition.check_heads(card.heads)
@@ -97,9 +100,7 @@ def run_engine(
                 register(ledgers, settings, card.digest, str(partition), owner, flow_run_id)
                 renderer = (build or engine_of)(settings, card, partition, gpus)
                 by_hand = flow_run_id is None
-                worker = Worker(
-                    settings, ledgers, settings.open_store(), renderer, card, partition, owner, say, by_hand
-                )
+                worker = Worker(settings, ledgers, store, renderer, card, partition, owner, say, by_hand)
                 try:
                     renderer.start()
                     Ledger(ledgers).write(lambda session: engine_ready(session, owner))

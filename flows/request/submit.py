@@ -183,15 +183,15 @@ def submit(settings: Settings, good: CheckedFile) -> Submitted:
 
     Raises NotRunning, StoreUnavailable, PrefectUnavailable, PrefectRefused.
     """
-    from flows.clients.prefect import PrefectApi
+    from flows.clients.prefect import prefect_api
     from infra.tracing import carrier, continued, flush, setup_tracing
 
-    api_url, ui_url, already = settings.prefect_api, settings.ui_url, True
+    ui_url, already = settings.ui_url, True
     setup_tracing("rushes-submit")
     try:
         with (
             continued({}, "submit", request_id=good.request_id, source=good.source),
-            PrefectApi(api_url, settings.prefect_password) as api,
+            prefect_api(settings) as api,
         ):
             run_id = run_under_way(settings, api, good.request_id)
             if run_id is None:

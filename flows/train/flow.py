@@ -8,7 +8,6 @@ training is asked for again. The last act is a row in `models`, with digest, rec
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import subprocess
@@ -37,6 +36,7 @@ from db.tables import CaptionOrigin
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.page import PrefectPage
 from flows.settings import Settings, WrongSetting, load_settings
+from flows.show import picture_address
 from flows.train.datasets import cuts_of, find_dataset, source_of
 from flows.train.evaluation import EVALUATION, JUDGE, figures_of, measuring
 from infra.tracing import flush, setup_tracing
@@ -228,8 +228,11 @@ def run_stage(stage: str, command: Sequence[str], work: Path, key: str) -> None:
     curve.send(last=True)
     picture = work / "look.png"
     if stage == "look" and picture.exists():
-        url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-        create_image_artifact(url, key=f"{key}-samples", description="What the model makes of held-back captions")
+        create_image_artifact(
+            picture_address(picture.read_bytes()),
+            key=f"{key}-samples",
+            description="What the model makes of held-back captions",
+        )
 
 
 class Curve:

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from infra.stack.prefect import RUN_SETTINGS
+from infra.stack.worker import PYTHON
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.flows import Flow
@@ -64,21 +67,21 @@ def _deployment(entry: Mapping[str, Any]) -> Deployment:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m infra.stack.deploy")
     parser.add_argument("file", type=Path, help="prefect.yaml")
-    parser.add_argument("--folder", type=Path, required=True, help="working directory of flow runs")
     parser.add_argument("--pool", action="append", default=[], metavar="NAME=LIMIT", help="a process work pool")
     arguments = parser.parse_args()
 
     deployments = read_deployments(arguments.file)
-    sys.path.insert(0, str(arguments.folder))
     flows = {deployment: _load(deployment) for deployment in deployments}
-    template = _job_template(arguments.folder)
+    template = _job_template()
 
-    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     api = sys.stdin.readline().strip()
     if not api:
         sys.exit("no server to register with")
-    with SyncPrefectClient(api) as client:
+    # Nothing but the address is ours to say: the password and whatever else a client needs is in its environment.
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         for pool in arguments.pool:
             name, _, limit = pool.partition("=")
             _register_pool(client, name, int(limit), template)
@@ -94,18 +97,20 @@ def _load(deployment: Deployment) -> Flow[..., Any]:
     return flow
 
 
-def _job_template(folder: Path) -> dict[str, Any]:
-    """Prefect's template for process pools, with our defaults.
+def _job_template() -> dict[str, Any]:
+    """Prefect's template for process pools, with our defaults. Nothing in it is true of one host alone.
 
     With a command of our own a flow run starts 2 to 3 s sooner: Prefect then leaves out the extra process that would
-    prepare a workspace, of which an installed package has no need.
+    prepare a workspace, of which an installed package has no need. Python and working directory are those of the
+    worker (`infra.stack.worker`), wherever its host has them.
     """
     from prefect.workers.process import ProcessWorker
 
     template = ProcessWorker.get_default_base_job_template()
     variables = template["variables"]["properties"]
-    variables["working_dir"]["default"] = str(folder)
-    variables["command"]["default"] = shlex.join([sys.executable, "-m", "prefect.engine"])
+    variables["working_dir"]["default"] = "."
+    variables["command"]["default"] = shlex.join([PYTHON, "-m", "prefect.engine"])
+    variables["env"]["default"] = dict(RUN_SETTINGS)  # also of runs that a worker of somebody else's starts
     return template
 
 

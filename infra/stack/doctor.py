@@ -68,7 +68,7 @@ def doctor(
         return f"{runs} at {_running(api).url.removesuffix('/api')}"
 
     def in_pools() -> str:
-        return ", ".join(_describe_pool(_running(api), pool) for pool in POOLS)
+        return ", ".join(describe_pool(_running(api), pool) for pool in POOLS)
 
     def in_workers() -> str:
         return ", ".join(_describe_worker(_running(api), family, pool) for pool in POOLS)
@@ -87,31 +87,43 @@ def doctor(
             raise ValueError(f"missing or paused: {', '.join(wrong)}")
         return ", ".join(names)
 
-    reinstall = "Run `make up` (or `pip install -c constraints.txt -e .`) to install what fits together."
     start = "Run `rushes up`: it starts what does not run."
     mend = "Mend what the engine says; its flow run's log in Prefect has more. `rushes engine` tries one here, at once."
-    starts = [_check("engines", engines, mend)] if engines else []
+    starts = [check("engines", engines, mend)] if engines else []
     return [
-        _check("packages", _see_packages, reinstall),
-        _check("home", lambda: _see_home(home), f"Make {home} yours alone: chmod 700, or name another in RUSHES_HOME."),
-        _check("disk", lambda: _see_space(home, 2.0), f"Free some space below {home}, or move RUSHES_HOME."),
-        _check("memory", _see_memory, "End other programs: an engine and the stack want 2 GB."),
-        _check("temporary files", lambda: _see_space(Path(tempfile.gettempdir()), 0.5), "Free some, or set TMPDIR."),
-        _check("shared memory", _see_shared_memory, "Give /dev/shm 256 MB (docker run --shm-size); ranks use it."),
-        _check("postgres", in_postgres, f"{start} Its log: {home / POSTGRES / 'postgres.log'}"),
-        _check("ledger", in_ledger, f"{start} That also brings the tables up to date."),
-        _check("prefect", in_prefect, f"{start} After an upgrade, `rushes down` first. Log: {home}/logs/prefect.log"),
-        _check("work pools", in_pools, f"{start} Resume a paused pool in the Prefect UI."),
-        _check("workers", in_workers, f"{start} Their logs: {home}/logs/control.log and gpu.log"),
-        _check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
-        _check("clips over HTTP", in_web, f"{start} Its log: {home}/logs/web.log"),
-        _check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
-        _check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
+        *machine_checks(home),
+        check("postgres", in_postgres, f"{start} Its log: {home / POSTGRES / 'postgres.log'}"),
+        check("ledger", in_ledger, f"{start} That also brings the tables up to date."),
+        check("prefect", in_prefect, f"{start} After an upgrade, `rushes down` first. Log: {home}/logs/prefect.log"),
+        check("work pools", in_pools, f"{start} Resume a paused pool in the Prefect UI."),
+        check("workers", in_workers, f"{start} Their logs: {home}/logs/control.log and gpu.log"),
+        check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
+        check("clips over HTTP", in_web, f"{start} Its log: {home}/logs/web.log"),
+        check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
+        check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
         *starts,
     ]
 
 
-def _check(name: str, look: Callable[[], str], mend: str) -> Check:
+def machine_checks(home: Path, *, mounted: bool = False) -> list[Check]:
+    """The checks of this machine. mounted: the home may be a volume that belongs to somebody else."""
+    reinstall = "Run `make up` (or `pip install -c constraints.txt -e .`) to install what fits together."
+    return [
+        check("packages", _see_packages, reinstall),
+        check(
+            "home",
+            lambda: _see_home(home, mounted),
+            f"Make {home} yours alone: chmod 700, or name another in RUSHES_HOME.",
+        ),
+        check("disk", lambda: _see_space(home, 2.0), f"Free some space below {home}, or move RUSHES_HOME."),
+        check("memory", _see_memory, "End other programs: an engine and the stack want 2 GB."),
+        check("temporary files", lambda: _see_space(Path(tempfile.gettempdir()), 0.5), "Free some, or set TMPDIR."),
+        check("shared memory", _see_shared_memory, "Give /dev/shm 256 MB (docker run --shm-size); ranks use it."),
+    ]
+
+
+def check(name: str, look: Callable[[], str], mend: str) -> Check:
+    """The line of a part: `look` gives what it saw, and raises where that is wrong; then `mend` says what to do."""
     try:
         return Check(name, True, look())
     except Exception as error:  # whatever goes wrong in a part is what this is about
@@ -133,9 +145,10 @@ def _see_packages() -> str:
     return ", ".join(f"{name} {version}" for name, version in {"Python": sys.version.split()[0], **found}.items())
 
 
-def _see_home(home: Path) -> str:
-    mode = stat.S_IMODE(home.stat().st_mode)
-    if mode & 0o077:
+def _see_home(home: Path, mounted: bool) -> str:
+    found = home.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077 and not (mounted and found.st_uid != os.geteuid()):
         raise RuntimeError(f"others may enter {home} (mode {mode:04o})")
     if not os.access(home, os.W_OK):
         raise RuntimeError(f"{home} cannot be written to")
@@ -162,7 +175,8 @@ def _see_shared_memory() -> str:
     return _see_space(Path("/dev/shm"), 0.25) if Path("/dev/shm").exists() else "none on this system"
 
 
-def _describe_pool(api: Api, pool: str) -> str:
+def describe_pool(api: Api, pool: str) -> str:
+    """Name and limit of a work pool. Raises RuntimeError where it is missing or paused."""
     row = api.get(f"/work_pools/{pool}")
     if wrong := reason_to_wait(row, api.queues(pool) if row else ()):
         raise RuntimeError(wrong)

@@ -19,8 +19,22 @@ from infra.stack.processes import MARK, PART
 ANSWER_SECONDS = 30.0  # what one answer may take, repetitions included
 # Says nothing about what was asked, which is asked again. Prefect says 500 while its Postgres restarts.
 NOT_NOW = (408, 429, 500, 502, 503, 504)
+DENIED = (401, 403)
 # Between two signs of life of a flow run; maintenance's automation calls it crashed after 90 of silence.
 BEAT_SECONDS = 30
+
+
+# Of every process that executes a flow run, wherever and by whichever worker it is started.
+RUN_SETTINGS = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",  # its clients ask again for the others of NOT_NOW by themselves
+}
+# Of every worker and of what it starts; what a person has set is theirs.
+WORKER_SETTINGS = {
+    **RUN_SETTINGS,
+    "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default, which a person at a terminal feels
+    "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "10",  # 120 by default, where the events stream is lost
+}
 
 
 def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
@@ -30,10 +44,7 @@ def prefect_settings(home: Path, api_url: str | None = None) -> dict[str, str]:
         **({"PREFECT_API_URL": api_url} if api_url else {}),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(BEAT_SECONDS),
-        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",  # its clients ask again for the others of NOT_NOW by themselves
-        "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default, which a person at a terminal feels
-        "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "10",  # 120 by default, where the events stream is lost
+        **WORKER_SETTINGS,
         "PREFECT_LOGGING_COLORS": "false",
         "PREFECT_CLI_COLORS": "false",
     }
@@ -118,11 +129,24 @@ def reason_to_wait(pool: Mapping[str, Any] | None, queues: Iterable[Mapping[str,
     return None
 
 
+def credentials(auth: str | None) -> tuple[str, str] | None:
+    """User and password, as httpx takes them, of `user:password`."""
+    user, _, password = (auth or "").partition(":")
+    return (user, password) if auth else None
+
+
+def refused_login(url: str, auth: str | None) -> str:
+    """The one line that says what to do where a server answers 401 or 403."""
+    said = "refuses the user and password of RUSHES_PREFECT_AUTH" if auth else "asks for a password"
+    return f"the Prefect server at {url} {said}: set RUSHES_PREFECT_AUTH to the user:password that it was started with"
+
+
 class Api:
     """The Prefect server's REST interface, as far as the stack needs it."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, auth: str | None = None, *, patience: float = ANSWER_SECONDS) -> None:
+        """`auth`: user:password where the server asks for it. `patience`: seconds that one answer may take."""
+        self.url, self.auth, self.patience = url, auth, patience
 
     def healthy(self, *, patience: float = 2.0) -> bool:
         try:
@@ -167,7 +191,7 @@ class Api:
 
     def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """Asks until there is an answer; every request here may be made twice. Raises httpx.HTTPError if none comes."""
-        until, pause = time.monotonic() + ANSWER_SECONDS, 0.1
+        until, pause = time.monotonic() + self.patience, 0.1
         while True:
             left = until - time.monotonic()
             try:
@@ -181,14 +205,23 @@ class Api:
             pause = min(2 * pause, 4.0)
 
     def _send(self, method: str, path: str, body: Any, timeout: float) -> httpx.Response:
-        # No proxy from the environment: it would swallow calls to loopback.
-        return httpx.request(method, self.url + path, json=body, timeout=timeout, trust_env=False, verify=False)
+        # No proxy from the environment for loopback: it would swallow the calls.
+        login, loopback = credentials(self.auth), is_loopback(self.url)
+        return httpx.request(
+            method, self.url + path, json=body, auth=login, timeout=timeout, trust_env=not loopback, verify=not loopback
+        )
 
     def _content(self, answer: httpx.Response) -> Any:
+        if answer.status_code in DENIED:
+            raise StackFailed(refused_login(self.url, self.auth))
         if answer.is_error:
             where = f"{answer.request.method} {answer.request.url}"
             raise StackFailed(f"the Prefect server refused {where}: {answer.status_code} {answer.text[:500]}")
         return answer.json()
+
+
+def is_loopback(url: str) -> bool:
+    return httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
 
 
 def api_of(port: int) -> str:

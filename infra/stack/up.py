@@ -14,6 +14,7 @@ This module knows nothing about tables, flows or models; what it needs of them i
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ from infra.stack.processes import (
     process_family,
     runs_below,
 )
+from infra.stack.worker import path_with_own_python
 
 PREFERRED_PORT = 4200  # Prefect's own
 CONTROL_RUNS = 8  # flow runs of the control pool at once; each is a process of some 200 MB
@@ -309,7 +311,7 @@ class _Start:
             raise StackFailed(f"the Prefect server's database could not be made: {log}")
 
     def begin_deploy(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "infra.stack.deploy", str(self.file), "--folder", str(self.repo)]
+        command = [sys.executable, "-m", "infra.stack.deploy", str(self.file)]
         command += [f"--pool={pool}={limit}" for pool, limit in self.limits.items()]
         with self.deploy_log.open() as output:
             self.deploying = subprocess.Popen(
@@ -352,7 +354,8 @@ class _Start:
             settle_runs(api, pool, [run for run in api.active_runs(pool) if run["id"] not in live])
             command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-worker"]
             command += ["--install-policy", "never"]
-            workers[pool] = self.spawn(pool, command, self.repo, prefect_settings(self.home, api.url))
+            own_python = {"PATH": path_with_own_python(os.environ.get("PATH"))}
+            workers[pool] = self.spawn(pool, command, self.repo, own_python | prefect_settings(self.home, api.url))
         deadline = time.monotonic() + WORKER_SECONDS
         for pool, (process, log) in workers.items():
             while not api.has_worker(pool, f"{pool}-worker", since):

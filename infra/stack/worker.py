@@ -6,25 +6,36 @@ Prefect's own worker kills them at once, with no signal before, and an engine co
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
+PYTHON = "python3"  # in commands of a work pool: the worker's own, which each looks up on its host
 RUN = "PREFECT__FLOW_RUN_ID"  # in the environment of a process that executes a flow run, and of all it starts
 RUNS_SECONDS = 20.0  # that flow runs get to end
 WORKER_SECONDS = 10.0  # that the worker gets after them
 
 
-def run_worker(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def path_with_own_python(path: str | None) -> str:
+    """A PATH on which PYTHON is the interpreter that runs this. path: the caller's."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{path or os.defpath}"
+
+
+def run_worker(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> int:
     """Runs a worker's command until it ends, and returns its exit code. Told to stop, it raises SystemExit.
 
     SIGTERM and SIGINT reach us alone: the worker leads a session of its own. A second one is not waited for.
+    folder: where its flow runs work.
     """
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGINT)}
-    worker = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    own = {**environment, "PATH": path_with_own_python(environment.get("PATH"))}
+    worker = subprocess.Popen(command, cwd=folder, env=own, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         return worker.wait()
     finally:

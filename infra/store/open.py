@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -10,8 +11,13 @@ from infra.store.folder import FolderStore
 from infra.store.s3 import S3Store
 
 
-def open_store(url: str, access_key: str | None = None, secret_key: str | None = None) -> Store:
-    """The store a URL names; nothing is contacted yet.
+def open_store(
+    url: str,
+    access_key: str | None = None,
+    secret_key: str | None = None,
+    again: Callable[[], tuple[str, str]] | None = None,
+) -> Store:
+    """The store a URL names; nothing is contacted yet. again: both keys as they are now, asked for at every request.
 
     `file:///srv/rushes`, or `s3://bucket?endpoint=host:port` with, when wanted, `&secure=false` (plain HTTP),
     `&region=…` (where the endpoint's name does not say it), and `&public=https://…` (the address under which browsers
@@ -43,4 +49,5 @@ def open_store(url: str, access_key: str | None = None, secret_key: str | None =
         secure=query.get("secure", "true") == "true",
         region=query.get("region"),
         public=query.get("public"),
+        again=again,
     )

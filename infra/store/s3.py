@@ -7,8 +7,9 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, cast
@@ -19,6 +20,7 @@ import certifi
 import urllib3
 from minio import Minio
 from minio.commonconfig import REPLACE, CopySource
+from minio.credentials import Credentials, Provider
 from minio.datatypes import Object
 from minio.error import InvalidResponseError, MinioException, S3Error
 from minio.helpers import check_bucket_name
@@ -53,6 +55,18 @@ _REGIONAL = re.compile(
 DEFAULT_REGION = "us-east-1"
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class _Keys(Provider):
+    """The keys that requests are signed with, as they are now: they may be changed while an engine runs."""
+
+    access: str
+    secret: str
+    again: Callable[[], tuple[str, str]] | None
+
+    def retrieve(self) -> Credentials:
+        return Credentials(*(self.again() if self.again else (self.access, self.secret)))
+
+
 class S3Store:
     """Objects in a bucket of any S3 server. The bucket is made by the first put if it may be; until then it is empty.
 
@@ -73,6 +87,7 @@ class S3Store:
         public: str | None = None,
         timeout: float = 60,
         fresh_for: float = 3600,
+        again: Callable[[], tuple[str, str]] | None = None,
     ) -> None:
         check_bucket_name(bucket, strict=True)
         if "/" in endpoint:
@@ -91,7 +106,7 @@ class S3Store:
         region = region or named or DEFAULT_REGION
         self.endpoint, self.bucket, self.secure, self.region, self.public = endpoint, bucket, secure, region, public
         self.timeout, self.fresh_for = timeout, fresh_for
-        self._keys = (access_key, secret_key)
+        self._keys = _Keys(access_key, secret_key, again)
         self._made: tuple[int, Minio] | None = None
 
     def __repr__(self) -> str:  # never the keys
@@ -156,7 +171,7 @@ class S3Store:
         signer = (
             self._client
             if address is None
-            else Minio(address.netloc, *self._keys, secure=address.scheme == "https", region=self.region)
+            else Minio(address.netloc, credentials=self._keys, secure=address.scheme == "https", region=self.region)
         )
         signed = urlsplit(signer.presigned_get_object(self.bucket, check_key(key), timedelta(seconds=seconds)))
         before = address.path.rstrip("/") if address else ""
@@ -205,7 +220,9 @@ class S3Store:
                 ssl_context=trust,
                 retries=retries,
             )
-            client = Minio(self.endpoint, *self._keys, secure=self.secure, region=self.region, http_client=pool)
+            client = Minio(
+                self.endpoint, credentials=self._keys, secure=self.secure, region=self.region, http_client=pool
+            )
             self._made = (os.getpid(), client)
         return self._made[1]
 

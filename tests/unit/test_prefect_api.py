@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import struct
@@ -15,7 +16,8 @@ import pytest
 
 from flows.clients import prefect as prefect_api
 from flows.clients.prefect import PrefectApi, PrefectRefused, PrefectUnavailable
-from infra.stack.prefect import reason_to_wait
+from infra.stack.home import StackFailed
+from infra.stack.prefect import Api, reason_to_wait
 
 RUN = {"id": "a-run", "name": "keen-otter", "state_type": "SCHEDULED", "state_name": "Scheduled"}
 
@@ -29,6 +31,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.to_do: list[str] = []
         self.asked: list[dict[str, Any]] = []
+        self.password: str | None = None
 
     @property
     def url(self) -> str:
@@ -40,6 +43,10 @@ class Handler(BaseHTTPRequestHandler):
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
+        asked = self.headers["Authorization"]
+        if self.server.password and asked != f"Basic {base64.b64encode(self.server.password.encode()).decode()}":
+            self.say(401, {"exception_message": "Unauthorized"})
+            return
         self.say(200, {"id": "a-deployment"})
 
     def do_POST(self) -> None:
@@ -155,3 +162,16 @@ QUEUE = {"id": "q", "name": "default", "is_paused": False, "concurrency_limit": 
 def test_why_no_run_begins(pool: dict[str, Any] | None, queue: dict[str, Any], said: str | None) -> None:
     found = reason_to_wait(None if pool is None else POOL | pool, [QUEUE | queue])
     assert found is None if said is None else (found or "").startswith(said)
+
+
+def test_both_clients_log_in_and_a_refusal_names_the_setting(server: Server) -> None:
+    server.password = "rushes:s3cret:with-colons"
+    with PrefectApi(server.url, server.password) as api:
+        assert api.version()
+    assert Api(server.url, server.password).get("/admin/version")
+    for wrong in (None, "rushes:wrong"):
+        with PrefectApi(server.url, wrong) as api, pytest.raises(PrefectRefused, match="RUSHES_PREFECT_AUTH") as caught:
+            api.version()
+        with pytest.raises(StackFailed, match="RUSHES_PREFECT_AUTH"):
+            Api(server.url, wrong).version()
+        assert "wrong" not in str(caught.value).replace(server.url, "")
