@@ -101,7 +101,11 @@ class Engine:
     def fingerprint(self, spec: ClipSpec) -> str:
         """Digest of all that must be equal for this clip to go on from a resume state to the same bits."""
         numerics = [
-            *(str(self.partition), self.device, self.dtype),
+            *(
+                str(self.partition),
+                self.device,
+                "bfloat16, times in float32" if self.dtype == "bfloat16" else self.dtype,
+            ),
             *(f"{self.threads_per_rank} threads", f"{self.micro_batch} at a time", f"compile {self.compile}"),
             *(info.device for info in self.ready),
         ]

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 def load_dit(path: Path, dtype: torch.dtype, device: str = "cpu", part: str = TRANSFORMER) -> DiT:
-    """The whole transformer on one device, in evaluation mode, all its weights in `dtype`: adapters merged, and what an
-    engine keeps in 8 bits rounded as there. Partitioned loading is `model.parallel.partition`'s."""
+    """The whole transformer on one device, in evaluation mode, its weights in `dtype` (`set_type`): adapters merged,
+    and what an engine keeps in 8 bits rounded as there. Partitioned loading is `model.parallel.partition`'s."""
     from model.loading.tensors import WeightFiles, empty, read_parameters
+    from model.network.dit import set_type
 
-    dit = empty(path, part).to(dtype).to_empty(device=device)
+    dit = empty(path, part)
+    set_type(dit, dtype)
+    dit.to_empty(device=device)
     with WeightFiles(path, part) as files:
         read_parameters(dit, files)
     return dit

@@ -11,6 +11,7 @@ parameter names and config this class shares; per-token times as in Wan 2.2 TI2V
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -62,7 +63,7 @@ class Conditioning(nn.Module):
         """
         weight, count = self.time_embedder.linear_1.weight, times.numel()
         flat = F.pad(times.flatten(), (0, max(0, ENOUGH - count)))
-        embedding = self.time_embedder(sinusoid(flat, self.channels).to(weight.dtype))
+        embedding = self.time_embedder(sinusoid(flat, self.channels).to(weight.dtype)).to(self.time_proj.weight.dtype)
         modulation = self.time_proj(F.silu(embedding))
         shape = times.shape
         return embedding[:count].view(*shape, -1), modulation[:count].view(*shape, 6, -1)
@@ -163,6 +164,21 @@ class DiT(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.get_parameter("attn2.to_out.0.weight"))
         nn.init.zeros_(self.proj_out.weight)
+
+
+# Parameters that are float32 in a network of any shorter type, as diffusers keeps them (`_keep_in_fp32_modules` of its
+# WanTransformer3DModel): few weights, which every token of every block is scaled and shifted by.
+KEPT_IN_FLOAT32 = re.compile(r"(?:.*\.)?(?:time_embedder\..+|scale_shift_table|norm2\.\w+)")
+
+
+def set_type(module: nn.Module, dtype: torch.dtype, prefix: str = "", recurse: bool = True) -> None:
+    """Gives a network's parameters a type, and those that are KEPT_IN_FLOAT32 float32 where that is longer.
+
+    prefix: of the module's names in the network.
+    """
+    for name, parameter in module.named_parameters(recurse=recurse):
+        longer = KEPT_IN_FLOAT32.fullmatch(prefix + name) and dtype.itemsize < torch.float32.itemsize
+        parameter.data = parameter.data.to(torch.float32 if longer else dtype)
 
 
 def in_order(layers: Sequence[Layer], x: Tensor) -> Tensor:

@@ -26,8 +26,10 @@ def rank_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
     """
     kept = kept_weights(path)
     shares = [_shares(dit_config(path, name), partition.tp, dtype_bytes, kept) for name in _transformers(path)]
-    unit = dtype_bytes * partition.zero  # a part is whole numbers
-    return sum(-(-size // unit) * dtype_bytes if partition.zero > 1 else size for s in shares for size in s.values())
+    if partition.zero == 1:
+        return sum(size for share in shares for size in share.values())
+    sizes = [(size, _bytes_of(name, dtype_bytes)) for share in shares for name, size in share.items()]
+    return sum(-(-size // (each * partition.zero)) * each for size, each in sizes)  # a part is whole numbers
 
 
 def gathered_bytes(path: Path, partition: Partition, dtype_bytes: int) -> int:
@@ -140,8 +142,15 @@ def _shares(config: DiTConfig, tp: int, dtype_bytes: int, kept: str | None) -> d
         if kept == INT8 and is_kept_in_int8(name, len(shape)):
             sizes[name] = count + 4 * (shape[0] // (1 if kind == "row" else tp))
         else:
-            sizes[name] = dtype_bytes * count
+            sizes[name] = _bytes_of(name, dtype_bytes) * count
     return sizes
+
+
+def _bytes_of(name: str, dtype_bytes: int) -> int:
+    """Bytes of each number of a parameter that a network of `dtype_bytes` keeps."""
+    from model.network.dit import KEPT_IN_FLOAT32
+
+    return max(4, dtype_bytes) if KEPT_IN_FLOAT32.fullmatch(name) else dtype_bytes
 
 
 def _available(meminfo: Path) -> int:

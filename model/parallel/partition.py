@@ -22,7 +22,7 @@ from model.config import Partition
 from model.loading.card import TRANSFORMER, kept_weights
 from model.loading.int8 import INT8, keep_in_int8
 from model.loading.tensors import WeightFiles, empty, read_parameters
-from model.network.dit import DiT
+from model.network.dit import DiT, set_type
 from model.network.layers import Attention, Block, HeadsRMSNorm
 from model.parallel.mesh import Axis, Groups
 from model.parallel.ulysses import SharedRows, Ulysses
@@ -55,7 +55,7 @@ def load_partitioned(
     """
     dit = empty(path, part)
     place(dit, groups, plan)
-    dit = dit.to(dtype)
+    set_type(dit, dtype)
     if kept_weights(path) == INT8:
         if groups.zero.group is not None:
             raise ValueError(f"{path.name} keeps its weights in 8 bits, which zero cannot divide: choose another axis")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.loading.card import TRANSFORMER
 from model.loading.tensors import WHOLE, WeightFiles, empty, read_parameters
-from model.network.dit import DiT
+from model.network.dit import DiT, set_type
 from model.parallel.guidance import both_halves, own_text
 from model.parallel.mesh import ALONE, Axis, Groups
 
@@ -93,9 +93,10 @@ def streamed(
     with WeightFiles(path, part) as files:
 
         def fill(module: nn.Module, prefix: str, recurse: bool = True) -> None:
-            module.to(stored).to_empty(device=device, recurse=recurse)
+            set_type(module, stored, prefix, recurse)
+            module.to_empty(device=device, recurse=recurse)
             read_parameters(module, files, WHOLE, prefix, recurse)
-            module.to(computed)
+            set_type(module, computed, prefix, recurse)
 
         for name, module in dit.named_children():
             if name != "blocks":

@@ -57,9 +57,11 @@ def step_traffic(config: DiTConfig, partition: Partition, work: Work, dtype_byte
     block = 3 * all_reduce(activation, tp)  # attn1.to_out, attn2.to_out, ffn.net.2
     block += 3 * all_reduce(mine * FLOAT, tp)  # attn1.norm_q, attn1.norm_k, attn2.norm_q
     block += 4 * exchange(Fraction(activation, tp), sp)  # q, k, v and what comes of them
-    block += gathered(body, zero, dtype_bytes)
+    longer_in_block, longer_around = float32_parameters(config)
+    block += gathered(body, zero, dtype_bytes) + gathered(longer_in_block, zero, FLOAT - dtype_bytes)
     around = all_gather(activation * sp, sp)
     around += gathered(outer_parameters(config), zero, dtype_bytes)
+    around += gathered(longer_around, zero, FLOAT - dtype_bytes)
     if not work.precomputed:
         once = text_kv_traffic(config, partition, rows, work.words, dtype_bytes)
         block, around = block + once.block, around + once.around
@@ -115,6 +117,13 @@ def outer_parameters(config: DiTConfig) -> list[int]:
     inward, outward = config.in_channels * patch, config.out_channels * patch
     times = [config.freq_dim * width, width, width * width, width, 6 * width * width, 6 * width]
     return [inward * width, width, *times, outward * width, outward, 2 * width]
+
+
+def float32_parameters(config: DiTConfig) -> tuple[list[int], list[int]]:
+    """Numbers in each parameter that is float32 in a network of any type, of those in a block and of those around."""
+    width = config.width
+    cross_norm = [width, width] if config.cross_norm else []
+    return [*cross_norm, 6 * width], [config.freq_dim * width, width, width * width, width, 2 * width]
 
 
 def text_parameters(config: DiTConfig) -> list[int]:
