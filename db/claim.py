@@ -6,6 +6,7 @@ claim are locked with `for update skip locked`, so engines never wait for each o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, exists, func, or_, select, text, update
@@ -31,7 +32,7 @@ from db.tables import (
 )
 from db.usage import charge
 
-_AS_STORED = ("negative_prompt", "seed", "recipe", "mode", "direction", "tags", "metadata")
+_AS_STORED = ("negative_prompt", "seed", "recipe", "mode", "direction", "tags", "metadata", "queued_at")
 WINDOW = 600.0  # seconds over which tenants share the GPUs by weight
 AGEING = 600.0  # seconds without a lease that lift a request's priority by one: nothing waits for ever
 AVOID = 30.0  # seconds for which a clip waits for another engine than those on which it failed
@@ -54,6 +55,8 @@ class LeasedClip:
     end_source: NewArtifact | None
     tags: list[str] | None = None
     metadata: dict[str, Any] | None = None
+    queued_at: datetime | None = None
+    tenant: str | None = None
     resume_state: ResumeState | None = None  # where an earlier attempt had come to
 
 
@@ -250,6 +253,7 @@ def _wanted(which: ColumnElement[bool]) -> Select[Any]:
             *(clip.resume_key, clip.resume_step, clip.resume_fingerprint),
             *(source.c[name] for source in _SOURCES for name in _OF_ARTIFACT),
             exists().where(reusable(Clip)).label("there"),
+            select(Request.tenant).where(Request.id == clip.request_id).scalar_subquery().label("tenant"),
         )
         .outerjoin(_SOURCES[0], _SOURCES[0].c.sha256 == clip.source)
         .outerjoin(_SOURCES[1], _SOURCES[1].c.sha256 == clip.end_source)
@@ -267,6 +271,7 @@ def _leased_clip(row: Row[Any]) -> LeasedClip:
     key, step, fingerprint = row[after : after + 3]
     return LeasedClip(
         **dict(zip(_PLAIN, row, strict=False)),
+        tenant=row.tenant,
         settings=ClipSettings(**dict(zip(SETTINGS, row[len(_PLAIN) : after], strict=True))),
         source=_artifact(row, after + 3),
         end_source=_artifact(row, after + 3 + len(_OF_ARTIFACT)),

@@ -211,6 +211,7 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
     with engine.connect() as connection, connection.begin() as transaction:
         connection.execute(text("select set_config('statement_timeout', :ms, true)"), {"ms": f"{timeout * 1000:.0f}"})
         connection.execute(text("select set_config('search_path', :path, true)"), {"path": SEARCH_PATH})
+        connection.execute(text("select set_config('random_page_cost', '1.1', true)"))  # as for a reader's login
         role = as_reader(connection)
         driver = cast("psycopg.Connection[tuple[Any, ...]]", connection.connection.driver_connection)
         cursor = driver.cursor()

@@ -81,6 +81,7 @@ def start_clip(
     code_version: str,
     host: str | None = None,
     resumed_step: int | None = None,
+    trace_id: str | None = None,
 ) -> int:
     """Open the clip's next attempt and return its number; 0 when there is nothing to render (cancelled, or ended).
 
@@ -109,6 +110,7 @@ def start_clip(
             code_version=code_version,
             host=host,
             resumed_step=resumed_step,
+            trace_id=trace_id,
             started_at=now(),
         ),
     )

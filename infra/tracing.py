@@ -1,4 +1,4 @@
-"""Traces: one per request, from submit to put, across the processes that work on it.
+"""Traces: one per request, from submit to its shards, across processes; and one per rendering, linked to that.
 
 `setup_tracing` is called once at the start of every process. Afterwards any module may use OpenTelemetry as it is.
 Spans leave the process only where the OTEL_ environment names a collector; without one there are trace ids all the
@@ -24,7 +24,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import Span
+from opentelemetry.trace import Link, Span, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -99,6 +99,40 @@ def span_between(
         span.add_event(event.name, _plain(event.attributes), _nanoseconds(event.at))
     span.end(_nanoseconds(max(start, end)))
     return _carrier(trace.set_span_in_context(span))
+
+
+class OpenTrace:
+    """A trace of its own that goes on: `trace_id` as 32 hex digits, `carrier` of its first span."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self.carrier = _carrier(trace.set_span_in_context(span))
+        context = span.get_span_context()
+        self.trace_id = trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+    def note(self, **attributes: Any) -> None:
+        """More attributes of its first span."""
+        self._span.set_attributes(_plain(attributes))
+
+    def end(self, at: float, error: str | None = None) -> None:
+        """Ends it at a unix time, as failed where there is an error; a second time changes nothing."""
+        if self._span.is_recording():
+            if error is not None:
+                self._span.set_status(Status(StatusCode.ERROR, error))
+            self._span.end(_nanoseconds(at))
+
+
+def begin_trace(name: str, start: float, *, linked: Mapping[str, str] | None = None, **attributes: Any) -> OpenTrace:
+    """Begin a trace at unix time `start` in seconds, with a link to the span of the carrier `linked`."""
+    there = trace.get_current_span(_context(linked) or Context()).get_span_context()
+    span = _tracer().start_span(
+        name,
+        context=Context(),
+        links=[Link(there)] if there.is_valid else [],
+        attributes=_plain(attributes),
+        start_time=_nanoseconds(start),
+    )
+    return OpenTrace(span)
 
 
 def current_trace_id() -> str | None:

@@ -26,6 +26,7 @@ from flows.render.renderer import Renderer
 from flows.render.shard import Shard
 from flows.render.worker import Worker, code_version, log, machine, owner_name
 from flows.settings import AUTO, Settings
+from infra.tracing import continued
 from model.config import Partition
 from model.engine.engine import Engine
 from model.loading.card import ModelCard
@@ -102,7 +103,8 @@ def run_engine(
                 by_hand = flow_run_id is None
                 worker = Worker(settings, ledgers, store, renderer, card, partition, owner, say, by_hand)
                 try:
-                    renderer.start()
+                    with continued(None, "engine.start", **_of_engine(owner, card, partition)):
+                        renderer.start()
                     Ledger(ledgers).write(lambda session: engine_ready(session, owner))
                     say(f"engine {owner}: {card.name} on {partition} is ready after {time.monotonic() - born:.1f} s")
                     render_shards(worker, totals, runner, replaced, held)
@@ -121,6 +123,11 @@ def run_engine(
             Ledger(ledgers).within(LEAVING).write(lambda session: close_engine(session, owner, error, useless=useless))
     totals.alive = time.monotonic() - born
     return totals
+
+
+def _of_engine(owner: str, card: ModelCard, partition: Partition) -> dict[str, str]:
+    """Attributes of a span about an engine."""
+    return {"rushes.engine": owner, "gen_ai.request.model": card.name, "rushes.partition": str(partition)}
 
 
 def render_shards(

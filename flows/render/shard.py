@@ -35,7 +35,7 @@ from flows.clients.retry import unavailable_service, with_retry
 from flows.render.clip import WrongDigest, as_file, proven, spec_of
 from flows.render.worker import EngineUnfit, T, Worker, code_version, log
 from infra.store.contract import NoSuchKey
-from infra.tracing import Event, carrier, continued, current_trace_id, span_between
+from infra.tracing import Event, OpenTrace, begin_trace, carrier, continued, span_between
 from model.engine.clip import (
     ClipSpec,
     DeviceFailed,
@@ -72,7 +72,8 @@ class Shard:
     settled: set[str] = field(default_factory=set[str])  # recorded, failed or cancelled
     doubtful: dict[str, tuple[str, Exception]] = field(default_factory=dict[str, tuple[str, Exception]])  # failed
     span: dict[str, str] = field(default_factory=dict[str, str])  # the carrier of the shard's span
-    trace_id: str | None = None
+    traces: dict[str, OpenTrace] = field(default_factory=dict[str, OpenTrace])  # of its clips' attempts
+    began: float = field(default_factory=time.time)
     finished: int = 0
     saving: dict[str, Future[None]] = field(default_factory=dict[str, "Future[None]"])  # of each clip the last one
     objects: set[str] = field(default_factory=set[str])  # checkpoints that there may be of its clips
@@ -139,7 +140,7 @@ class Shard:
                 continued(self.lease.carrier, "shard", shard_id=self.lease.shard_id, request_id=self.lease.request_id),
                 ThreadPoolExecutor(1, thread_name_prefix="publish") as publisher,
             ):
-                self.span, self.trace_id = carrier(), current_trace_id()
+                self.span = carrier()
                 self.render_all(publisher)
             self.doubtful.clear()  # those of an engine that stops
             if self.leaves and self.left(self.clips):
@@ -155,6 +156,8 @@ class Shard:
         finally:
             stop.set()
             keeper.join(timeout=10)
+            for opened in self.traces.values():  # of clips that were cancelled, kept or lost
+                opened.end(time.time())
             self.sweep()
         return self.finished
 
@@ -302,6 +305,7 @@ class Shard:
         if clip_id in self.started:
             return
         self.started[clip_id] = 0
+        opened = self.traces[clip_id] = self.open_trace(clip_id)
         self.started[clip_id] = self.write(
             lambda session: start_clip(
                 session,
@@ -312,8 +316,42 @@ class Shard:
                 code_version=code_version(),
                 host=socket.gethostname(),
                 resumed_step=step or None,
+                trace_id=opened.trace_id,
             )
         )
+        opened.note(**{"rushes.attempt": self.started[clip_id]})
+
+    def open_trace(self, clip_id: str) -> OpenTrace:
+        """The trace of an attempt, from when the clip began to wait; linked to the shard's span, in its request's."""
+        clip, made, card = next(c for c in self.clips if c.clip_id == clip_id), time.time(), self.worker.card
+        settings, since = clip.settings, self.began
+        if clip.queued_at is not None and clip.attempt_no == 1:
+            since = clip.queued_at.timestamp()
+        since = min(since, made)
+        still = settings.frames == 1
+        opened = begin_trace(
+            "clip",
+            since,
+            linked=self.span,
+            **{
+                "gen_ai.operation.name": "generate_content",
+                "gen_ai.provider.name": "rushes",
+                "gen_ai.request.model": card.name,
+                "gen_ai.request.seed": clip.seed,
+                "gen_ai.output.type": "image" if still else None,  # which has no word for video
+                "rushes.output.type": "image" if still else "video",
+                "rushes.clip.id": clip_id,
+                "rushes.request.id": self.lease.request_id,
+                "rushes.shard.id": self.lease.shard_id,
+                "rushes.tenant": clip.tenant,
+                "rushes.model.digest": card.digest,
+                "rushes.partition": str(self.worker.partition),
+                "rushes.engine": self.worker.owner,
+                **{f"rushes.{name}": getattr(settings, name) for name in ("width", "height", "frames", "fps", "steps")},
+            },
+        )
+        span_between("wait", since, made, parent=opened.carrier)
+        return opened
 
     def on_checkpoint(self, clip: SavedState, publisher: ThreadPoolExecutor) -> None:
         """Uploads in the background; skips it if the clip's previous upload still runs."""
@@ -375,7 +413,7 @@ class Shard:
                     sha256=stored.sha256, key=stored.key, bytes=stored.bytes, media_type=stored.media_type
                 ),
                 seconds={**rendered.seconds, "encode": encoded - began, "put": ended - encoded},
-                trace_id=self.trace_id,
+                trace_id=self.traces[clip.clip_id].trace_id,
                 peak_bytes=rendered.peak_bytes,
                 skipped_steps=rendered.skipped_steps,
             )
@@ -388,12 +426,13 @@ class Shard:
         self.trace(rendered, (("encode", began, encoded), ("put", encoded, ended), ("record", ended, time.time())))
 
     def trace(self, rendered: RenderedClip, after: Sequence[tuple[str, float, float]]) -> None:
-        """One span for the clip; in it one for each stage, those of the ranks by what they timed."""
-        clip = span_between("clip", rendered.started, after[-1][2], parent=self.span, clip_id=rendered.clip_id)
+        """A span for each stage below that of the clip, those of the ranks by what they timed."""
+        opened = self.traces[rendered.clip_id]
         steps = [Event(f"step {k}", when) for k, when in enumerate(rendered.steps, 1)]
         for stage, began, ended in (*rendered.spans, *after):
             within = [step for step in steps if stage == "denoise" and began <= step.at <= ended]
-            span_between(stage, began, ended, parent=clip, events=within)
+            span_between(stage, began, ended, parent=opened.carrier, events=within)
+        opened.end(after[-1][2])
 
     def while_leased(self, ask: Callable[[], T]) -> T:
         """The answer of a server, waited for as long as the lease is ours: a rendered clip is worth it.
@@ -459,6 +498,8 @@ class Shard:
             )
             self.settled.add(clip_id)
             self.doubtful.pop(clip_id, None)
+            if clip_id in self.traces:
+                self.traces[clip_id].end(time.time(), said)
 
     def judge(self) -> None:
         """Charges the clips that failed since one was last made, if a plain one can be: else the engine is at fault.
