@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import torch
+from sqlalchemy import Engine
 
 from model.config import DiTConfig, Partition
 from model.network.compiled import COMPILERS
@@ -19,6 +20,7 @@ from tests.bench import ledger as bench_ledger
 from tests.bench import model_engine as bench
 from tests.bench import model_gpu as bench_gpu
 from tests.bench import prefect as bench_prefect
+from tests.bench import questions as bench_questions
 from tests.documents import QUESTIONS
 
 
@@ -139,3 +141,14 @@ def test_prefects_database_is_measured_by_what_lies_in_it(empty_database_url: st
     runs = bench_prefect._task_runs(url)
     assert [len(run) for run in runs] == [3, 3]
     assert (bench_prefect._most(runs, 10.0), bench_prefect._most(runs, 1.0)) == (4, 2)
+
+
+def test_the_bench_of_questions_makes_what_they_ask_about(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_questions, "ROUNDS", 2)
+    bench_questions.make(database, 4000)
+    rows = {question: bench_questions.timed(database, sql)[0] for question, sql in QUESTIONS.items()}
+    nothing = {
+        "Was anything rendered twice? (no rows: nothing was)",
+        "How do two models do on the same prompts and seeds?",
+    }
+    assert {question for question, found in rows.items() if not found} <= nothing
