@@ -7,15 +7,16 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, CursorResult, Delete, Engine, Insert, Update, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 REVISION = "0001"  # of the schema that this code was written for: the newest in db/migrations
 OLDER: tuple[str, ...] = ()  # revisions before it
@@ -255,6 +256,8 @@ def upgrade(url: str, revision: str = "head") -> tuple[str, ...]:
 
     At the newest one the platform's roles get what they lack; gives the statements for it that are not ours to run.
     """
+    from alembic import command  # takes a quarter of a second to load, and only those that migrate need it
+
     config = _config(url)
     command.upgrade(config, revision)
     return config.attributes.get("left", ())
@@ -262,10 +265,14 @@ def upgrade(url: str, revision: str = "head") -> tuple[str, ...]:
 
 def downgrade(url: str, revision: str) -> None:
     """Take the schema back to `revision` ("base" removes everything in it)."""
+    from alembic import command
+
     command.downgrade(_config(url), revision)
 
 
 def _config(url: str) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.set_main_option("path_separator", "os")
