@@ -87,7 +87,7 @@ def test_a_higher_priority_goes_first_and_the_lower_one_loses_nothing(platform: 
     (first,) = platform.attempts(outcome.request_id)
     given_way, *between, went_on = platform.attempts(low_request)
     assert not between
-    assert given_way["finished_at"] <= first["started_at"] <= first["finished_at"] <= went_on["started_at"]
+    assert given_way["finished_at"] <= first["started_at"] < went_on["started_at"]
     assert (given_way["ended"], given_way["error"], went_on["ended"]) == ("released", None, "done")
     assert went_on["resumed_step"] == 4
     assert platform.script.steps[LONG] == STEPS, "no step was computed twice"
@@ -103,7 +103,7 @@ def test_the_higher_of_two_waiting_priorities_is_rendered_first(platform: Platfo
     with platform.engines():
         requests = [run.outcome().request_id for run in (low, high)]
     (later,), (sooner,) = (platform.attempts(request) for request in requests)
-    assert sooner["finished_at"] <= later["started_at"]
+    assert sooner["started_at"] < later["started_at"]  # its last moments may be published while the other is begun
 
 
 KILLED = """
