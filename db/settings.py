@@ -22,6 +22,7 @@ class ClipSettings:
     solver: Annotated[str, "the sampler"]
     shift: Annotated[float, "of the time steps towards noise"]
     step_cache: Annotated[float | None, "how little the first block may change for the others to be skipped"] = None
+    guidance_2: Annotated[float | None, "scale of guidance for the second of two experts"] = None
     strength: Annotated[float | None, "of an edit: 1 keeps nothing of the source"] = None
     window: Annotated[int | None, "most frames made at once, where it is made in several windows"] = None
     overlap: Annotated[int | None, "frames that a window takes over from what is known"] = None

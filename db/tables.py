@@ -409,6 +409,7 @@ class Clip(Base):
         # prevents windows that take over more than they hold
         CheckConstraint('overlap >= 1 and "window" > overlap and made_frames >= 1', name="windows"),
         CheckConstraint("step_cache > 0 and step_cache < 'infinity'", name="step_cache"),
+        CheckConstraint("guidance_2 >= 0 and guidance_2 < 'infinity'", name="guidance_2"),
         # prevents labels that are none: a row without any is in no index of them
         CheckConstraint(
             "cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object'",

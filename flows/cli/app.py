@@ -43,8 +43,8 @@ EPILOG = """
 [bold]Prompt files[/bold]
   .jsonl  an object a line: {"prompt": "a red ball spins"}, and if wanted
           custom_id negative_prompt width height size frames fps steps
-          guidance solver shift step_cache samples seed; and what to make
-          it from:
+          guidance guidance_2 solver shift step_cache samples seed; and what
+          to make it from:
           mode image video clip end_image end_video end_clip direction
           strength overlap
   .csv    the same names in a header row

@@ -24,7 +24,7 @@ BAR = 60  # characters of a waterfall
 # Columns of history that say of two clips in what they differ.
 COMPARED = (
     *("prompt", "rewritten_prompt", "negative_prompt", "model", "model_digest", "seed", "mode", "width", "height"),
-    *("frames", "fps", "steps", "guidance", "solver", "shift", "step_cache", "strength", "overlap"),
+    *("frames", "fps", "steps", "guidance", "guidance_2", "solver", "shift", "step_cache", "strength", "overlap"),
     *("source_sha256", "end_source_sha256", "direction", "status", "error", "sha256"),
 )
 

@@ -73,7 +73,19 @@ class AgainCommand(FormCommand):
     """Takes what another take of a clip may change."""
 
     FIELDS = (
-        *("model", SIZE, "frames", "fps", "steps", "guidance", "solver", "shift", "step_cache", "negative_prompt"),
+        *(
+            "model",
+            SIZE,
+            "frames",
+            "fps",
+            "steps",
+            "guidance",
+            "guidance_2",
+            "solver",
+            "shift",
+            "step_cache",
+            "negative_prompt",
+        ),
         *("seed", "samples", "name", "priority"),
     )
 

@@ -226,6 +226,11 @@ class ClipOptions(Conditioned):
     guidance: Guidance | None = Field(
         default=None, title="Guidance", description="How closely to follow the prompt; 1 is off and takes half the time"
     )
+    guidance_2: Guidance | None = Field(
+        default=None,
+        title="Guidance of the second expert",
+        description="Of a model with two experts, for the one that ends the clip; empty: as guidance",
+    )
     solver: Solver | None = Field(default=None, title="Solver", description="How the equation is stepped")
     shift: Shift | None = Field(
         default=None, title="Time shift", description="Higher spends more steps on layout and motion"
@@ -394,6 +399,7 @@ class GenerationRequest(ClipOptions):
             multiple=card.multiple,
             frame_step=card.frame_step,
             window=card.window,
+            experts=1 if card.boundary is None else 2,
             asked_size=self.width is not None or self.height is not None,
             asked_frames=self.frames,
             asked=tuple(given),
@@ -467,6 +473,7 @@ class LineSettings:
     samples: int
     seed: int
     step_cache: float | None = None
+    guidance_2: float | None = None  # of a second expert, where guidance is on; None: as guidance
 
 
 SETTINGS = tuple(each.name for each in fields(LineSettings))
@@ -480,6 +487,7 @@ class Defaults(LineSettings):
     multiple: int  # width and height must be multiples of it
     frame_step: int  # frames must be frame_step * n + 1
     window: int = 0  # the most frames that the model makes at once; 0: not known
+    experts: int = 1  # of the model, that take turns
     asked_size: bool = False  # the request itself says width or height
     asked_frames: int | None = None  # the length that the request itself asks for
     asked: tuple[str, ...] = ()  # the settings that the request itself gives
@@ -506,7 +514,7 @@ def request_key(
     if request.idempotency_key:
         return f"{request.tenant}:{request.idempotency_key}"
     settings = asdict(defaults)
-    for name in ("window", "asked_size", "asked_frames", "asked"):  # the model's, or said by another setting
+    for name in ("window", "experts", "asked_size", "asked_frames", "asked"):  # the model's, or said by another setting
         del settings[name]
     for name, absent in {**ADDED, "conditions": {}}.items():
         if settings[name] == absent:

@@ -235,5 +235,6 @@ def _settle(index: int, record: Record, defaults: Defaults, ids: dict[int, int],
         take_of=take_of,
         conditions=conditions,
         shapes=shapes,
+        experts=defaults.experts,
         **decided,
     )

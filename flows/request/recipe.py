@@ -26,6 +26,7 @@ class Prompt(LineSettings):
     labels: Labels = NO_LABELS  # its own, which no recipe knows
     take_of: str | None = None  # the clip that it is another take of; it decides no pixel
     conditions: Conditions = PLAIN
+    experts: int = 1  # of the model
     shapes: tuple[str, ...] = ()  # WIDTHxHEIGHTxFRAMES of what the model makes at once
 
     def seed_of(self, sample: int) -> int:
@@ -55,7 +56,7 @@ def recipe(prompt: Prompt, sample: int, *, model_digest: str, rewritten: str | N
     )
 
 
-def without_effect(clip: LineSettings) -> dict[str, str]:
+def without_effect(clip: Prompt) -> dict[str, str]:
     """Settings that change no pixel of such a clip, each with the reason; they are no part of its recipe.
 
     A step cache computes the first and the last step in full. The one step of Euler's method goes all the way from
@@ -64,12 +65,23 @@ def without_effect(clip: LineSettings) -> dict[str, str]:
     idle: dict[str, str] = {}
     if clip.guidance == 1 and clip.negative_prompt:
         idle["negative_prompt"] = "guidance=1 is off: nothing is steered away from"
+    if clip.guidance_2 is not None and (why := _guided_alike(clip)):
+        idle["guidance_2"] = why
     if clip.steps <= 2 and clip.step_cache is not None:
         idle["step_cache"] = "the first and the last step are always computed"
     if clip.steps == 1 and clip.solver in (Solver.EULER, Solver.AB2):
         idle["shift"] = "there is one step, from noise to the clip"
         idle["solver"] = "euler and ab2 take the same first step"
     return idle
+
+
+def _guided_alike(clip: Prompt) -> str | None:
+    """Why the guidance of a second expert changes nothing, where it does not."""
+    if clip.experts == 1:
+        return "the model has one expert"
+    if clip.guidance == 1:
+        return "guidance=1 is off, for both experts"
+    return "it is that of the first expert" if clip.guidance_2 == clip.guidance else None
 
 
 def derived_seed(request_seed: int, prompt: str, custom_id: str | None) -> int:

@@ -55,14 +55,14 @@ class Slot:
     solver: Solver
     x: Tensor  # [C, T, H, W], where the solver wants to know the velocity
     now: float  # at this time
-    guidance: float
+    guidance: tuple[float, float]  # of the first expert, and of the second
     known: tuple[bool, ...]  # latent frames that ride along at time 0 and stand still
     cache: StepCache | None = None
 
     @property
     def key(self) -> BatchKey:
         alone = None if self.cache is None else self.number
-        return BatchKey.of(self.x, self.guidance, self.known, alone)
+        return BatchKey.of(self.x, self.guidance[0], self.known, alone)
 
     @property
     def times(self) -> list[float]:
@@ -124,13 +124,15 @@ class Batch:
         known: Sequence[bool],
         cache: StepCache | None = None,
         recompute: float | None = None,
+        guidance_2: float | None = None,
     ) -> None:
         """Adds a clip; text and negative are [L, Dt]. Raises ValueError where `takes` would say no.
 
         recompute: the time of the full step that its cache must compute again, where it goes on from a resume state.
         """
         x, now = next(solver)
-        slot = Slot(number, solver, x, now, guidance, tuple(known), cache)
+        both = guidance, guidance if guidance_2 is None else guidance_2
+        slot = Slot(number, solver, x, now, both, tuple(known), cache)
         if not self.takes(slot.key):
             raise ValueError(f"clip {number} cannot join {len(self)} of {self.size} clips: it is {slot.key}")
         mine = own_text(text[None], negative[None], self.groups.cfg) if slot.key.guided else text[None]
@@ -185,7 +187,9 @@ class Batch:
         conditional, *others = (first.cache.over(self.experts[expert], predict) if first.cache else predict)(x, times)
         if not others:
             return list(conditional[: len(places)])
-        return [guide(yes, no, slot.guidance) for yes, no, slot in zip(conditional, others[0], chosen, strict=False)]
+        return [
+            guide(yes, no, slot.guidance[expert]) for yes, no, slot in zip(conditional, others[0], chosen, strict=False)
+        ]
 
     def _ask(self, expert: int, x: Tensor, times: Tensor, text: TextInput, guided: bool) -> tuple[Tensor, ...]:
         """The conditional velocity of x [B, C, T, H, W] at times [B, S], and where it is guided the unconditional."""

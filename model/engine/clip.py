@@ -67,6 +67,7 @@ class ClipSpec:
     window: int = 0  # most frames to make at once; 0: all of them
     overlap: int = 5  # frames that a window takes over from the one before
     step_cache: float | None = None  # in (0, 1]: steps that change less are not computed (`model.network.stepcache`)
+    guidance_2: float | None = None  # of a second expert, where guidance is on; None: as guidance
     resume_state: bytes | None = field(default=None, compare=False, repr=False)  # where to go on from, if usable
 
     def __post_init__(self) -> None:

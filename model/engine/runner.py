@@ -175,7 +175,10 @@ class Runner:
             steps, guided = len(job.times) - 1, spec.guidance != 1
             summed = partial(total, groups=self.batch.groups, guided=guided)
             job.cache = StepCache(spec.step_cache, steps, summed, step=start.step, last=last)
-        self.batch.join(number, solver, start.text[0], start.text[1], spec.guidance, known, job.cache, recompute)
+        text, negative = start.text
+        self.batch.join(
+            number, solver, text, negative, spec.guidance, known, job.cache, recompute, guidance_2=spec.guidance_2
+        )
 
     def _start(self, job: RankJob) -> Start:
         """Rank 0: the start of a clip that it has prepared."""

@@ -18,6 +18,7 @@ from tests.bench.model_engine import their_pipeline
 from tests.tiny import CLIP, tiny_model, tiny_wan
 
 STEPS, GUIDANCE, NEGATIVE = 6, 3.0, "a green cube"
+GUIDANCE_2 = 1.5  # of a second expert
 
 
 def walked(pipeline: WanPipeline, shape: ClipShape, start: torch.Tensor, length: int, output: str) -> Any:
@@ -31,6 +32,7 @@ def walked(pipeline: WanPipeline, shape: ClipShape, start: torch.Tensor, length:
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         max_sequence_length=length,
+        **({"guidance_scale_2": GUIDANCE_2} if pipeline.config.get("boundary_ratio") else {}),
         latents=start,
         output_type=output,
     ).frames
@@ -94,7 +96,8 @@ def test_a_release_of_wan_makes_the_frames_that_diffusers_makes(released: tuple[
         asked.append(now < (card.boundary or 0))
         time_of_each_token = torch.full((2, x[0, 0, :, ::2, ::2].numel()), now)
         times = time_of_each_token if release == "2.2-ti2v" else torch.full((2,), now)
-        return guide(*experts[asked[-1]](torch.cat((x, x)), times, words).chunk(2), GUIDANCE)
+        scale = (GUIDANCE, GUIDANCE_2)[asked[-1]]
+        return guide(*experts[asked[-1]](torch.cat((x, x)), times, words).chunk(2), scale)
 
     times = schedule(STEPS, card.shift, card.solver)
     *_, latents = denoise(at_model_times(velocity, card.solver), start, times, card.solver)
@@ -131,6 +134,7 @@ def test_an_engine_makes_them_too(released: tuple[str, Path], partition: Partiti
         frames=shape.frames,
         steps=STEPS,
         guidance=GUIDANCE,
+        guidance_2=GUIDANCE_2,  # which one expert does not know
         solver="unipc",
     )
     with Engine(folder, partition) as engine:

@@ -29,6 +29,20 @@ def told(*lines: dict[str, Any], **of_request: Any) -> list[str]:
     return warnings_of(CARD, checked)
 
 
+def test_guidance_of_a_second_expert_is_told_and_not_hashed_where_it_changes_nothing() -> None:
+    assert told({"guidance_2": 4.0}) == ["guidance_2=4.0 has no effect (line 1): the model has one expert"]
+
+    def recipe_of(experts: int, **settings: Any) -> str:
+        return recipe(replace(one(), experts=experts, **settings), 0, model_digest="0" * 64)
+
+    plain = recipe_of(1)
+    assert plain == recipe_of(2) == recipe_of(1, guidance_2=2.0) == recipe_of(2, guidance_2=DEFAULTS.guidance)
+    assert recipe_of(2, guidance=1.0) == recipe_of(2, guidance=1.0, guidance_2=2.0)
+    assert len({plain, recipe_of(2, guidance_2=2.0), recipe_of(2, guidance_2=1.0)}) == 3
+    card = replace(CARD, boundary=0.875)
+    assert (GenerationRequest(prompts=["x"], guidance_2=2.0).resolve(card).experts, CARD.boundary) == (2, None)
+
+
 STEERS = "guidance=1 is off: nothing is steered away from"
 
 

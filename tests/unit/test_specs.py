@@ -97,6 +97,7 @@ def test_every_setting_of_a_prompt_comes_to_the_ranks_as_it_is() -> None:
     assert set(PROMPT_SETTINGS) - {"negative_prompt", "samples", "seed"} <= set(SETTINGS), "the ledger keeps them all"
     values: dict[str, Any] = {
         "guidance": 2.5,
+        "guidance_2": 3.5,
         "shift": 1.5,
         "steps": 7,
         "fps": 9,

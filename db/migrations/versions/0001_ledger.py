@@ -234,6 +234,7 @@ create table clips (
     solver text,
     shift double precision,
     step_cache double precision,
+    guidance_2 double precision,
     strength double precision,
     "window" integer,
     overlap integer,
@@ -287,6 +288,7 @@ create table clips (
             and (mode = 'edit') = (strength is not null) and (strength is null or strength > 0 and strength <= 1))),
     constraint ck_clips_windows check (overlap >= 1 and "window" > overlap and made_frames >= 1),
     constraint ck_clips_step_cache check (step_cache > 0 and step_cache < 'infinity'),
+    constraint ck_clips_guidance_2 check (guidance_2 >= 0 and guidance_2 < 'infinity'),
     constraint ck_clips_labels check (
         cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object'),
     constraint ck_clips_done check ((status = 'done') = (artifact is not null)),
