@@ -181,7 +181,8 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
         3, sample=1, custom_id="shot 7", prompt="ein roter Ball 🔴 \\ \"quoted\" '; drop table clips",
         rewritten_prompt="a glossy red ball", negative_prompt="blurry", guidance=0.1 + 0.2, shift=1e-7, seed=2**63 - 1,
         mode=ClipMode.CONNECT, source=artifact_of("a").sha256, end_source=artifact_of("b").sha256,
-        window=17, overlap=5, made_frames=34, step_cache=0.1,
+        window=17, overlap=5, made_frames=34, step_cache=0.1, guidance_2=2.5,
+        tags=("dailies", "Ünï"), metadata={"shot": 7, "of": {"scene": [1, None]}},
     )  # fmt: skip
     with ledger.begin() as session:
         add_artifacts(session, [artifact_of("a"), artifact_of("b"), artifact_of("a", key="elsewhere")])
@@ -189,9 +190,10 @@ def test_what_is_added_comes_back_as_it_was(ledger: Ledger) -> None:
         (row,) = clips_of(session, request)
         planned(session, request)
         _, (leased,) = claim_shard(session, "a", seconds=60, model_digest=MODEL) or pytest.fail("no work")
-    same = set(NewClip.__slots__) - {"rejected", "parents", "source", "end_source"}
+    same = set(NewClip.__slots__) - {"rejected", "parents", "source", "end_source", "tags"}
     assert {name: getattr(row, name) for name in same} == {name: getattr(clip, name) for name in same}
     assert row.settings == leased.settings == clip.settings
+    assert tuple(row.tags or ()) == clip.tags
     assert (row.source_sha256, row.end_source_sha256) == (clip.source, clip.end_source)
     assert (leased.source, leased.end_source) == (artifact_of("a"), artifact_of("b"))
     assert (leased.mode, leased.settings.window, leased.settings.step_cache) == (ClipMode.CONNECT, 17, 0.1)
@@ -788,6 +790,9 @@ REFUSED = {
     "uq_clips_resume_key": "update clips set resume_key = 'key', resume_step = 1, resume_fingerprint = 'x'",
     "ck_attempts_error_class": "update attempts set status = 'failed', finished_at = now()",
     "ck_requests_priority": "update requests set priority = 10",
+    "ck_requests_labels": "update requests set tags = array[]::text[]",
+    "ck_clips_labels": "update clips set metadata = '[]' where id = 'clip-0'",
+    "ck_clips_guidance_2": "update clips set guidance_2 = -1 where id = 'clip-0'",
     "ck_requests_id": "insert into requests select 'by hand', 'two', name, tenant, model, model_digest, settings,"
     " source, source_sha256 from requests",
     "ck_requests_total": "update requests set total = -1",
