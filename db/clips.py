@@ -29,6 +29,8 @@ class NewClip:
     prompt: str
     custom_id: str | None = None
     rewritten_prompt: str | None = None
+    not_understood: str | None = None
+    unread_words: int | None = None  # at the end of the words that the model is given
     negative_prompt: str | None = None
     settings: ClipSettings | None = None
     seed: int | None = None

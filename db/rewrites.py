@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -33,17 +34,27 @@ class Words:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def known(session: Session, words: Collection[Words]) -> dict[Words, str | None]:
-    """Those of the words that were rewritten before, and to what; None where they were left as they are."""
+class Answer(NamedTuple):
+    """The outcome of rewriting a prompt."""
+
+    text: str | None  # None: it was left as it is
+    not_understood: str | None = None  # words and phrases of it that are left out
+
+
+def known(session: Session, words: Collection[Words]) -> dict[Words, Answer]:
+    """Those of the words that were rewritten before, and to what."""
     if not words:
         return {}
     keys = {each.key: each for each in words}
-    found = session.execute(select(Rewrite.key, Rewrite.rewritten).where(Rewrite.key.in_(keys)))
-    return {keys[row.key]: row.rewritten for row in found}
+    asked = select(Rewrite.key, Rewrite.rewritten, Rewrite.not_understood).where(Rewrite.key.in_(keys))
+    return {keys[row.key]: Answer(row.rewritten, row.not_understood) for row in session.execute(asked)}
 
 
-def remember(session: Session, rewritten: Iterable[tuple[Words, str | None]]) -> None:
+def remember(session: Session, rewritten: Iterable[tuple[Words, Answer]]) -> None:
     """Records what prompts were rewritten to; what is there already stays."""
-    rows = [{"key": words.key, **asdict(words), "rewritten": text} for words, text in rewritten]
+    rows = [
+        {"key": words.key, **asdict(words), "rewritten": answer.text, "not_understood": answer.not_understood}
+        for words, answer in rewritten
+    ]
     if rows:
         change(session, upsert(Rewrite).values(rows).on_conflict_do_nothing())

@@ -353,6 +353,8 @@ class Clip(Base):
     line: Mapped[int | None]
     prompt: Mapped[str]
     rewritten_prompt: Mapped[str | None]
+    not_understood: Mapped[str | None]
+    unread_words: Mapped[int | None]
     negative_prompt: Mapped[str | None]
     seed: Mapped[int | None] = mapped_column(BigInteger)
     recipe: Mapped[str | None]
@@ -672,6 +674,7 @@ class Rewrite(Base):
     prompt: Mapped[str]
     moving: Mapped[bool]  # false: for an image
     rewritten: Mapped[str | None]  # null: left as it is
+    not_understood: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
     __table_args__ = (

@@ -70,6 +70,8 @@ class HistoryRow:
     tenant: Annotated[str, ViewColumn("who asked", "request.tenant")]
     prompt: Annotated[str, "the words as they came"]
     rewritten_prompt: Annotated[str | None, "the words the model was given, where they differ"]
+    not_understood: Annotated[str | None, "words and phrases that rewriting left out"]
+    unread_words: Annotated[int | None, "words at its end that the model did not read, where it is too long"]
     negative_prompt: Annotated[str | None, "what the clip should not show"]
     model: Annotated[str, ViewColumn("the model's name", "request.model")]
     model_digest: Annotated[str, ViewColumn("sha256 over the model's files", "request.model_digest")]

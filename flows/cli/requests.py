@@ -314,7 +314,7 @@ def rewrite(
     image: Annotated[bool, typer.Option("--image", help="For a picture, which tells no motion.")] = False,
     format: Format = "table",
 ) -> None:
-    """Show what a prompt would be rewritten to, and which of its words mean nothing to the model."""
+    """Show what a prompt would be rewritten to, and what of it is not understood."""
     from flows.library.models import card_of
     from flows.request.rewriting import rewriter_of, try_out
     from flows.show import show_one
@@ -324,10 +324,10 @@ def rewrite(
     with rewriter_of(settings, card) as rewriter:
         if rewriter is None:
             fail(f"{card.name} brings no rewriter and RUSHES_REWRITER_URL is not set: prompts stay as they are")
-        rewritten, unknown = try_out(rewriter, card, prompt, moving=not image)
-    if format == "table" and rewritten is None:
+        answer = try_out(rewriter, card, prompt, moving=not image)
+    if format == "table" and answer.text is None:
         typer.echo("rushes: left as it is", err=True)
-    show_one({"prompt": prompt, "rewritten_prompt": rewritten, "unknown_words": ", ".join(unknown) or None}, format)
+    show_one({"prompt": prompt, "rewritten_prompt": answer.text, "not_understood": answer.not_understood}, format)
 
 
 @app.command(name="requests", rich_help_panel=REQUESTS)

@@ -19,6 +19,7 @@ from db.clips import NewClip, add_clips
 from db.models import register_model
 from db.planning import reuse_renders
 from db.requests import NewRequest, OpenedRequest, Progress, RequestRow, open_request, request_by, seal_request
+from db.rewrites import Answer
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
 from flows.clients.ledger import Ledger
@@ -41,6 +42,7 @@ from infra.store.contract import Store
 from infra.tracing import carrier, current_trace_id
 from model.config import ClipShape
 from model.loading.card import TRANSFORMER, ModelCard, ModelNotFound
+from model.network.words import PromptTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +194,8 @@ def record(
         with ledgers.begin() as session, open_source(settings, store, source.uri) as stream:
             add_artifacts(session, source.sources.artifacts())
             read = with_new_words(ledgers, rewriter, lines_of(stream, source, request))
-            clips = (clip for line, rewritten in read for clip in clips_of(line, source, rewritten))
+            tokens = PromptTokens(card.path / "tokenizer", card.max_prompt_tokens)
+            clips = (clip for line, answer in read for clip in clips_of(line, source, answer, tokens))
             add_clips(session, opened.id, clips)
         with ledgers.begin() as session:
             seal_request(session, opened.id, checked.clips + checked.bad)
@@ -248,7 +251,7 @@ def lines_of(stream: BinaryIO, source: RequestFile, request: GenerationRequest) 
     return read_prompts(stream, source=source.name, format=request.format, defaults=source.defaults, find=find)
 
 
-def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None = None) -> Iterator[NewClip]:
+def clips_of(line: Prompt | BadLine, source: RequestFile, answer: Answer, tokens: PromptTokens) -> Iterator[NewClip]:
     """The rows of one line of the file: a clip for each sample, or one rejected row."""
     labels = source.labels | line.labels
     if isinstance(line, BadLine):
@@ -264,6 +267,7 @@ def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None 
         )
         return
     made: Conditions = line.conditions
+    unread = len(tokens.dropped(answer.text or line.prompt).split())
     settings = ClipSettings(**dict(zip(SETTINGS, _settings_of(line), strict=True)))
     for sample in range(line.samples):
         yield NewClip(
@@ -272,12 +276,14 @@ def clips_of(line: Prompt | BadLine, source: RequestFile, rewritten: str | None 
             line=line.line,
             custom_id=line.custom_id,
             prompt=line.prompt,
-            rewritten_prompt=rewritten,
+            rewritten_prompt=answer.text,
+            not_understood=answer.not_understood,
+            unread_words=unread or None,
             negative_prompt=line.negative_prompt,
             settings=settings,
             fresh=source.fresh,
             seed=line.seed_of(sample),
-            recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=rewritten),
+            recipe=recipe(line, sample, model_digest=source.card.digest, rewritten=answer.text),
             mode=ClipMode(made.mode),
             source=made.source and made.source.sha256,
             end_source=made.end_source and made.end_source.sha256,

@@ -24,7 +24,7 @@ from typing import Protocol
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import rewrites
-from db.rewrites import Words
+from db.rewrites import Answer, Words
 from flows.request.advice import quoted, spoken
 from flows.request.form import MAX_PROMPT, digest_of
 from flows.request.read import BadLine
@@ -51,6 +51,9 @@ sideways with the fox, shallow depth of field, natural colours, photorealistic."
 STILL = "This prompt is for a picture: tell no motion and no camera move."
 
 
+AS_IT_IS = Answer(None)
+
+
 class RewriterFailed(RuntimeError):
     """Prompts could not be rewritten. The message says why, and how to go on without."""
 
@@ -65,8 +68,8 @@ class Rewriter(Protocol):
         """Who it is, in the ledger: another name may give other words."""
         ...
 
-    def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[str | None]:
-        """New words for each prompt; None for one that is left as it is. Raises RewriterFailed."""
+    def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[Answer]:
+        """New words for each prompt. Raises RewriterFailed."""
         ...
 
 
@@ -86,7 +89,7 @@ class Rewritten:
 
     rewritten: int = 0
     left: int = 0  # as they were: in the model's words already, or about nothing that it knows
-    unknown: Counter[str] = field(default_factory=Counter[str])  # words that mean nothing to the model
+    left_out: Counter[str] = field(default_factory=Counter[str])  # words and phrases that are not understood
     cut: int = 0  # longer than the model reads, in the words that they have now
     dropped: str = ""  # of the first of these
 
@@ -97,11 +100,11 @@ class Rewritten:
     def __str__(self) -> str:
         text = f"{self.rewritten} of {self.rewritten + self.left} prompts were rewritten"
         text += f", {self.about_cut}" if self.cut else ""
-        if not self.unknown:
+        if not self.left_out:
             return text
-        words = ", ".join(word for word, _ in self.unknown.most_common(SHOWN))
-        more = f" and {len(self.unknown) - SHOWN} more" if len(self.unknown) > SHOWN else ""
-        return f"{text}; words that mean nothing to the model: {words}{more}"
+        words = ", ".join(word for word, _ in self.left_out.most_common(SHOWN))
+        more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
+        return f"{text}; not understood and left out: {words}{more}"
 
 
 def rewrite_all(
@@ -120,41 +123,38 @@ def rewrite_all(
             texts = rewriter.rewrite([words.prompt for words in new], moving=moving) if new else []
             found |= zip(new, texts, strict=True)
         with ledgers.begin() as session:
-            rewrites.remember(session, [(words, text) for words, text in found.items()])
+            rewrites.remember(session, found.items())
         for words in asked:
-            changed = found.get(words) is not None
+            answer = found.get(words, AS_IT_IS)
+            changed = answer.text is not None
             counts.rewritten += changed
             counts.left += not changed
-            if words in wanted and (
-                dropped := tokens.dropped(found.get(words) or words.prompt)
-            ):  # others: when checked
+            if words in wanted and (dropped := tokens.dropped(answer.text or words.prompt)):  # others: when checked
                 counts.cut += 1
                 counts.dropped = counts.dropped or dropped
-            if card.rewriter and words in wanted:
-                counts.unknown.update(lexicon.unknown_words(words.prompt))
+            if answer.not_understood:
+                counts.left_out.update(answer.not_understood.split(", "))
     return counts
 
 
-def try_out(rewriter: Rewriter, card: ModelCard, prompt: str, *, moving: bool) -> tuple[str | None, list[str]]:
-    """One prompt rewritten (None: it stays as it is), and its words that mean nothing. Raises RewriterFailed."""
-    if spoken(card, prompt):
-        return None, []
-    (rewritten,) = rewriter.rewrite([prompt], moving=moving)
-    return rewritten, lexicon.unknown_words(prompt) if card.rewriter else []
+def try_out(rewriter: Rewriter, card: ModelCard, prompt: str, *, moving: bool) -> Answer:
+    """One prompt rewritten. Raises RewriterFailed."""
+    return AS_IT_IS if spoken(card, prompt) else rewriter.rewrite([prompt], moving=moving)[0]
 
 
 def with_new_words(
     ledgers: sessionmaker[Session], rewriter: Rewriter | None, lines: Iterable[Prompt | BadLine]
-) -> Iterator[tuple[Prompt | BadLine, str | None]]:
-    """Every line, with the words recorded for it by `rewrite_all`."""
+) -> Iterator[tuple[Prompt | BadLine, Answer]]:
+    """Every line, with what `rewrite_all` recorded for it."""
     if rewriter is None:
-        yield from ((line, None) for line in lines)
+        yield from ((line, AS_IT_IS) for line in lines)
         return
     for chunk in _chunks(lines):
         asked = {line.index: _words(rewriter, line) for line in chunk if isinstance(line, Prompt)}
         with ledgers() as session:
             found = rewrites.known(session, set(asked.values()))
-        yield from ((line, found.get(asked[line.index]) if line.index in asked else None) for line in chunk)
+        for line in chunk:
+            yield line, found.get(asked[line.index], AS_IT_IS) if line.index in asked else AS_IT_IS
 
 
 def _words(rewriter: Rewriter, line: Prompt) -> Words:
@@ -186,7 +186,7 @@ class ModelsOwn:
             with self._process:  # closes its pipes, which ends it, and waits for it
                 pass
 
-    def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[str | None]:
+    def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[Answer]:
         if self._process is None:
             self._process = self._start()
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -201,7 +201,7 @@ class ModelsOwn:
                 f"{self._folder}: the rewriter ended with {self._process.wait()} (its log says why): mend the model's "
                 "folder, or submit with rewrite off"
             )
-        return list(json.loads(answer))
+        return [Answer(text, left_out or None) for text, left_out in json.loads(answer)]
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -231,11 +231,15 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._chat.close()
 
-    def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[str | None]:
+    def rewrite(self, prompts: Sequence[str], *, moving: bool) -> list[Answer]:
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="rewrite") as pool:
             return list(
-                pool.map(lambda prompt: self._ask(prompt, moving), prompts)
+                pool.map(lambda prompt: self._answer(prompt, moving), prompts)
             )  # the first failure ends the others
+
+    def _answer(self, prompt: str, moving: bool) -> Answer:
+        unknown = lexicon.unknown_words(prompt) if self._in_captions else []
+        return Answer(self._ask(prompt, moving), ", ".join(unknown) or None)
 
     def _ask(self, prompt: str, moving: bool) -> str | None:
         system = self._style if moving else f"{self._style}\n{STILL}"

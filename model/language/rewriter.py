@@ -1,12 +1,13 @@
 """A user's English in the words of the training captions: a small sequence model with a word list behind it.
 
-    python -m model.language.rewriter train --out model/weights/mini/rewriter
+    python -m model.language.rewriter train --steps 5000 --out model/weights/mini/rewriter
     python -m model.language.rewriter evaluate model/weights/mini/rewriter
 
 The network reads the words of a prompt and says slot by slot what they mean (`lexicon.SLOTS`); each slot may also be
-"not said". It can say nothing but what a caption can: decoding is greedy over the values of one slot at a time. The
-word list (`model.world.lexicon`) has the last word where it is sure, and what no word of the prompt speaks for is left
-out. The caption then follows from the slots. Nothing is drawn at random: the same prompt always gives the same words.
+"not said", and is where the network is not sure of it. It can say nothing but what a caption can: decoding is greedy
+over the values of one slot at a time. The word list (`model.world.lexicon`) and the clauses (`model.world.clauses`)
+have the last word where they are sure, and what no word of the prompt speaks for is left out. The caption then follows
+from the slots. Nothing is drawn at random: the same prompt always gives the same words.
 
 Letters: B prompts, W words, G pieces of a word, S slots, V values of all slots, D width.
 """
@@ -24,18 +25,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.world.lexicon import SLOTS, Said, caption, read, settle, words_of
+from model.world.lexicon import SLOTS, Said, caption, read, settle, understand, unknown_words, words_of
 from model.world.phrasings import draw
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 EVALUATION = Path(__file__).with_name("rewrite_eval.jsonl")
+ORDINARY = Path(__file__).with_name("rewrite_ordinary.jsonl")  # sentences of other grammars than that of training
 BATCH = 64  # prompts read at once; what a prompt becomes does not depend on its neighbours
 
 
@@ -117,17 +119,18 @@ class SlotReader(nn.Module):
         )
 
     @torch.inference_mode()
-    def read(self, pieces: Tensor) -> Tensor:
-        """Pieces [B, W, G] -> the index of the value of each slot [B, S], 0 where it is not said."""
+    def read(self, pieces: Tensor) -> tuple[Tensor, Tensor]:
+        """Pieces [B, W, G] -> the value of each slot [B, S], 0 where it is not said; its probability [B, S]."""
         states, empty = self.encode(pieces)
-        found = torch.zeros(len(pieces), 0, dtype=torch.long)
+        found, sure = torch.zeros(len(pieces), 0, dtype=torch.long), torch.zeros(len(pieces), 0)
         for slot, run in enumerate(RUNS):
             said = found + torch.tensor(FIRST[:slot], dtype=torch.long)
             logits = self.decode(states, empty, said)[:, -1, run]
             if slot == MOTION:  # nothing passes behind nothing
                 logits[found[:, SECOND] == 0, BEHIND] = -math.inf
-            found = torch.cat([found, logits.argmax(-1, keepdim=True)], dim=1)
-        return found
+            best, value = logits.softmax(-1).max(-1, keepdim=True)
+            found, sure = torch.cat([found, value], dim=1), torch.cat([sure, best], dim=1)
+        return found, sure
 
 
 # ---- words as numbers ------------------------------------------------------------------------------------------------
@@ -163,6 +166,13 @@ def as_said(values: Sequence[int]) -> Said:
 # ---- in use ----------------------------------------------------------------------------------------------------------
 
 
+class Understood(NamedTuple):
+    """The slots that a prompt fills, and its phrases about motion that have no place in it."""
+
+    said: Said
+    left_out: tuple[str, ...] = ()
+
+
 class Rewriter:
     """A trained rewriter, ready to use. It computes in float32 on the CPU."""
 
@@ -173,29 +183,36 @@ class Rewriter:
         if card["slots"] != known:
             raise ValueError(f"{folder / CONFIG}: slots {card['slots']} must be {known}: train the rewriter anew")
         self.config = RewriterConfig(**card["network"])
+        self.surely = torch.tensor([card.get("surely", {}).get(name, 0.0) for name in NAMES])
         self.network = SlotReader(self.config)
         self.network.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS).items()})
         self.network.eval().requires_grad_(False)
 
     def network_says(self, prompts: Sequence[str]) -> list[Said]:
-        """The meaning of prompts as the network alone sees it."""
+        """The meaning of prompts as the network alone sees it, without the slots that it is not sure of."""
         found: list[Said] = []
         for first in range(0, len(prompts), BATCH):
-            pieces = as_pieces(prompts[first : first + BATCH], self.config)
-            found += [as_said(values) for values in self.network.read(pieces).tolist()]
+            values, sure = self.network.read(as_pieces(prompts[first : first + BATCH], self.config))
+            found += [as_said(row) for row in torch.where(sure < self.surely, 0, values).tolist()]
         return found
 
-    def understand(self, prompts: Sequence[str]) -> list[Said]:
-        """The meaning of prompts, as network and word list agree."""
-        return [settle(p, said) for p, said in zip(prompts, self.network_says(prompts), strict=True)]
+    def understand(self, prompts: Sequence[str]) -> list[Understood]:
+        """The meaning of prompts, as word list, clauses and network agree, and what they leave out."""
+        return [Understood(*understand(p, said)) for p, said in zip(prompts, self.network_says(prompts), strict=True)]
 
     def rewrite(self, prompts: Sequence[str], *, moving: bool = True) -> list[str | None]:
         """Each prompt as a caption of a clip (or of an image); None where it is one, or names no shape of the world."""
+        return [text for text, _ in self.answers(prompts, moving=moving)]
+
+    def answers(self, prompts: Sequence[str], *, moving: bool = True) -> list[tuple[str | None, str]]:
+        """Each prompt as a caption, as by `rewrite`, and what of it was not understood, "" where all of it was."""
         new = [k for k, prompt in enumerate(prompts) if read(prompt) is None]
-        captions: list[str | None] = [None] * len(prompts)
-        for k, said in zip(new, self.understand([prompts[k] for k in new]), strict=True):
-            captions[k] = caption(said, moving=moving) if said.shape else None
-        return captions
+        answers: list[tuple[str | None, str]] = [(None, "")] * len(prompts)
+        for k, found in zip(new, self.understand([prompts[k] for k in new]), strict=True):
+            left_out = [*(found.left_out if moving else ()), *unknown_words(prompts[k])]
+            text = caption(found.said, moving=moving) if found.said.shape else None
+            answers[k] = text, ", ".join(left_out)
+        return answers
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -210,10 +227,15 @@ class Training:
     warmup: int = 200
 
 
-def train(training: Training, config: RewriterConfig, out: Path) -> None:
-    """Trains from nothing on made-up prompts (`model.world.phrasings`) and writes the folder."""
+def train(training: Training, config: RewriterConfig, out: Path, begin: Path | None = None) -> None:
+    """Trains on made-up prompts (`model.world.phrasings`) and writes the folder.
+
+    begin: the folder of a rewriter to go on from; else from nothing.
+    """
     torch.manual_seed(training.seed)
     network, rng = SlotReader(config), random.Random(training.seed)
+    if begin:
+        network.load_state_dict({name: t.float() for name, t in load_file(begin / WEIGHTS).items()})
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.rate, weight_decay=0.02, fused=True)
     batches = _batches(rng, training.batch)
     began, loss = time.monotonic(), 0.0
@@ -229,6 +251,32 @@ def train(training: Training, config: RewriterConfig, out: Path) -> None:
         if (step + 1) % 200 == 0:
             print(f"step {step + 1}: loss {loss:.4f}, {time.monotonic() - began:.0f} s", flush=True)
     save(network, out, {**asdict(training), "loss": round(loss, 4), "seconds": round(time.monotonic() - began)})
+
+
+SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)  # the bounds that are tried
+WRONG = 5  # a wrong value counts as much as so many missing ones
+
+
+def calibrate(folder: Path, *, prompts: int = 1500, seed: int = 1) -> dict[str, float]:
+    """For each slot the probability from which the network is believed, and writes them into the folder's card.
+
+    Measured on prompts of families that training holds out, as word list and clauses settle them.
+    """
+    rewriter, rng = Rewriter(folder), random.Random(seed)
+    drawn = [(prompt, said) for prompt, said in (draw(rng, held_out=True) for _ in range(prompts)) if said.shape]
+    truth = [said for _, said in drawn]
+    costs: dict[str, list[int]] = {name: [] for name in NAMES}
+    for sure in SURE:
+        rewriter.surely.fill_(sure)
+        understood = [found.said for found in rewriter.understand([prompt for prompt, _ in drawn])]
+        for name in NAMES:
+            wanted, got = ([getattr(said, name) for said in some] for some in (truth, understood))
+            misses = [value for value, want in zip(got, wanted, strict=True) if value != want]
+            costs[name].append(sum(1 if value is None else WRONG for value in misses))
+    best = {name: SURE[cost.index(min(cost))] for name, cost in costs.items()}
+    card = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps({**card, "surely": best}, indent=2) + "\n", encoding="utf-8")
+    return best
 
 
 def _batches(rng: random.Random, size: int, pool: int = 16) -> Iterator[list[tuple[str, Said]]]:
@@ -319,6 +367,8 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=3000)
+    command.add_argument("--rate", type=float, default=Training().rate, help="the learning rate after the warm-up")
+    command.add_argument("--begin", type=Path, help="a folder to go on from")
     command = commands.add_parser("evaluate", help="score a folder on the hand-written prompts")
     command.add_argument("folder", type=Path)
     command = commands.add_parser("serve", help="rewrite what standard input asks for, a JSON object a line")
@@ -326,7 +376,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.command == "train":
-        train(Training(seed=given.seed, steps=given.steps), RewriterConfig(), given.out)
+        training = Training(seed=given.seed, steps=given.steps, rate=given.rate)
+        train(training, RewriterConfig(), given.out, given.begin)
+        print("believed from", calibrate(given.out))
     elif given.command == "evaluate":
         evaluate(given.folder)
     else:
@@ -334,20 +386,20 @@ def main() -> None:
 
 
 def serve(rewriter: Rewriter) -> None:
-    """Answers {"prompts": […], "moving": true} with a list of captions and nulls, until standard input ends."""
+    """Answers {"prompts": […], "moving": true} with [caption or null, what is left out] for each, to input's end."""
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(rewriter.rewrite(asked["prompts"], moving=asked["moving"])), flush=True)
+        print(json.dumps(rewriter.answers(asked["prompts"], moving=asked["moving"])), flush=True)
 
 
 def evaluate(folder: Path) -> None:
     """Prints the shares of slots that are right: of the network alone, of the word list alone, and of both together."""
-    tests, rewriter = examples(), Rewriter(folder)
+    tests, rewriter = examples() + examples(ORDINARY), Rewriter(folder)
     prompts = [test.prompt for test in tests]
     ways = {
         "network": rewriter.network_says(prompts),
         "word list": [settle(prompt, Said()) for prompt in prompts],
-        "both": rewriter.understand(prompts),
+        "both": [found.said for found in rewriter.understand(prompts)],
     }
     for way, understood in ways.items():
         figures = score(tests, understood)

@@ -17,6 +17,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
+from model.world import clauses
 from model.world.captions import (
     AT_REST,
     BESIDE,
@@ -31,12 +32,13 @@ from model.world.captions import (
     WE_SEE,
     vocabulary,
 )
+from model.world.clauses import CAMERA, Reading
+from model.world.moves import forms
 from model.world.scene import CLASSES, COLOURS, Scene
 from model.world.words import (
     ACTS,
     COLOUR_WORDS,
     DECOR,
-    DOUBLED,
     FILMED_AS,
     FLOOR_WORDS,
     FUNCTION_WORDS,
@@ -266,49 +268,78 @@ ALIKE = 0.8  # difflib's ratio from which a word counts as a misspelling of anot
 
 
 def words_of(prompt: str) -> list[str]:
-    """Words, numbers and punctuation marks, in lower case; a hyphen only parts words."""
-    text = prompt.lower().replace("’", "'").replace("n't", " not")
+    """Words, numbers and punctuation marks, in lower case; a hyphen only parts words, a dash or bracket is a comma."""
+    text = prompt.lower().replace("’", "'").replace("can't", "can not").replace("n't", " not")
+    text = re.sub(r"[-=]+>|→|⇒|➜", " to the ", text)
+    text = re.sub(r"\s[-/]+\s|[-]{2,}|[–—()\[\]{}|\n\r]", " , ", text)
     return re.findall(r"[^\W\d_]+|\d+|[.,;:!?]", text)
 
 
 def settle(prompt: str, said: Said) -> Said:
-    """The meaning of a prompt, where `said` is the network's reading of it.
+    """The meaning of a prompt, where `said` is the network's reading of it; see `understand`."""
+    return understand(prompt, said)[0]
 
-    Where the word list is sure it wins, and what no word of the prompt speaks for is left out.
+
+def understand(prompt: str, said: Said) -> tuple[Said, tuple[str, ...]]:
+    """The meaning of a prompt, and its phrases about motion that were not understood.
+
+    said: the network's reading. Where the word list or the clauses are sure they win, what these leave open on purpose
+    stays open, and what no word of the prompt speaks for is left out.
     """
-    words = words_of(prompt)
+    words = [word for word in words_of(prompt) if word in _MEANINGS or not word.endswith("ly")]  # moves slowly away
     spotted = spot(words)
-    of_camera, of_solids = (set(chain(*map(meanings, some))) for some in (words, spotted.of_solids))
-    kept = {
-        name: value
-        for name, value in asdict(said).items()
-        if (KIND[name], value) in (of_camera if name == "camera" else of_solids)
+    reading = spotted.clauses
+    speak = {
+        "camera": words if reading.films else (),
+        **dict.fromkeys(("motion", "direction"), reading.of_solids),
+        **dict.fromkeys(("floor", "sky"), spotted.of_places),
     }
+    evidence = {kind: set(chain(*map(meanings, speak.get(kind, spotted.of_solids)))) for kind in KIND.values()}
+    kept = {name: value for name, value in asdict(said).items() if (KIND[name], value) in evidence[KIND[name]]}
     if len(spotted.solids) < 2:
         kept = {name: value for name, value in kept.items() if name not in ("shape2", "colour2")}
-    others = dict(spotted.others)
-    if kept.get("motion") == "behind" and others.get("motion") in ("left", "right"):
-        del others["motion"]  # it says where to
-    return Said(**{**kept, **_agree(kept, spotted.solids), **others}).possible()
+    kept = {**kept, **_agree(kept, spotted.solids), **spotted.others}
+    return Said(**_moved(kept, reading, len(spotted.solids))).possible(), tuple(dict.fromkeys(reading.told))
+
+
+def _moved(kept: dict[str, str | None], clauses: Reading, solids: int) -> dict[str, str | None]:
+    """The same with what the clauses say of motion and camera, and without what they leave open."""
+    motion = clauses.motion("S0")
+    if motion or "S0" in clauses.unclear or clauses.motions.get("S0"):
+        kept["motion"] = motion
+    if clauses.cameras or CAMERA in clauses.unclear:
+        kept["camera"] = clauses.camera
+    if solids == 2:
+        sides = clauses.sides.get("S0", set())
+        if motion == "behind":
+            kept["direction"] = next(iter(sides)) if len(sides) == 1 else None
+        elif clauses.stands:
+            other = clauses.stands.get("S1")
+            kept["direction"] = clauses.stands.get("S0") or (other and {"left": "right", "right": "left"}[other])
+        elif motion not in (None, "still"):
+            kept["direction"] = None
+    return kept
 
 
 def _agree(kept: Mapping[str, str], solids: Sequence[Solid]) -> dict[str, str | None]:
     """The solids as the word list has them, with the network's colours where it has none."""
-    if not 1 <= len(solids) <= 2 or not all(solid.shape for solid in solids):
+    if not 1 <= len(solids) <= 2 or not any(solid.shape for solid in solids):
         return {}
     values: dict[str, str | None] = {"shape2": None, "colour2": None}
     for end, solid in zip(("", "2"), solids, strict=False):
-        same = kept.get(f"shape{end}") == solid.shape
-        values[f"shape{end}"] = solid.shape
+        shape = solid.shape or solid.maybe
+        same = kept.get(f"shape{end}") == shape
+        values[f"shape{end}"] = shape
         values[f"colour{end}"] = solid.colour or (kept.get(f"colour{end}") if same else None)
     return values
 
 
 class Solid(NamedTuple):
-    """A solid as the word list sees it: "" is a shape it is not sure of."""
+    """A solid as the word list sees it: "" is a shape it is not sure of, which is `maybe` if there is another solid."""
 
     shape: str
-    colour: str | None = None  # right before the shape
+    colour: str | None = None  # right before the shape, or told after it
+    maybe: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,41 +349,109 @@ class Spotted:
     solids: tuple[Solid, ...]  # the one that acts first
     others: dict[str, str]  # of these it is sure
     of_solids: list[str]  # the words without those that tell of the camera
+    of_places: list[str]  # and without colours: grass green is no lawn
+    clauses: Reading  # who moves, and how
 
 
 def spot(words: Sequence[str]) -> Spotted:
     """Looks for the phrases of the word list, the longest first at every place."""
-    words = [word for word in words if word in _MEANINGS or not word.endswith("ly")]  # moves slowly away
+    words = [word for word in words if word in _MEANINGS or not word.endswith("ly")]
     found: dict[str, set[str]] = {}
     solids: list[Solid] = []
     colour, colour_ends = "", -1
     of_solids: list[str] = []
+    of_places: list[str] = []
     behind_a_link = False  # "next to a blue cube a red ball bounces" begins with the second solid
+    tokens: list[str] = []
+    solid_ends = 0
     k = 0
     while k < len(words):
         size, kind, value = _phrase_at(words, k)
-        sure = " ".join(words[k : k + size]) not in UNSURE
+        after = words[k + size] if k + size < len(words) else ""
+        no_solid = (
+            _is_modal(words, k) or _is_simile(words, k) or after in ("floor", "tiles", "surface", "ground", "wall")
+        )
+        named_next = _phrase_at(words, k + 1)[1] == "shape" if k + 1 < len(words) else False
+        if kind == "shape" and no_solid:
+            kind = value = ""
+        a_can = words[k] == "can" and k and words[k - 1] in ("a", "the", "one", "this")
+        sure = a_can or " ".join(words[k : k + size]) not in UNSURE
+        before, again = len(solids), None
         if kind == "colour":
             colour, colour_ends = value, k + size
+            told_after = solids and not solids[-1].colour and all(w in _IS_COLOURED for w in words[solid_ends:k])
+            if told_after and not _noun_follows(words, k + size):
+                solids[-1] = solids[-1]._replace(colour=value)  # "a ball, which is green"
         elif kind == "shape":
             ends = next((n for n in range(k, -1, -1) if n == colour_ends or words[n - 1] not in _BETWEEN), k)
             tinted = colour if ends == colour_ends else None
             if not solids:
                 behind_a_link = _linked(words, k)
-            solids.append(Solid(value if sure or tinted else "", tinted))
-        elif not kind and any(kind == "shape" for kind, _ in meanings(words[k])):
-            solids.append(Solid(""))  # misspelt
-        elif kind == "motion" and k and words[k - 1] in _WATCHING:
-            sure = False
+            again = _mentioned(words, k, solids, value, tinted)
+            if again is None:
+                solids.append(Solid(value if sure or tinted else "", tinted, value))
+        elif not (kind or no_solid or named_next or len(words[k]) < 5 or words[k] in _MEANINGS) and {
+            kind for kind, _ in meanings(words[k])
+        } == {"shape"}:
+            solids.append(Solid("", maybe=min(value for _, value in meanings(words[k]))))  # misspelt
+        tokens += _tokens(kind, words[k : k + size], len(solids) - 1 if len(solids) > before else again)
+        solid_ends = k + size if len(solids) > before else solid_ends
         if kind != "camera":
             of_solids += words[k : k + size]
+        if kind not in ("camera", "colour"):
+            of_places += words[k : k + size]
         found.setdefault(kind, set()).add(value if sure else "")
         k += size
-    if len(solids) == 2 and behind_a_link:
-        solids.reverse()
-    one = {kind: values.pop() for kind, values in found.items() if len(values) == 1}
-    others = {kind: value for kind, value in one.items() if value and kind in ("camera", "floor", "sky", "motion")}
-    return Spotted(tuple(solids), others, of_solids)
+    reading = clauses.read(tokens)
+    if len(solids) == 2:
+        first = reading.acting(2)
+        if behind_a_link if first is None else first == 1:
+            solids.reverse()
+            reading = reading.turned()
+    one = {kind: sure.pop() for kind, values in found.items() if len(sure := values - {""}) == 1}
+    others = {kind: value for kind, value in one.items() if value and kind in ("camera", "floor", "sky")}
+    return Spotted(tuple(solids), others, of_solids, of_places, reading)
+
+
+def _is_modal(words: Sequence[str], k: int) -> bool:
+    """Is "can" no can here: "can you show", "that can be seen"?"""
+    after = words[k + 1] if k + 1 < len(words) else ""
+    return words[k] == "can" and after in ("be", "you", "i", "we", "it", "not", "see", "barely", "only", "have", "just")
+
+
+def _noun_follows(words: Sequence[str], k: int) -> bool:
+    """Does the name of a solid begin at place k, or after adjectives?"""
+    while k < len(words) and words[k] in _BETWEEN:
+        k += 1
+    return k < len(words) and any(kind == "shape" for kind, _ in meanings(words[k]))
+
+
+def _is_simile(words: Sequence[str], k: int) -> bool:
+    """Does the noun at place k only say what something is like: "like a rubber ball"?"""
+    while k and (words[k - 1] in _BETWEEN or words[k - 1] in _COLOURING - {"to"}):
+        k -= 1
+    return bool(k) and words[k - 1] == "like"
+
+
+def _mentioned(words: Sequence[str], k: int, solids: Sequence[Solid], shape: str, colour: str | None) -> int | None:
+    """Which of the solids the noun at place k names again: "the ball", of a red ball; None for a new one."""
+    while k and (words[k - 1] in _BETWEEN or words[k - 1] in _COLOURING - {"the", "this"}):
+        k -= 1
+    if not k or words[k - 1] not in ("the", "this", "that", "same"):
+        return None
+    same = [n for n, solid in enumerate(solids) if solid.shape == shape and colour in (None, solid.colour)]
+    return same[0] if len(same) == 1 else None
+
+
+def _tokens(kind: str, words: Sequence[str], solid: int | None) -> list[str]:
+    """A phrase in the tokens of `clauses`."""
+    if solid is not None:
+        return [f"S{solid}"]
+    if kind == "sky" and words[0] in ("at", "by", "under", "in", "on"):
+        return [words[0], "SKY"]
+    if kind == "floor" and words[0] in ("on", "in"):
+        return [words[0], "FLOOR"]
+    return [kind.upper()] if kind in ("floor", "sky", "colour") else list(words)
 
 
 def _linked(words: Sequence[str], k: int) -> bool:
@@ -409,31 +508,6 @@ def _motions() -> dict[str, list[str]]:
     return said
 
 
-def forms(verb: str) -> tuple[str, ...]:
-    """A verb phrase as it is, with -s and with -ing: "creep up", "creeps up", "creeping up"."""
-    return (verb, inflect(verb, "s"), inflect(verb, "ing"))
-
-
-IRREGULAR = {"is": ("is", "being"), "have": ("has", "having"), "lie": ("lies", "lying")}
-
-
-def inflect(verb: str, ending: str) -> str:
-    """The first word of a verb phrase with -s or -ing; "not move" becomes "does not move" and "not moving"."""
-    word, _, rest = verb.partition(" ")
-    if word == "not":
-        return f"does not {rest}" if ending == "s" else f"not {inflect(rest, 'ing')}"
-    if word == "is":
-        return verb if ending == "s" else rest
-    if word in IRREGULAR:
-        word = IRREGULAR[word][ending == "ing"]
-    elif ending == "s":
-        word += "es" if word.endswith(("s", "x", "ch", "sh", "z", "o")) else "s"
-    else:
-        word = word[:-1] if word.endswith("e") and not word.endswith("ee") else word
-        word += word[-1] * (word in DOUBLED) + "ing"
-    return f"{word} {rest}".strip()
-
-
 def _all_phrases() -> dict[str, tuple[str, str]]:
     """Every phrase of the word list: the kind of slot it fills, and with what."""
     filmed = {name: (*FILMED[name], *FILMED_AS[name]) for name in FILMED}
@@ -469,17 +543,22 @@ def _all_meanings() -> dict[str, frozenset[tuple[str, str]]]:
     for word in ("nothing", "neither", "both", "none"):
         found.setdefault(word, set()).add(("motion", "still"))
     for values in found.values():  # what may roll to the left, closer or away says nothing by rolling
-        motions = {meaning for meaning in values if meaning[0] == "motion"}
-        if len(motions) > 2:
-            values -= motions
+        for kind in ("motion", "floor", "sky"):  # nor does "the floor" say which
+            of_kind = {meaning for meaning in values if meaning[0] == kind}
+            if len(of_kind) > 2:
+                values -= of_kind
     return {word: frozenset(values) for word, values in found.items()}
 
 
 KIND = {name: name.rstrip("2") for name in SLOTS}
 _BETWEEN = frozenset(chain(DECOR, ("coloured", "colored", "hued", "tinted", "thing", "shaped")))
 _COLOURING = frozenset(chain(("a", "an", "the", "one", "this", "to"), *map(str.split, chain(*COLOUR_WORDS.values()))))
+_IS_COLOURED = frozenset(
+    words_of(
+        "that which is are was , . deepest painted coloured colored in of all bright deep dark light pale tinted a it"
+    )
+)
 _LINKS = frozenset(("next", "beside", "near", "behind", "by", "alongside"))
-_WATCHING = frozenset(("camera", "view", "shot", "we"))  # what these do is no motion of a solid
 _PHRASES = _all_phrases()
 _LONGEST_PHRASE = max(phrase.count(" ") + 1 for phrase in _PHRASES)
 _MEANINGS = _all_meanings()

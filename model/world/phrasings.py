@@ -11,7 +11,9 @@ import random
 import string
 from dataclasses import replace
 
-from model.world.lexicon import SLOTS, Said, caption, inflect
+from model.world import composed
+from model.world.lexicon import SLOTS, Said, caption
+from model.world.moves import inflect
 from model.world.scene import sample_scene
 from model.world.words import (
     ACTS,
@@ -32,14 +34,14 @@ from model.world.words import (
 )
 
 
-def draw(rng: random.Random) -> tuple[str, Said]:
-    """A prompt, and what it says of the world."""
-    if rng.random() < 0.04:
+def draw(rng: random.Random, *, held_out: bool = False) -> tuple[str, Said]:
+    """A prompt, and what it says of the world; held_out: in phrases that training never has (`composed.HELD_OUT`)."""
+    if rng.random() < 0.04 and not held_out:
         scene = sample_scene(rng)
         said = Said.of(scene)
         return caption(said), said
     said = _draw_said(rng)
-    text = _Writer(rng).prompt(said)
+    text = _Writer(rng, held_out).prompt(said)
     if said.shape is None:
         said = replace(said, colour=None, shape2=None, colour2=None, motion=None, direction=None)
     return _spoil(text, rng), said.possible()
@@ -74,8 +76,8 @@ def _draw_said(rng: random.Random) -> Said:
 class _Writer:
     """One person's way of saying it."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+    def __init__(self, rng: random.Random, held_out: bool = False) -> None:
+        self.rng, self.held_out = rng, held_out
         self.terse = rng.random() < 0.4
         self.flowery = not self.terse and rng.random() < 0.5
 
@@ -110,6 +112,19 @@ class _Writer:
         return glue.join(parts)
 
     def with_camera(self, parts: list[str], camera: str) -> list[str]:
+        if self.held_out or self.rng.random() < 0.5:
+            clause, with_ing = composed.filmed(self.rng, camera, held_out=self.held_out)
+            match self.rng.randrange(5):
+                case 0:
+                    return [*parts, f"with {with_ing}"]
+                case 1:
+                    return [f"{clause} {self.rng.choice(('while', 'as'))} {parts[0]}", *parts[1:]]
+                case 2:
+                    return [*parts[:-1], f"{parts[-1]} {self.rng.choice(('while', 'as', 'and'))} {clause}"]
+                case 3:
+                    return [*parts[:-1], f"{parts[-1]}. {clause[:1].upper()}{clause[1:]}"]
+                case _:
+                    return [*parts, clause] if self.rng.random() < 0.7 else [clause, *parts]
         filmed = self.rng.choice(FILMED_AS[camera])
         slow = self.rng.choice(("", "", "", "slowly", "gently", "smoothly"))
         way = self.rng.random()
@@ -150,6 +165,8 @@ class _Writer:
 
     def act(self, subject: str, motion: str) -> str:
         rng = self.rng
+        if motion != "behind" and (self.held_out or rng.random() < 0.55):
+            return composed.motion(rng, subject, motion, held_out=self.held_out)
         if motion in ("left", "right"):
             way = rng.choice(LEFTWARD if motion == "left" else RIGHTWARD)
             if rng.random() < 0.12:
@@ -189,6 +206,8 @@ class _Writer:
         if direction is None:
             return said
         way = rng.choice(LEFTWARD if direction == "left" else RIGHTWARD)
+        if self.held_out or rng.random() < 0.5:
+            way = composed.sideways(rng, direction, held_out=self.held_out)
         lead = rng.choice(("", "", "moving", "heading", "travelling", "going", "rolling", "on its way"))
         return f"{said}{rng.choice((' ', ', '))}{lead} {way}".replace("  ", " ")
 

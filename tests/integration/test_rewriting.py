@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from db import rewrites
 from db.history import clips_of
-from db.rewrites import Words
+from db.rewrites import Answer, Words
 from db.tables import Request, Rewrite
 from flows.cli.main import app
 from flows.generate.request import find_source, lines_of, record
@@ -122,6 +122,12 @@ def words_of(ledgers: sessionmaker[Session], request_id: str) -> list[tuple[str,
         return [(clip.prompt, clip.rewritten_prompt) for clip in clips_of(session, request_id)]
 
 
+def left_out(ledgers: sessionmaker[Session], request_id: str) -> list[tuple[str | None, int | None]]:
+    """Of each clip: phrases that were not understood, and the number of words that the model does not read."""
+    with ledgers() as session:
+        return [(clip.not_understood, clip.unread_words) for clip in clips_of(session, request_id)]
+
+
 def recipes_of(ledgers: sessionmaker[Session], request_id: str) -> list[str | None]:
     with ledgers() as session:
         return [clip.recipe for clip in clips_of(session, request_id)]
@@ -174,7 +180,8 @@ def test_words_that_the_model_does_not_read_are_told_and_refused_when_strict(
         submitted(settings, ledger, tiny.path, ["a red ball"], strict=True)
     with ledger() as session:
         assert session.scalars(select(Request)).all() == []
-    _, said = submitted(settings, ledger, tiny.path, ["a red ball"])
+    request, said = submitted(settings, ledger, tiny.path, ["a red ball"])
+    assert left_out(ledger, request) == [(None, 2)]
     assert said == [
         '1 of 1 prompts were rewritten, 1 of them longer than the model reads: of the first it drops "ball cube"'
     ]
@@ -193,12 +200,14 @@ def test_the_same_prompt_becomes_the_same_words_whatever_the_endpoint_says_next(
 def test_two_requests_at_once_agree_on_the_first_answer(ledger: sessionmaker[Session]) -> None:
     words = Words(rewriter="r", prompt="a red ball", moving=True)
     with ledger.begin() as session:
-        rewrites.remember(session, [(words, "one")])
+        rewrites.remember(session, [(words, Answer("one"))])
     with ledger.begin() as session:
-        rewrites.remember(session, [(words, "two"), (Words(rewriter="r", prompt="b", moving=True), None)])
+        rewrites.remember(
+            session, [(words, Answer("two")), (Words(rewriter="r", prompt="b", moving=True), Answer(None, "b"))]
+        )
     with ledger() as session:
         others = [Words(rewriter="r", prompt="b", moving=True), Words(rewriter="s", prompt="a red ball", moving=True)]
-        assert rewrites.known(session, [words, *others]) == {words: "one", others[0]: None}
+        assert rewrites.known(session, [words, *others]) == {words: Answer("one"), others[0]: Answer(None, "b")}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +308,8 @@ def test_mini_rewrites_leaves_captions_alone_and_names_what_it_does_not_know(
     request, (said,) = submitted(own, ledger, "mini", prompts)
     slides = "a red sphere slides to the left"
     assert [text for _, text in words_of(ledger, request)] == [slides, slides, None, None]
-    assert said == "2 of 4 prompts were rewritten; words that mean nothing to the model: dog, paris"
+    assert said == "2 of 4 prompts were rewritten; not understood and left out: dog, paris"
+    assert left_out(ledger, request) == [(None, None), (None, None), (None, None), ("dog, paris", None)]
     first, second, untouched, _ = recipes_of(ledger, request)
     assert first == second != untouched
     off, _ = submitted(own, ledger, "mini", prompts, rewrite=False)
@@ -338,5 +348,5 @@ def test_the_command_shows_both_prompts(server: Server, monkeypatch: pytest.Monk
     assert shown == {
         "prompt": "a crimson quokka twirls",
         "rewritten_prompt": "a red sphere spins",
-        "unknown_words": "quokka",
+        "not_understood": "quokka",
     }

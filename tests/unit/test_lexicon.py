@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.world.captions import LONGEST, describe, vocabulary
-from model.world.lexicon import SLOTS, Said, caption, inflect, instructions, read, settle, spot, unknown_words, words_of
+from model.world.lexicon import SLOTS, Said, caption, instructions, read, settle, spot, unknown_words, words_of
+from model.world.moves import inflect
 from model.world.scene import Scene, sample_scene
 from model.world.words import COLOUR_WORDS, FILMED_AS, FLOOR_WORDS, SHAPE_WORDS, SKY_WORDS, UNSURE
 
