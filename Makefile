@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-JOBS   ?= 3
+JOBS   ?= 4
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -36,8 +36,8 @@ down:                   ## stop the local stack; nothing is left running
 check: lint types       ## lint, contracts, types, unit and generative tests, in two minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup tests/unit tests/generative
 
-# Three test processes on two cores, since stacks often wait; more threads inside each would only fight.
-test: $(VENV)/.set-up-dev   ## every test but those of `make chaos`, in ten minutes (JOBS=3, ARGS='-k store')
+# Four test processes on two cores, since stacks and servers often wait; more threads inside each would only fight.
+test: $(VENV)/.set-up-dev   ## every test but those of `make chaos`, in ten minutes (JOBS=4, ARGS='-k store')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.set-up-dev   ## ruff, and who may import whom

@@ -73,7 +73,7 @@ def test_the_form_submits_and_the_page_shows_the_contact_sheet(stack: Stack, pag
     wait_for(lambda: film.evaluate("video => video.readyState >= 2 && video.videoWidth > 0"), "the clip to play")
     opened.value.close()
     page.goto(f"{ui}/artifacts/artifact/{stack.artifacts(run_id)['contact-sheet']['id']}")
-    picture = page.locator("img[src^='data:image/png']").first
+    picture = page.locator("img[src^='data:image/']").first
     picture.wait_for()
     wait_for(lambda: picture.evaluate("image => image.complete && image.naturalWidth > 300"), "the picture to load")
 

@@ -13,7 +13,7 @@ import pytest
 from tests.end_to_end.stack import wait_for
 from tests.production import Production, production
 
-pytestmark = [pytest.mark.xdist_group("production"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("production"), pytest.mark.timeout(1800)]
 
 LONG = 210.0  # seconds: longer than Prefect's own runs are silent, and twice what its automation waits
 STALL = 75.0  # seconds: longer than a lease

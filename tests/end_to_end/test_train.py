@@ -92,7 +92,7 @@ def test_a_folder_of_videos_becomes_a_model(stack: Stack, videos: Path, tmp_path
     shown = {key.split("-", 1)[-1]: value for key, value in stack.artifacts(run).items()}
     curve = json.loads(shown["dit-curve"]["data"])
     assert curve[-1]["step"] == recipe["dit_steps"] and curve[-1]["steps_per_second"] > 0
-    assert shown["samples"]["data"].startswith("data:image/png;base64,")
+    assert shown["samples"]["data"].startswith("data:image/")
     assert shown["dit-progress"]["data"] == 100.0
     assert model["digest"] in shown["model"]["data"]
 

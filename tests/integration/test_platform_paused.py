@@ -105,7 +105,7 @@ def test_retry_of_a_run_whose_request_another_one_has_taken_over(platform: Platf
 
 
 def test_an_engine_whose_run_is_paused_finishes_its_shard_and_claims_no_other(platform: Platform) -> None:
-    run = platform.submit([LONG, FEW], priority=5)
+    run = platform.submit([LONG, FEW], priority=9)
     platform.submit(["a green ball"], frames=9, name="another shape")
     request = platform.request_of(run)
     wait_for(lambda: len(platform.sql("select id from shards")) >= 2, "both plans")
