@@ -215,12 +215,21 @@ class Shard:
         """The clips as the renderer takes them. A clip whose sources cannot be had is failed here, and left out."""
         specs: list[ClipSpec] = []
         for clip in clips:
+            self.find_left_behind(clip)
             try:
                 specs.append(self.with_resume_state(clip, spec_of(clip, self.fetch)))
             except (BadMedia, NoSuchKey, WrongDigest) as error:
                 self.on_step(clip.clip_id, 0, clip.settings.steps)
                 self.settle_failed(clip.clip_id, f"its source {error}", error)
         return specs
+
+    def find_left_behind(self, clip: LeasedClip) -> None:
+        """Notes every checkpoint of the clip: of an engine that was killed there may be one that no row refers to."""
+        if clip.attempt_no > 1:
+            try:
+                self.objects |= {each.key for each in self.worker.store.list(f"checkpoints/{clip.clip_id}/")}
+            except Exception as error:
+                log.warning("the checkpoints of clip %s could not be listed: %s", clip.clip_id, error)
 
     def with_resume_state(self, clip: LeasedClip, spec: ClipSpec) -> ClipSpec:
         """The clip with what an earlier attempt left, if it can be had and comes to the same bits on this engine."""
