@@ -170,6 +170,7 @@ def watch_request(settings: Settings, request: str, run_id: str | None) -> int:
 def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
     """Cancel a request: engines stop at their next denoising step; finished clips stay."""
     from db.requests import cancel_request
+    from db.tables import UNENDED
     from flows.cli.find import find_request
     from flows.clients.ledger import ledger
     from flows.clients.prefect import prefect_api
@@ -178,7 +179,7 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
     with ledger(settings) as sessions, sessions.begin() as session:
         row = find_request(settings, session, request)
         count = cancel_request(session, row.id)
-    if row.status != "open":
+    if row.status not in UNENDED:
         typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
         return
     if row.flow_run_id and settings.prefect_api_url:

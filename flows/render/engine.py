@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,9 @@ from typing import Protocol
 from sqlalchemy.orm import Session, sessionmaker
 
 from db import models
+from db.claim import LeasedClip
 from db.engines import close_engine, engine_heartbeat, engine_ready, register_engine
+from db.fence import Lease
 from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.ownership import check_owner
@@ -35,7 +37,6 @@ IDLE = 1.0  # seconds between two looks for work
 DEVICES_WAIT = 120.0  # seconds for GPUs to become free, after which the engine leaves
 SAME_AGAIN = 60.0  # seconds without such a look for an engine that gave way and then got the same shard
 IDLE_MOST = 30.0  # seconds that a transaction of an engine may do nothing
-REPLACED = "engine {}: its run has ended, as Prefect says, and its lease is lost: it leaves"
 LEAVING = 30.0  # seconds that an engine on its way out waits for the ledger: maintenance closes it as well
 
 
@@ -142,65 +143,74 @@ def render_shards(
 
     A shard is claimed as soon as the ranks are free, and not before: while they are at it, the last clips of the one
     before are encoded, stored and recorded. It also ends when it has lost a lease and is `replaced`: what it would
-    claim then it might lose as well, try after try.
+    claim then it might lose as well, try after try. When it is told to stop, all that it holds goes back.
     """
-    last: Shard | None = None  # whose last clips may still be published, while the ranks are at the next shard
+    publishing: list[Shard] = []  # whose last clips may still be published: one, and for a moment two
     try:
         idle_since = time.monotonic()
-        while time.monotonic() - idle_since < worker.settings.linger:
-            if runner is not None and runner.used_up:
-                worker.say(f"engine {worker.owner}: has shown {runner.made} shards; another one takes its place")
-                break
-            if held():
-                worker.say(f"engine {worker.owner}: its run is paused, and it claims nothing until that is resumed")
-                break
-            claimed = worker.claim()
-            if claimed is None and last is not None:
-                began = time.monotonic()
-                if not last.published(IDLE):
+        while (why := _why_it_leaves(worker, runner, held, idle_since)) is None:
+            claimed, began = worker.claim(), time.monotonic()
+            if claimed is not None:
+                before = publishing[:]
+                publishing.append(_run(worker, totals, runner, claimed))
+            elif publishing:
+                before = [each for each in publishing if each.published(IDLE)]
+                if not before:
                     continue  # there may be work by now
-                totals.clips, ended, last = totals.clips + last.finish(), last, None
-                idle_since = time.monotonic()
-                totals.busy += idle_since - began
-                if ended.lost is not None and replaced():
-                    worker.say(REPLACED.format(worker.owner))
-                    break
-                continue
-            if claimed is None and worker.in_the_way():
-                worker.say(f"engine {worker.owner}: makes room for engines of other partitions")
+            elif worker.in_the_way():
+                why = "makes room for engines of other partitions"
                 break
-            if claimed is None:
+            else:
                 time.sleep(IDLE)
                 continue
-            began = time.monotonic()
-            if claimed[0].shard_id == worker.gave_way:  # what waits is not for this engine, or not yet
-                worker.looks_from = began + SAME_AGAIN
-            worker.gave_way = None
-            shard = Shard(worker, *claimed)
-            try:
-                totals.clips += runner(shard) if runner else shard.run()
-            except BaseException:  # the engine is stopping or broken: others may have the shard at once
-                totals.clips += shard.finished
-                shard.give_back()
-                raise
-            totals.shards += 1
-            before, last = last, shard
-            if before is not None:
-                totals.clips += before.finish()
+            for each in before:
+                totals.clips += each.finish()
+                publishing.remove(each)
             idle_since = time.monotonic()
             totals.busy += idle_since - began
-            if any(each is not None and each.lost is not None for each in (before, last)) and replaced():
-                worker.say(REPLACED.format(worker.owner))
+            if any(each.lost is not None for each in (*before, *publishing)) and replaced():
+                why = "its run has ended, as Prefect says, and its lease is lost: it leaves"
                 break
-        else:
-            worker.say(f"engine {worker.owner}: no work for {worker.settings.linger:.0f} s")
-        if last is not None:
-            totals.clips, last = totals.clips + last.finish(), None
+        worker.say(f"engine {worker.owner}: {why}")
+        for each in publishing[:]:
+            totals.clips += each.finish()
+            publishing.remove(each)
     except BaseException:
-        if last is not None:
-            last.hurry()
-            totals.clips += last.finished - last.told
+        for each in publishing:
+            each.hurry()
+            totals.clips += each.finished - each.told
         raise
+
+
+def _why_it_leaves(
+    worker: Worker, runner: ShardRunner | None, held: Callable[[], bool], idle_since: float
+) -> str | None:
+    """Why an engine that has nothing at the ranks claims no more; None where it should look for work."""
+    if time.monotonic() - idle_since >= worker.settings.linger:
+        return f"no work for {worker.settings.linger:.0f} s"
+    if runner is not None and runner.used_up:
+        return f"has shown {runner.made} shards; another one takes its place"
+    if held():
+        return "its run is paused, and it claims nothing until that is resumed"
+    return None
+
+
+def _run(
+    worker: Worker, totals: EngineTotals, runner: ShardRunner | None, claimed: tuple[Lease, Sequence[LeasedClip]]
+) -> Shard:
+    """Runs a claimed shard until the ranks are free. If that is interrupted, others may have it at once."""
+    if claimed[0].shard_id == worker.gave_way:  # what waits is not for this engine, or not yet
+        worker.looks_from = time.monotonic() + SAME_AGAIN
+    worker.gave_way = None
+    shard = Shard(worker, *claimed)
+    try:
+        totals.clips += runner(shard) if runner else shard.run()
+    except BaseException:
+        totals.clips += shard.finished
+        shard.give_back()
+        raise
+    totals.shards += 1
+    return shard
 
 
 def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: tuple[int, ...] | None = None) -> Engine:

@@ -26,7 +26,7 @@ from db.artifacts import NewArtifact
 from db.claim import claim_shard
 from db.leases import complete_shard, fail_clip, record_clip, start_clip
 from db.planning import reuse_renders
-from db.requests import finish_request, request_id
+from db.requests import finish_request, pause_request, request_id
 from db.view import COLUMNS
 from flows.cli.main import app
 from infra.store.folder import FolderStore
@@ -348,6 +348,10 @@ def test_cancel_ends_what_has_not_ended(made: Made) -> None:
         request = opened(session, [new_clip(10), new_clip(11)], key="later")
     assert rushes("cancel", "later").strip() == f"{request}: 2 clips cancelled"
     assert "is cancelled: nothing was left to cancel" in rushes("cancel", "later")
+    with made.ledger.begin() as session:
+        held = opened(session, [new_clip(12)], key="held")
+        assert pause_request(session, held)
+    assert rushes("cancel", "held").strip() == f"{held}: 1 clip cancelled"
     assert {row["status"] for row in listed("history", "--request", request)} == {"cancelled"}
     assert "cancelled: 2 cancelled" in rushes("watch", request, code=1)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from flows.render.worker import EngineUnfit, Worker
 from infra.store.contract import Stored, StoreUnavailable
 from infra.store.folder import FolderStore
 from model.engine.clip import RenderedClip
-from tests.platform import Platform, wait_for
+from tests.platform import Platform, Run, wait_for
 
 CUBE, BALL = "a blue cube", "a green ball"
 
@@ -39,6 +40,15 @@ def slow_put(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(FolderStore, "put", waits)
     yield door
     door.set()
+
+
+def planned_in_order(platform: Platform, *requests: list[Any]) -> list[Run]:
+    """They are claimed in this order, and none comes too late for an engine that has nothing else."""
+    runs: list[Run] = []
+    for lines in requests:
+        runs.append(platform.submit(lines))
+        wait_for(lambda: len(platform.sql("select id from shards")) == len(runs), "the plan")
+    return runs
 
 
 def leases(platform: Platform) -> list[int]:
@@ -85,20 +95,34 @@ def told_by_usr1() -> Iterator[None]:
     signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.parametrize("step", [2, 4])
 def test_a_stopped_engine_gives_both_leases_back(
-    platform: Platform, slow_put: threading.Event, told_by_usr1: None, monkeypatch: pytest.MonkeyPatch
+    step: int, platform: Platform, slow_put: threading.Event, told_by_usr1: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that it renders is kept, the one that the store does not take goes back: nothing is charged."""
+    """The one that it renders is kept, those that the store does not take go back: nothing is charged.
+
+    At step 4 the second is rendered too, and the engine waits for the first.
+    """
     monkeypatch.setattr(shard, "ENDING", 1.0)
     monkeypatch.setattr(shard, "KEEPING", 2.0)
-    platform.script.held[BALL] = 2
-    first = platform.submit([CUBE])
-    wait_for(lambda: platform.sql("select id from shards"), "the first plan")
-    second = platform.submit([BALL])
+    waiting, finish = threading.Event(), Shard.finish
+
+    def noted(self: Shard) -> int:
+        waiting.set()
+        return finish(self)
+
+    monkeypatch.setattr(Shard, "finish", noted)
+    if step < 4:
+        platform.script.held[BALL] = step
+        waiting.set()
+    first, second = planned_in_order(platform, [CUBE], [BALL])
 
     def stop() -> None:
-        wait_for(lambda: platform.script.steps[BALL] == 2 and len(leases(platform)) == 2, "both to be leased")
-        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            wait_for(lambda: platform.script.steps[BALL] == step and len(leases(platform)) == 2, "both to be leased")
+            wait_for(waiting.is_set, "the engine to wait for the first")
+        finally:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     stopper = threading.Thread(target=stop)
     stopper.start()
@@ -135,9 +159,7 @@ def test_a_clip_that_cannot_be_encoded_is_judged_once_the_ranks_are_free(
     monkeypatch.setattr(Shard, "publish", broken)
     monkeypatch.setattr(Worker, "trial", as_broken)
     platform.script.held[BALL] = 2
-    first = platform.submit([CUBE])
-    wait_for(lambda: platform.sql("select id from shards"), "the first plan")
-    second = platform.submit([BALL])
+    first, second = planned_in_order(platform, [CUBE], [BALL])
     with pytest.raises(EngineUnfit):
         platform.engine()
     assert leases(platform) == []
