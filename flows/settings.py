@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from infra.logs import PREFECT_SETTINGS, hide
 from infra.otel import wrong_value
 
 if TYPE_CHECKING:
@@ -150,6 +151,9 @@ class Settings(BaseSettings):
         default=30, ge=0, le=86400, description="Seconds between two checkpoints of a clip; 0: by steps alone"
     )
     shard_seconds: float = Field(default=20, ge=1, le=3600, description="Engine seconds that one shard should take")
+    log: Literal["text", "json"] = Field(
+        default="text", description="How services and their runs log: lines for people, or a JSON object a line"
+    )
     ports: dict[str, int] = Field(default_factory=dict, description="Ports of the embedded stack's parts")
 
     @field_validator("home")
@@ -299,7 +303,7 @@ class Settings(BaseSettings):
         """The environment of a Prefect or engine process that is to work with these settings, in whichever folder."""
         from infra.stack.prefect import RUN_SETTINGS, WORKER_SETTINGS
 
-        env = {**WORKER_SETTINGS, **os.environ, **RUN_SETTINGS, f"{PREFIX}HOME": str(self.home)}
+        env = {**WORKER_SETTINGS, **self.log_environment, **os.environ, **RUN_SETTINGS, f"{PREFIX}HOME": str(self.home)}
         if self.prompts_folder:
             env[f"{PREFIX}PROMPTS_FOLDER"] = str(self.prompts)
         if Path(self.model).is_dir():
@@ -312,6 +316,11 @@ class Settings(BaseSettings):
         if self.prefect_password:
             env["PREFECT_API_AUTH_STRING"] = self.prefect_password
         return env
+
+    @property
+    def log_environment(self) -> dict[str, str]:
+        """Variables with which processes of Prefect log as these settings say."""
+        return {f"{PREFIX}LOG": self.log, **PREFECT_SETTINGS} if self.log == "json" else {}
 
     @property
     def stack_file(self) -> Path:
@@ -336,6 +345,14 @@ class Settings(BaseSettings):
         secret = self.store_secret_key.get_secret_value() if self.store_secret_key else None
         access = _checked_again(self, "store_access_key") or self.store_access_key
         return access or "", _checked_again(self, "store_secret_key") or secret or ""
+
+    def secrets(self) -> list[str]:
+        """The passwords and keys that are set, each by itself. The name of a key is none."""
+        return [
+            each
+            for name in SECRETS
+            if (held := getattr(self, name)) and (each := _secret_of(name, held)) and name != "store_access_key"
+        ]
 
     @property
     def reader(self) -> str:
@@ -394,9 +411,16 @@ def load_settings(**given: Any) -> Settings:
     from_stack = {name: value for name, value in _read_stack(home / STACK_FILE).items() if name not in named}
     values: dict[str, Any] = {**from_stack, **from_files, **given, "home": home}
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
         raise WrongSetting("; ".join(_say(e, home, from_stack) for e in error.errors())) from None
+    hide(settings.secrets())
+    return settings
+
+
+def log_format() -> Literal["text", "json"]:
+    """RUSHES_LOG before all settings are read, of which one may be wrong; what is neither counts as text."""
+    return "json" if os.environ.get(f"{PREFIX}LOG") == "json" else "text"
 
 
 def _forget_libpq() -> None:
@@ -437,7 +461,17 @@ def _checked_again(settings: Settings, name: str) -> str | None:
         value = getattr(Settings(home=settings.home, **held), name)
     except (KeyError, ValueError):
         return None
+    if name != "store_access_key":
+        hide([_secret_of(name, value)])
     return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def _secret_of(name: str, value: SecretStr | str) -> str:
+    """The secret in a setting: of an address and of user:password the password alone."""
+    plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if name.endswith("_url"):
+        plain = plain.partition("://")[2].rpartition("@")[0]
+    return plain.partition(":")[2] if name.endswith("_url") or name == "prefect_auth" else plain
 
 
 def _say(error: Any, home: Path, from_stack: dict[str, Any]) -> str:

@@ -61,6 +61,8 @@ EPILOG = """
                        services elsewhere, in place of the local stack's
   RUSHES_MODEL  RUSHES_PARTITION  RUSHES_DEVICE  RUSHES_ENGINES
                        what engines load, how they divide it, where, how many
+  RUSHES_LOG           text, or json: a JSON object a line from the commands
+                       of Operation and from the runs of workers
   RUSHES_REWRITER_URL  RUSHES_REWRITER_MODEL  RUSHES_REWRITER_KEY
                        a language model that rewrites prompts in place of
                        the model's own rewriter
@@ -80,6 +82,7 @@ app = typer.Typer(
 )
 STACK, REQUESTS, QUESTIONS = "The stack", "Requests", "Questions"
 TRAINING, OPERATION = "Training", "Operation"
+SERVICES = {"worker", "engine", "serve", "migrate", "deploy"}  # whose output is a log
 
 
 def _version(wanted: bool) -> None:
@@ -92,11 +95,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand in SERVICES:
+        from flows.settings import log_format
+        from infra.logs import setup_logs
+
+        setup_logs(log_format(), f"rushes-{context.invoked_subcommand}")
 
 
 def current_settings(**given: Any) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,7 +45,8 @@ def worker(
 
         need(settings.database)
         take_up_beside(settings)
-    raise typer.Exit(run_worker(command, settings.child_environment(), working_folder(settings)))
+    environment, folder = settings.child_environment(), working_folder(settings)
+    raise typer.Exit(run_worker(command, environment, folder, relays=settings.log == "json"))
 
 
 def need(_: str) -> None:
@@ -111,7 +112,8 @@ def serve(
     known = urlsplit(settings.web_url).hostname if settings.web_url else None
     hosts = (*LOOPBACK, *filter(None, [known])) if known or host in LOOPBACK else ("*",)
     service = create_app(settings, hosts=hosts)
-    uvicorn.run(service, host=host, port=port, access_log=False, log_level="warning")
+    how: dict[str, Any] = {"log_config": None} if settings.log == "json" else {}
+    uvicorn.run(service, host=host, port=port, access_log=False, log_level="warning", **how)
 
 
 @app.command(rich_help_panel=OPERATION)
@@ -157,11 +159,21 @@ def deploy(
     """Put the deployments and the two work pools on the Prefect server."""
     import subprocess
 
+    from infra.logs import relay
+
     settings = current_settings()
     need_login(settings)
     command = [sys.executable, "-m", "infra.stack.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
     command += ["--pool", f"control={CONTROL_RUNS}", "--pool", f"gpu={engines or settings.most_engines}"]
-    done = subprocess.run(command, input=f"{settings.prefect_api}\n", text=True, env=settings.child_environment())
-    if not done.returncode:
+    relays = settings.log == "json"
+    out, error = (subprocess.PIPE, subprocess.STDOUT) if relays else (None, None)
+    environment = settings.child_environment()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=error, env=environment) as process:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(f"{settings.prefect_api}\n".encode())
+        if process.stdout is not None:
+            relay(process.stdout, "output", passes=True)
+    if not process.returncode:
         fill_forms()
-    raise typer.Exit(FAILED if done.returncode else DONE)
+    raise typer.Exit(FAILED if process.returncode else DONE)

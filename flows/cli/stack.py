@@ -41,6 +41,7 @@ def start_stack(settings: Settings) -> Stack:
         engines=settings.most_engines,
         prefect_database=settings.prefect_database_url,
         web="flows.web.app:create_app",
+        environment=settings.log_environment,
         say=typer.echo,
     )
     _take_up(settings, stack)

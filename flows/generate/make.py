@@ -38,6 +38,7 @@ from flows.request.read import check_defaults, warnings_of
 from flows.request.rewriting import RewriterFailed, rewriter_of
 from flows.request.unpack import BadFile
 from flows.settings import Settings
+from infra.logs import about
 from infra.store.contract import NoSuchKey, Store
 from model.loading.card import ModelCard, ModelNotFound
 
@@ -105,18 +106,19 @@ def make_clips(
     if begun is None and pressed is not None and not opened.created:  # its run is another one by now
         press(ledgers, page, request_id, pressed)
         Ledger(ledgers).write(lambda session: hand_over(session, request_id, run_id))
-    page.info(f"request {request_id}: {source.checked.clips} clips asked for by {source.name}")
-    for warning in warnings:
-        page.warn(warning)
-    if opened.created:
-        query = f"select status, count(*) from history where request_id = '{request_id}' group by 1"
-        page.info(f'ask about it with: rushes sql "{query}"')
+    with about(request_id=request_id):
+        page.info(f"request {request_id}: {source.checked.clips} clips asked for by {source.name}")
+        for warning in warnings:
+            page.warn(warning)
+        if opened.created:
+            query = f"select status, count(*) from history where request_id = '{request_id}' group by 1"
+            page.info(f'ask about it with: rushes sql "{query}"')
 
-    if opened.created and request.deadline is not None:
-        expected = with_retry(lambda: forecast(settings, ledgers, source, request))
-        best_effort(partial(tell_deadline, page, request_id, request.deadline, expected))
+        if opened.created and request.deadline is not None:
+            expected = with_retry(lambda: forecast(settings, ledgers, source, request))
+            best_effort(partial(tell_deadline, page, request_id, request.deadline, expected))
 
-    return finish(settings, ledgers, store, request_id, run_id, source.model, source.card, page, engines)
+        return finish(settings, ledgers, store, request_id, run_id, source.model, source.card, page, engines)
 
 
 def resume(
@@ -130,6 +132,19 @@ def resume(
     engines: EnginePool,
 ) -> Outcome:
     """Goes on with a request whose clips are all in: with the model, settings and deadline it was opened with."""
+    with about(request_id=row.id):
+        return _resume(settings, ledgers, store, row, run_id, page, engines)
+
+
+def _resume(
+    settings: Settings,
+    ledgers: sessionmaker[Session],
+    store: Store,
+    row: RequestRow,
+    run_id: str | None,
+    page: Page,
+    engines: EnginePool,
+) -> Outcome:
     page.info(f"request {row.id} goes on")
     path = Ledger(ledgers).read(lambda session: model_path(session, row.model_digest))
     try:

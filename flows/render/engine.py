@@ -28,6 +28,7 @@ from flows.render.renderer import Renderer
 from flows.render.shard import Shard
 from flows.render.worker import Worker, code_version, log, machine, owner_name
 from flows.settings import AUTO, Settings
+from infra.logs import print_record
 from infra.tracing import continued
 from model.config import Partition
 from model.engine.engine import Engine
@@ -225,7 +226,13 @@ def engine_of(settings: Settings, card: ModelCard, partition: Partition, gpus: t
         compile=settings.compile,
         cache=settings.compiled,
         gpus=gpus,
+        log=rank_said if settings.log == "json" else None,
     )
+
+
+def rank_said(rank: int, line: str) -> None:
+    """Passes on what a rank wrote, as a record."""
+    print_record(line, "rushes.rank", rank=rank)
 
 
 def devices_of(settings: Settings, partition: Partition) -> AbstractContextManager[tuple[int, ...] | None]:

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -34,6 +36,7 @@ from flows.clients.ledger import Ledger
 from flows.clients.retry import unavailable_service, with_retry
 from flows.render.clip import WrongDigest, as_file, proven, spec_of
 from flows.render.worker import EngineUnfit, T, Worker, code_version, log
+from infra.logs import about
 from infra.store.contract import NoSuchKey
 from infra.tracing import Event, OpenTrace, begin_trace, carrier, continued, span_between
 from model.engine.clip import (
@@ -132,8 +135,13 @@ class Shard:
 
     def work(self) -> int:
         """Renders and records, as `run` says, on the thread that calls it."""
+        with about(request_id=self.lease.request_id, shard_id=self.lease.shard_id):
+            return self._work()
+
+    def _work(self) -> int:
         stop = threading.Event()
-        keeper = threading.Thread(target=self.keep_lease, args=(stop,), name="lease", daemon=True)
+        keeping = partial(copy_context().run, self.keep_lease, stop)
+        keeper = threading.Thread(target=keeping, name="lease", daemon=True)
         keeper.start()
         try:
             with (
@@ -215,12 +223,13 @@ class Shard:
         """The clips as the renderer takes them. A clip whose sources cannot be had is failed here, and left out."""
         specs: list[ClipSpec] = []
         for clip in clips:
-            self.find_left_behind(clip)
-            try:
-                specs.append(self.with_resume_state(clip, spec_of(clip, self.fetch)))
-            except (BadMedia, NoSuchKey, WrongDigest) as error:
-                self.on_step(clip.clip_id, 0, clip.settings.steps)
-                self.settle_failed(clip.clip_id, f"its source {error}", error)
+            with about(clip_id=clip.clip_id):
+                self.find_left_behind(clip)
+                try:
+                    specs.append(self.with_resume_state(clip, spec_of(clip, self.fetch)))
+                except (BadMedia, NoSuchKey, WrongDigest) as error:
+                    self.on_step(clip.clip_id, 0, clip.settings.steps)
+                    self.settle_failed(clip.clip_id, f"its source {error}", error)
         return specs
 
     def find_left_behind(self, clip: LeasedClip) -> None:
@@ -270,7 +279,7 @@ class Shard:
             with self.worker.ranks:
                 try:
                     for rendered in self.rendering(left, publisher):
-                        pending.append(publisher.submit(self.publish, rendered, tuple(self.doubtful)))
+                        pending.append(self.aside(publisher, self.publish, rendered, tuple(self.doubtful)))
                         pending = [f for f in pending if not f.done() or f.result()]
                 except (RankDied, RankHung, RenderFailed) as error:
                     failure = error
@@ -366,10 +375,23 @@ class Shard:
         """Uploads in the background; skips it if the clip's previous upload still runs."""
         last = self.saving.get(clip.clip_id)
         if last is None or last.done() or self.leaves:
-            self.saving[clip.clip_id] = publisher.submit(self.save, clip)
+            self.saving[clip.clip_id] = self.aside(publisher, self.save, clip)
+
+    def aside(self, publisher: ThreadPoolExecutor, work: Callable[..., None], *args: Any) -> Future[None]:
+        """Has something done on the publishing thread, whose log then says what this one's would."""
+        return publisher.submit(copy_context().run, work, *args)
+
+    def about(self, clip_id: str) -> AbstractContextManager[None]:
+        """A context in which what is logged is about this clip."""
+        opened = self.traces.get(clip_id)
+        return about(clip_id=clip_id, trace_id=opened and opened.trace_id)
 
     def save(self, clip: SavedState) -> None:
         """Bytes first, row second. What goes wrong here costs some steps if the engine dies, and never the clip."""
+        with self.about(clip.clip_id):
+            self._save(clip)
+
+    def _save(self, clip: SavedState) -> None:
         key = f"checkpoints/{clip.clip_id}/{self.started[clip.clip_id]}-{clip.step}.safetensors"
         self.objects.add(key)
         try:
@@ -401,6 +423,10 @@ class Shard:
 
     def publish(self, rendered: RenderedClip, failed_before: Sequence[str]) -> None:
         """Frames ▶ file ▶ store ▶ ledger. An engine that can do that is not why other clips failed before."""
+        with self.about(rendered.clip_id):
+            self._publish(rendered, failed_before)
+
+    def _publish(self, rendered: RenderedClip, failed_before: Sequence[str]) -> None:
         clip = next(c for c in self.clips if c.clip_id == rendered.clip_id)
         began = time.time()
         try:
@@ -428,6 +454,7 @@ class Shard:
             )
         )
         self.settled.add(clip.clip_id)
+        log.info("clip %s is done: %s bytes after %.1f s", clip.clip_id, stored.bytes, ended - self.began)
         self.sweep()
         self.finished += kept
         self.worker.restarts = 0
@@ -491,6 +518,8 @@ class Shard:
             if (doubt := self.doubtful.get(clip_id)) is None:
                 continue
             said, error = doubt
+            with self.about(clip_id):
+                log.warning("attempt %s at clip %s failed: %s", self.started.get(clip_id, ""), clip_id, said)
             kind, permanent, of_machine = class_of(error), isinstance(error, BadMedia), isinstance(error, DeviceFailed)
             self.write(
                 lambda session, clip_id=clip_id, said=said, kind=kind, permanent=permanent, of_machine=of_machine: (

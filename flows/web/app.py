@@ -36,10 +36,11 @@ from flows.settings import Settings, load_settings
 from flows.show import plain
 from flows.web.links import EXTENSION, Links
 from flows.web.metrics import TEXT, Metrics
+from infra.logs import note, setup_logs
 from infra.store.contract import Store, StoreUnavailable
 
 REQUEST = r"req_[0-9a-f]{12}"
-CLIP = re.compile(rf"({REQUEST}-[0-9]{{6,10}}-[0-9]{{1,5}})(?:\.(mp4|png|json))?")
+CLIP = re.compile(rf"(({REQUEST})-[0-9]{{6,10}}-[0-9]{{1,5}})(?:\.(mp4|png|json))?")
 LOOPBACK = ("127.0.0.1", "localhost")
 RANGE = re.compile(r"bytes=\s*(?:[0-9]+-[0-9]*|-[0-9]+)(?:\s*,\s*(?:[0-9]+-[0-9]*|-[0-9]+))*\s*")
 LINES = "application/x-ndjson"
@@ -59,7 +60,10 @@ def create_app(
     hosts: names under which it may be reached, so that no page elsewhere can make a browser believe that it is the
     service by having its own name point here; ["*"] behind a proxy that sees to it.
     """
-    service = Service(settings or load_settings(), store)
+    if settings is None:  # the process is ours
+        settings = load_settings()
+        setup_logs(settings.log, "rushes-web")
+    service = Service(settings, store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -72,6 +76,10 @@ def create_app(
 
     @app.middleware("http")
     async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        if match := CLIP.search(request.url.path):
+            note(request_id=match[2], clip_id=match[1])
+        elif match := re.search(rf"/requests/({REQUEST})\b", request.url.path):
+            note(request_id=match[1])
         response = await call(request)
         response.headers.update(GUARD)
         return response
@@ -124,7 +132,7 @@ class Service:
     def clip(self, request: Request, name: str) -> Response:
         if (named := CLIP.fullmatch(name)) is None:
             _nothing()
-        clip_id, ending = named.groups()
+        clip_id, _, ending = named.groups()
         with self.asking() as session:
             row = next(rows_of(session, select(history).where(history.c.clip_id == clip_id)), None)
         if row is None:

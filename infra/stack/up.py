@@ -105,6 +105,7 @@ def up(
     deployments: Path = DEPLOYMENTS,
     prefect_database: str | None = None,
     web: str | None = None,
+    environment: Mapping[str, str] | None = None,
     say: Say = lambda _: None,
 ) -> Stack:
     """Starts the stack of `home`, or what of it does not run, and returns when it takes work.
@@ -112,14 +113,17 @@ def up(
     `repo` is the folder that flow runs work in; `migrate` brings the ledger at a URL up to date, and makes the login of
     another, which may only look at it; `engines` is how many engines may run at once; `prefect_database` is where
     Prefect keeps its tables (postgresql+asyncpg://…), if not in the stack's own Postgres; `web` is the import path of
-    what makes the service that shows clips (an ASGI application that answers /healthz), if there is to be one. On a
-    healthy stack it only looks (half a second). Raises StackFailed; then, and on Ctrl-C or SIGTERM, everything that
-    this call had started is ended again.
+    what makes the service that shows clips (an ASGI application that answers /healthz), if there is to be one;
+    `environment` is for all processes but Postgres. On a healthy stack it only looks (half a second). Raises
+    StackFailed; then, and on Ctrl-C or SIGTERM, everything that this call had started is ended again.
     """
     home = home.absolute()
     make_private(home)
     with signals_raise(), locked(home):
-        start = _Start(home, repo.absolute(), migrate, engines, deployments.absolute(), prefect_database, web, say)
+        more = environment or {}
+        start = _Start(
+            home, repo.absolute(), migrate, engines, deployments.absolute(), prefect_database, web, more, say
+        )
         try:
             return start.run()
         except BaseException as error:
@@ -167,6 +171,7 @@ class _Start:
         deployments: Path,
         prefect_database: str | None,
         web: str | None,
+        environment: Mapping[str, str],
         say: Say,
     ) -> None:
         self.home = home
@@ -177,6 +182,7 @@ class _Start:
         self.deployments = read_deployments(deployments)
         self.prefect_database = prefect_database
         self.web = web
+        self.environment = environment
         self.say = say
         self.began = time.monotonic()
         self.content = _fingerprint(deployments, repo, self.limits)
@@ -305,7 +311,7 @@ class _Start:
 
     def migrate_prefect(self, settings: Mapping[str, str]) -> None:
         log = Log(self.home / "logs" / "prefect-database.log")
-        environment = {**prefect_environment(self.home, SERVER), **prefect_settings(self.home), **settings}
+        environment = {**self.own(SERVER), **prefect_settings(self.home), **settings}
         command = ["prefect", "server", "database", "upgrade", "--yes"]
         if self.start_process(command, self.home / SERVER, environment, log).wait() != 0:
             raise StackFailed(f"the Prefect server's database could not be made: {log}")
@@ -317,7 +323,7 @@ class _Start:
             self.deploying = subprocess.Popen(
                 command,
                 cwd=self.repo,
-                env=prefect_environment(self.home, "deploy") | prefect_settings(self.home),
+                env=self.own("deploy") | prefect_settings(self.home),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -373,7 +379,11 @@ class _Start:
         log = Log(self.home / "logs" / f"{part}.log")
         if part not in self.started:
             self.started.append(part)
-        return self.start_process(command, folder, prefect_environment(self.home, part) | settings, log), log
+        return self.start_process(command, folder, self.own(part) | settings, log), log
+
+    def own(self, part: str) -> dict[str, str]:
+        """The environment of a process of this stack."""
+        return {**prefect_environment(self.home, part), **self.environment}
 
     def start_process(
         self, module: Sequence[str], folder: Path, environment: Mapping[str, str], log: Log

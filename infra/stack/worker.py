@@ -13,12 +13,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 
 import psutil
+
+from infra.logs import relay
 
 PYTHON = "python3"  # in commands of a work pool: the worker's own, which each looks up on its host
 RUN = "PREFECT__FLOW_RUN_ID"  # in the environment of a process that executes a flow run, and of all it starts
 RUNS_SECONDS = 20.0  # that flow runs get to end
+LAST_LINES = 2.0  # seconds for lines on their way; what a lost child still writes is not waited for
 WORKER_SECONDS = 10.0  # that the worker gets after them
 
 
@@ -27,15 +31,27 @@ def path_with_own_python(path: str | None) -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{path or os.defpath}"
 
 
-def run_worker(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> int:
+def run_worker(command: Sequence[str], environment: Mapping[str, str], folder: Path, *, relays: bool = False) -> int:
     """Runs a worker's command until it ends, and returns its exit code. Told to stop, it raises SystemExit.
 
     SIGTERM and SIGINT reach us alone: the worker leads a session of its own. A second one is not waited for.
-    folder: where its flow runs work.
+    folder: where its flow runs work. relays: all that it and they write is made JSON lines, what libraries print too.
     """
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGINT)}
     own = {**environment, "PATH": path_with_own_python(environment.get("PATH"))}
-    worker = subprocess.Popen(command, cwd=folder, env=own, stdin=subprocess.DEVNULL, start_new_session=True)
+    out, error = (subprocess.PIPE, subprocess.STDOUT) if relays else (None, None)
+    worker = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=own,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=error,
+        start_new_session=True,
+    )
+    reader = Thread(target=relay, args=[worker.stdout, "output"], kwargs={"passes": True}, daemon=True)
+    if relays:
+        reader.start()
     try:
         return worker.wait()
     finally:
@@ -48,6 +64,8 @@ def run_worker(command: Sequence[str], environment: Mapping[str, str], folder: P
         finally:
             worker.kill()
             worker.wait()
+            if relays:
+                reader.join(LAST_LINES)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

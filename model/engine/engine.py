@@ -51,7 +51,8 @@ class Engine:
         `step_timeout` is at least ten of them.
     cache: folder in which compiled code is kept for the next start; by default torch's own.
     gpus: the numbers of the GPUs that the ranks may use, one each; by default the first ones.
-    log: where the ranks' standard output and error go; by default this process's standard error.
+    log: where the ranks' standard output and error go: a file, or a function that is called with the number of a rank
+        and a line, in a thread of each; by default this process's standard error.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Engine:
         compile: Compile = False,
         cache: Path | None = None,
         gpus: Sequence[int] | None = None,
-        log: Path | None = None,
+        log: Path | Callable[[int, str], None] | None = None,
     ) -> None:
         """Raises ModelNotFound for a path that holds no model, ValueError for a partition that does not divide it."""
         if micro_batch < 1:

@@ -11,14 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from model.engine import buffers
 from model.engine.clip import (
@@ -39,6 +40,8 @@ LOOK = 1.0  # seconds between two looks at what ranks that load have read
 READS = 1 << 16  # bytes between two looks that count: less is what any process reads now and then
 PAGE = os.sysconf("SC_PAGE_SIZE")
 EXIT = 2.0  # seconds that ranks have to leave
+LAST_LINES = 1.0  # seconds for what a dead rank wrote; a process that it left behind may hold its pipe for longer
+LINE = 1 << 16  # bytes after which a line without an end is taken as it is
 Report: TypeAlias = RankFailed | None  # of a rank: its last message, or None where it is gone without one
 
 
@@ -52,17 +55,23 @@ class Ranks:
     """The ranks of one engine, and the memory files that clips come back in.
 
     world: how many there are. settings: of each; what differs between them is filled in here. environment: variables
-    beside this process's own. log: takes their standard output and error; None: this process's standard error.
-    buffers: how many clips may be under way.
+    beside this process's own. log: takes their standard output and error, a file, or a function line by line; None:
+    this process's standard error. buffers: how many clips may be under way.
     """
 
     def __init__(
-        self, world: int, settings: RankSettings, environment: Mapping[str, str], log: Path | None, buffers: int
+        self,
+        world: int,
+        settings: RankSettings,
+        environment: Mapping[str, str],
+        log: Path | Callable[[int, str], None] | None,
+        buffers: int,
     ) -> None:
         self.world, self.settings, self.environment, self.log, self.count = world, settings, environment, log, buffers
         self.ready: tuple[RankInfo, ...] = ()
         self.buffers: list[int] = []
         self._ranks: list[_Rank] = []
+        self._readers: list[threading.Thread] = []  # of what they write
         # The kernel ends a rank with the thread that started it: this one lasts, whichever thread calls `start`.
         self._starter = ThreadPoolExecutor(1, "ranks")
 
@@ -130,8 +139,10 @@ class Ranks:
         for rank in self._ranks:
             rank.process.wait()
             rank.wire.connection.close()
+        for reader in self._readers:
+            reader.join(LAST_LINES)
         buffers.close(self.buffers)
-        self._ranks, self.buffers, self.ready = [], [], ()
+        self._ranks, self._readers, self.buffers, self.ready = [], [], [], ()
 
     def states(self) -> str:
         """The kernel's word on each rank."""
@@ -152,7 +163,7 @@ class Ranks:
         take it.
         """
         self.buffers = buffers.create(self.count)
-        output = self.log.open("ab") if self.log is not None else None
+        output = self.log.open("ab") if isinstance(self.log, Path) else None
         try:
             with socket.create_server(("127.0.0.1", 0), backlog=max(self.world, 16)) as listener:
                 for rank in range(self.world):
@@ -171,14 +182,18 @@ class Ranks:
                         process = subprocess.Popen(
                             [sys.executable, "-m", "model.engine.rank", json.dumps(encode(settings)[0])],
                             stdin=subprocess.DEVNULL,
-                            stdout=output or 2,
-                            stderr=output or 2,
+                            stdout=subprocess.PIPE if callable(self.log) else output or 2,
+                            stderr=subprocess.STDOUT if callable(self.log) else output or 2,
                             pass_fds=inherited,
                             process_group=0,
                             cwd=Path(__file__).resolve().parents[2],  # where `python -m` finds this very package
                             env={**os.environ, **self.environment},
                         )
                     self._ranks.append(_Rank(process, Wire(Connection(ours.detach()), FromRank)))
+                    if process.stdout is not None and callable(self.log):
+                        reader = threading.Thread(target=_read, args=(process.stdout, self.log, rank), daemon=True)
+                        reader.start()
+                        self._readers.append(reader)
         finally:
             if output is not None:
                 output.close()
@@ -251,6 +266,13 @@ class Ranks:
         if len(first.clips) == 1:
             return RenderFailed(first.clips[0], first.reason)
         return RankDied(f"a rank failed: {first.reason}")
+
+
+def _read(pipe: IO[bytes], said: Callable[[int, str], None], rank: int) -> None:
+    """Hands every line that a rank writes to `said`, until it ends."""
+    with pipe:
+        for line in iter(lambda: pipe.readline(LINE), b""):
+            said(rank, line.decode("utf-8", "replace"))
 
 
 def _ending(code: int | None) -> str:
