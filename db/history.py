@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, Select, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from db.reproductions import Comparison
-from db.roles import READER, SEARCH_PATH
+from db.roles import RANDOM_PAGE_COST, READER, SEARCH_PATH
 from db.tables import Attempt, AttemptStatus, Clip, ClipStatus, Edge, EdgeKind, Reproduction
 from db.view import COLUMNS, HistoryRow, history, row_of
 
@@ -211,7 +211,7 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
     with engine.connect() as connection, connection.begin() as transaction:
         connection.execute(text("select set_config('statement_timeout', :ms, true)"), {"ms": f"{timeout * 1000:.0f}"})
         connection.execute(text("select set_config('search_path', :path, true)"), {"path": SEARCH_PATH})
-        connection.execute(text("select set_config('random_page_cost', '1.1', true)"))  # as for a reader's login
+        connection.execute(text("select set_config('random_page_cost', :cost, true)"), {"cost": RANDOM_PAGE_COST})
         role = as_reader(connection)
         driver = cast("psycopg.Connection[tuple[Any, ...]]", connection.connection.driver_connection)
         cursor = driver.cursor()

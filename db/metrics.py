@@ -12,6 +12,8 @@ from datetime import datetime
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from db.tables import ClipStatus
+
 LAG = 5.0  # seconds after which what ended in a moment is taken to be in the ledger
 LONGEST = 1.0  # days that an attempt may take to be counted
 
@@ -71,7 +73,7 @@ def _counts(session: Session, query: str, **values: object) -> list[Count]:
     ]
 
 
-_STATES = ("queued", "running", "done", "failed", "quarantined", "cancelled", "rejected")
+_STATES = tuple(str(status) for status in ClipStatus)
 _CLIPS = f"""
 select status, clips
 from (select {", ".join(f"coalesce(sum({state}), 0) as {state}" for state in _STATES)} from ask.requests) counted

@@ -202,6 +202,25 @@ class Usage(Base):
     )
 
 
+def _labels(table: str) -> tuple[CheckConstraint | Index, ...]:
+    """The rule for tags and metadata of a table, and the indexes that find them without reading all of it."""
+    return (
+        # prevents labels that are none: a row without any is in no index of them
+        CheckConstraint(
+            "cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object'",
+            name="labels",
+        ),
+        Index(f"ix_{table}_tags", "tags", postgresql_using="gin", postgresql_where=text("tags is not null")),
+        Index(
+            f"ix_{table}_metadata",
+            "metadata",
+            postgresql_using="gin",
+            postgresql_ops={"metadata": "jsonb_path_ops"},
+            postgresql_where=text("metadata is not null"),
+        ),
+    )
+
+
 class Request(Base):
     """A batch of prompts that somebody asked for."""
 
@@ -230,9 +249,7 @@ class Request(Base):
     manifest_key: Mapped[str | None]
     sheet_key: Mapped[str | None]
     tags: Mapped[list[str] | None]  # of all its clips; null: none
-    metadata_: Mapped[dict[str, Any] | None] = mapped_column(
-        "metadata", JSONB(none_as_null=True)
-    )  # of all its clips: a JSON object
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))  # of all its clips
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
 
@@ -244,11 +261,6 @@ class Request(Base):
         CheckConstraint("total >= 0 and asked >= 0", name="total"),
         # prevents an end state without a time, and an open or paused request that says it ended
         CheckConstraint("(status in ('open', 'paused')) = (finished_at is null)", name="finished"),
-        # prevents labels that are none: a row without any is in no index of them
-        CheckConstraint(
-            "cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object'",
-            name="labels",
-        ),
         # prevents a claim from reading the closed requests of all time
         Index("ix_requests_open", "model_digest", postgresql_where=text("status = 'open'")),
         # prevents a tenant's quota from doing so
@@ -256,15 +268,7 @@ class Request(Base):
         Index("ix_requests_name", "name", "created_at"),
         Index("ix_requests_created_at", "created_at"),
         Index("ix_requests_flow_run_id", "flow_run_id"),
-        # prevents the search by labels from reading all requests
-        Index("ix_requests_tags", "tags", postgresql_using="gin", postgresql_where=text("tags is not null")),
-        Index(
-            "ix_requests_metadata",
-            "metadata",
-            postgresql_using="gin",
-            postgresql_ops={"metadata": "jsonb_path_ops"},
-            postgresql_where=text("metadata is not null"),
-        ),
+        *_labels("requests"),
     )
 
 
@@ -364,9 +368,7 @@ class Clip(Base):
     direction: Mapped[ClipDirection | None]
     made_frames: Mapped[int | None]  # that go through the model, where that is not all of them once
     tags: Mapped[list[str] | None]  # the request's and the line's own; null: none
-    metadata_: Mapped[dict[str, Any] | None] = mapped_column(
-        "metadata", JSONB(none_as_null=True)
-    )  # likewise: a JSON object
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))  # likewise
     status: Mapped[ClipStatus] = mapped_column(server_default=ClipStatus.QUEUED.value)
     error: Mapped[str | None]
     attempts: Mapped[int] = mapped_column(server_default=text("0"))  # rows in `attempts`, ever
@@ -412,11 +414,6 @@ class Clip(Base):
         CheckConstraint('overlap >= 1 and "window" > overlap and made_frames >= 1', name="windows"),
         CheckConstraint("step_cache > 0 and step_cache < 'infinity'", name="step_cache"),
         CheckConstraint("guidance_2 >= 0 and guidance_2 < 'infinity'", name="guidance_2"),
-        # prevents labels that are none: a row without any is in no index of them
-        CheckConstraint(
-            "cardinality(tags) > 0 and array_position(tags, null) is null and jsonb_typeof(metadata) = 'object'",
-            name="labels",
-        ),
         # prevents "done" without a video, and a video on a clip that is said to have none
         CheckConstraint("(status = 'done') = (artifact is not null)", name="done"),
         # prevents a rendering outside any lease
@@ -478,15 +475,7 @@ class Clip(Base):
         # prevents a question about the last day from reading the clips of all time
         Index("ix_clips_finished_at", "finished_at", postgresql_where=text("finished_at is not null")),
         Index("ix_clips_newest", text("queued_at desc"), "index", "sample"),
-        # prevents the search by labels from reading all clips
-        Index("ix_clips_tags", "tags", postgresql_using="gin", postgresql_where=text("tags is not null")),
-        Index(
-            "ix_clips_metadata",
-            "metadata",
-            postgresql_using="gin",
-            postgresql_ops={"metadata": "jsonb_path_ops"},
-            postgresql_where=text("metadata is not null"),
-        ),
+        *_labels("clips"),
         Index("ix_clips_artifact", "artifact", postgresql_where=text("artifact is not null")),
         # prevents the search for what was made from an artifact from reading all clips
         Index("ix_clips_source", "source", postgresql_where=text("source is not null")),

@@ -15,7 +15,7 @@ import json
 import os
 import stat
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from infra.libpq import forget_libpq
 from infra.logs import PREFECT_SETTINGS, hide
 from infra.otel import wrong_value
 
@@ -407,7 +408,7 @@ def load_settings(**given: Any) -> Settings:
     if "database_url" in named:
         named.add("reader_url")  # the stack's reader would be asking another ledger
     else:
-        _forget_libpq()
+        forget_libpq()  # they are about another Postgres than the stack's own
     from_stack = {name: value for name, value in _read_stack(home / STACK_FILE).items() if name not in named}
     values: dict[str, Any] = {**from_stack, **from_files, **given, "home": home}
     try:
@@ -423,44 +424,45 @@ def log_format() -> Literal["text", "json"]:
     return "json" if os.environ.get(f"{PREFIX}LOG") == "json" else "text"
 
 
-def _forget_libpq() -> None:
-    """Take libpq's variables (PGSSLMODE, PGSERVICE, PGTZ …) out of the environment of this process and its children.
-
-    They would reach the stack's own Postgres, and are about another one. A ledger that RUSHES_DATABASE_URL names is
-    asked with them.
-    """
-    for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]
-
-
 def _secrets_in_files() -> dict[str, str]:
     """The secrets whose files the environment names, without the white space around them."""
-    found: dict[str, str] = {}
-    for name in SECRETS:
-        variable = f"{PREFIX}{name.upper()}"
-        file = os.environ.get(f"{variable}_FILE")
-        if not file:
-            continue
-        if os.environ.get(variable):
-            raise WrongSetting(f"{variable} and {variable}_FILE={file} are both set: keep one of them")
-        try:
-            found[name] = Path(file).expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise WrongSetting(f"{variable}_FILE={file}: cannot be read ({error})") from None
-        if not found[name]:
-            raise WrongSetting(f"{variable}_FILE={file}: is empty")
+    return {name: value for name in SECRETS if (value := _secret_in_file(name)) is not None}
+
+
+def _secret_in_file(name: str) -> str | None:
+    """A secret as its file holds it; None where the environment names no file. Raises WrongSetting."""
+    variable = f"{PREFIX}{name.upper()}"
+    file = os.environ.get(f"{variable}_FILE")
+    if not file:
+        return None
+    if os.environ.get(variable):
+        raise WrongSetting(f"{variable} and {variable}_FILE={file} are both set: keep one of them")
+    try:
+        found = Path(file).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise WrongSetting(f"{variable}_FILE={file}: cannot be read ({error})") from None
+    if not found:
+        raise WrongSetting(f"{variable}_FILE={file}: is empty")
     return found
 
 
 def _checked_again(settings: Settings, name: str) -> str | None:
     """A secret as its file holds it now; None where no file is named, or where it is being written just now."""
-    if not os.environ.get(f"{PREFIX}{name.upper()}_FILE"):
+    file = os.environ.get(f"{PREFIX}{name.upper()}_FILE")
+    if not file:
         return None
     try:
-        held: dict[str, Any] = {name: _secrets_in_files()[name]}
-        value = getattr(Settings(home=settings.home, **held), name)
-    except (KeyError, ValueError):
+        found = Path(file).expanduser().stat()
+        return _checked(settings.home, name, (file, found.st_ino, found.st_size, found.st_mtime_ns))
+    except (OSError, ValueError):
         return None
+
+
+@lru_cache(maxsize=2 * len(SECRETS))  # every request to a store asks for its keys
+def _checked(home: Path, name: str, stamp: tuple[str, int, int, int]) -> str:
+    """The secret in the file of this stamp, as a setting. Raises ValueError."""
+    held: dict[str, Any] = {name: _secret_in_file(name)}
+    value = getattr(Settings(home=home, **held), name)
     if name != "store_access_key":
         hide([_secret_of(name, value)])
     return value.get_secret_value() if isinstance(value, SecretStr) else value

@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what is no file's name."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,3 +29,11 @@ def atomic_path(path: Path, *, part: Path | None = None, private: bool = False, 
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+NO_ADDRESS = "nothing is fetched from the network"
+
+
+def is_address(name: str) -> bool:
+    """An address of the network, such as https://…, where a file is to be named."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None

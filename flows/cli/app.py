@@ -67,6 +67,8 @@ EPILOG = """
                        a language model that rewrites prompts in place of
                        the model's own rewriter
 """
+RequestName = Annotated[str, typer.Argument(help="Request id, name or flow run id.")]
+ClipName = Annotated[str, typer.Argument(help="Clip id, your own id, a digest, or a file.")]
 Format = Annotated[
     Literal["table", "json", "csv"], typer.Option("--format", "-f", help="How to print it.", rich_help_panel="Output")
 ]
@@ -120,3 +122,8 @@ def working_folder(settings: Settings) -> Path:
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def in_words(status: str) -> str:
+    """A status as people read it: `completed with gaps`."""
+    return status.replace("_", " ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.app import QUESTIONS, REQUESTS, Format, app, counted, current_settings
+from flows.cli.app import QUESTIONS, REQUESTS, ClipName, Format, app, counted, current_settings
 from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.options import AgainCommand, given_fields
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from db.view import HistoryRow
     from flows.settings import Settings
 
-CLIP = "Clip id, your own id, a digest, or a file."
 BAR = 60  # characters of a waterfall
 # Columns of history that say of two clips in what they differ.
 COMPARED = (
@@ -40,7 +39,7 @@ def address_of(settings: Settings, clip: HistoryRow) -> str | None:
 
 @app.command(name="open", rich_help_panel=QUESTIONS)
 def open_(
-    clip: Annotated[str, typer.Argument(help=CLIP)],
+    clip: ClipName,
     show_only: Annotated[bool, typer.Option("--print", "-p", help="Print the address alone.")] = False,
 ) -> None:
     """Play a clip in the browser. The address is printed; in a pipe, or with --print, nothing else is done."""
@@ -61,7 +60,7 @@ def open_(
 @app.command(cls=AgainCommand, rich_help_panel=REQUESTS)
 def again(
     ctx: typer.Context,
-    clip: Annotated[str, typer.Argument(help=CLIP)],
+    clip: ClipName,
     prompt: Annotated[str | None, typer.Option(help="Other words.")] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until it is there.")] = False,
 ) -> None:
@@ -144,7 +143,7 @@ def _source(settings: Settings, end: str, digest: str, parents: list[str]) -> di
 
 
 @app.command(rich_help_panel=QUESTIONS)
-def trace(clip: Annotated[str, typer.Argument(help=CLIP)], format: Format = "table") -> None:
+def trace(clip: ClipName, format: Format = "table") -> None:
     """Show where a clip's time went: waiting, then the stages of every attempt, as a waterfall.
 
     Stages are engine time, one after the other; what an attempt took beside

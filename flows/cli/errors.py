@@ -57,13 +57,14 @@ def _say(error: Exception) -> str:
     module = type(error).__module__
     if module == "sqlalchemy.exc":
         from db.session import is_refused
+        from infra.libpq import libpq_variables
 
         first = str(getattr(error, "orig", error)).strip().splitlines()[0]
         if "does not exist" in first:
             return f"the ledger has no such table or view ({first}): `rushes migrate` makes them"
         if is_refused(error):
             return f"the ledger refuses this login ({first}): RUSHES_DATABASE_URL names user, password and database"
-        libpq = ", ".join(sorted(name for name in os.environ if name.startswith("PG")))
+        libpq = ", ".join(sorted(libpq_variables(os.environ)))
         hint = f"libpq also goes by {libpq}; " if libpq else ""
         return f"the ledger does not answer ({first}): {hint}{_hint()}"
     if module.startswith("pydantic"):

@@ -31,20 +31,26 @@ def find_request(settings: Settings, session: Session, name: str) -> RequestRow:
 
     Raises RequestNotFound, which says what became of its run.
     """
-    if (row := request_by(session, name)) is not None or settings.prefect_api_url is None:
-        return row or _nowhere(name)
+    if (row := request_by(session, name)) is not None:
+        return row
+    if settings.prefect_api_url is None:
+        raise not_found(name)
     with prefect_api(settings) as api:
         try:
             run = run_for(api, name)
         except PrefectUnavailable:
             run = None
         if run is None:
-            return request_by(session, name) or _nowhere(name)
+            if (row := request_by(session, name)) is None:
+                raise not_found(name)
+            return row
         typer.echo(f"rushes: {name} is not opened yet: waiting for its flow run {run.name}", err=True)
         deadline = time.monotonic() + PATIENCE
         while (row := request_by(session, name)) is None:
             if (run := api.run(run.id) or run).final:  # looked at before the ledger is, a last time
-                return request_by(session, name) or _nowhere(name, run)
+                if (row := request_by(session, name)) is None:
+                    raise not_found(name, run)
+                return row
             if time.monotonic() > deadline:
                 why = held_up(api, "control") or "see `rushes doctor`"
                 raise RequestNotFound(
@@ -73,11 +79,12 @@ def held_up(api: PrefectApi, pool: str) -> str | None:
     return None
 
 
-def _nowhere(name: str, run: Run | None = None) -> RequestRow:
+def not_found(name: str, run: Run | None = None) -> RequestNotFound:
+    """The error about a request that is not in the ledger; run: that was to open it, and has ended."""
     if run is None:
-        raise RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
+        return RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
     said = f"{run.state_name or run.state}: {run.message}".rstrip(": ")
-    raise RequestNotFound(f"no request {name!r} in the ledger: its flow run {run.name} ended as {said}")
+    return RequestNotFound(f"no request {name!r} in the ledger: its flow run {run.name} ended as {said}")
 
 
 def _is_uuid(text: str) -> bool:

@@ -12,12 +12,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.cli.app import QUESTIONS, Format, app, counted, current_settings
+from flows.cli.app import QUESTIONS, ClipName, Format, app, counted, current_settings
 from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.operation import need
 
 MOST_PROBLEMS = 20  # lines about clips of which none can be rendered again
-CLIP = "Clip id, your own id, a digest, or a file."
 BRIEF = ["clip_id", "custom_id", "status", "prompt", "width", "height", "frames", "seconds", "attempts", "error"]
 
 
@@ -91,7 +90,7 @@ def _duration(text: str) -> Any:
 
 
 @app.command(rich_help_panel=QUESTIONS)
-def show(clip: Annotated[str, typer.Argument(help=CLIP)], format: Format = "table") -> None:
+def show(clip: ClipName, format: Format = "table") -> None:
     """Show everything about one clip: its settings, every attempt, where its bytes are, what it came from.
 
     The clip may be named by its id, your own id for it, a digest of its file
@@ -178,8 +177,9 @@ def psql(
     With the embedded Postgres it is the psql that comes with it (its lines can
     be edited where rlwrap is installed), else the one on the PATH.
     """
+    from infra.libpq import without_libpq
     from infra.stack.home import POSTGRES
-    from infra.stack.postgres import client_command, client_program, running_postgres, without_libpq
+    from infra.stack.postgres import client_command, client_program, running_postgres
 
     settings = current_settings()
     url = settings.reader

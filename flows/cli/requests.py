@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.app import REQUESTS, Format, app, counted, current_settings
+from flows.cli.app import REQUESTS, Format, RequestName, app, counted, current_settings, in_words
 from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.options import FormCommand, PlanCommand, given_fields
 
@@ -150,7 +150,7 @@ def plan_(
 
 
 @app.command(rich_help_panel=REQUESTS)
-def watch(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+def watch(request: RequestName) -> None:
     """Show progress of a request until it has ended. Exit code 0 if all clips were made, else 1."""
     raise typer.Exit(watch_request(current_settings(), request, None))
 
@@ -162,12 +162,12 @@ def watch_request(settings: Settings, request: str, run_id: str | None) -> int:
     code = {"completed": DONE, "BadInput": BAD_INPUT}.get(ended.status, FAILED)
     if ended.request_id is None:
         fail(f"{request} was {'refused' if ended.refused else 'not opened'}: {ended.message}", code)
-    typer.echo(f"{ended.request_id} {ended.status.replace('_', ' ')}: {ended.message}")
+    typer.echo(f"{ended.request_id} {in_words(ended.status)}: {ended.message}")
     return code
 
 
 @app.command(rich_help_panel=REQUESTS)
-def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+def cancel(request: RequestName) -> None:
     """Cancel a request: engines stop at their next denoising step; finished clips stay."""
     from db.requests import cancel_request
     from db.tables import UNENDED
@@ -180,7 +180,7 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
         row = find_request(settings, session, request)
         count = cancel_request(session, row.id)
     if row.status not in UNENDED:
-        typer.echo(f"{row.id} is {row.status.value.replace('_', ' ')}: nothing was left to cancel")
+        typer.echo(f"{row.id} is {in_words(row.status)}: nothing was left to cancel")
         return
     if row.flow_run_id and settings.prefect_api_url:
         with prefect_api(settings) as api:
@@ -189,7 +189,7 @@ def cancel(request: Annotated[str, typer.Argument(help="Request id, name or flow
 
 
 @app.command(rich_help_panel=REQUESTS)
-def pause(request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")]) -> None:
+def pause(request: RequestName) -> None:
     """Hold a request: engines keep what is under way and render nothing more of it, until `rushes resume`."""
     from db.requests import pause_request
     from flows.cli.find import find_request
@@ -200,13 +200,13 @@ def pause(request: Annotated[str, typer.Argument(help="Request id, name or flow 
         row = find_request(settings, session, request)
         paused = pause_request(session, row.id)
     if not paused:
-        fail(f"{row.id} is {row.status.value.replace('_', ' ')}: there is nothing to pause")
+        fail(f"{row.id} is {in_words(row.status)}: there is nothing to pause")
     typer.echo(f"{row.id} is paused: `rushes resume {row.id}` goes on")
 
 
 @app.command(rich_help_panel=REQUESTS)
 def resume(
-    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    request: RequestName,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
     """Let a paused request go on: its clips go on from the step they had come to, to the same bits."""
@@ -224,7 +224,7 @@ def resume(
         with sessions.begin() as session:
             row = find_request(settings, session, request)
             if not resume_request(session, row.id):
-                fail(f"{row.id} is {row.status.value.replace('_', ' ')}: there is nothing to resume (`rushes retry`?)")
+                fail(f"{row.id} is {in_words(row.status)}: there is nothing to resume (`rushes retry`?)")
         run = api.run(row.flow_run_id) if row.flow_run_id else None
         if run is not None and run.state == "PAUSED":
             api.resume(run.id)
@@ -240,7 +240,7 @@ def resume(
 
 @app.command(rich_help_panel=REQUESTS)
 def retry(
-    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    request: RequestName,
     failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,
     quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those set aside as poison.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
@@ -278,7 +278,7 @@ def retry(
 
 @app.command(rich_help_panel=REQUESTS)
 def export(
-    request: Annotated[str, typer.Argument(help="Request id, name or flow run id.")],
+    request: RequestName,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it is missing.", file_okay=False)],
 ) -> None:
     """Copy a request's clips into a folder, named by custom_id or clip id, with manifest.jsonl and the contact sheet.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlalchemy.orm import Session
 
-from db.requests import Progress, RequestNotFound, progress, request_by
+from db.requests import Progress, progress, request_by
 from db.tables import UNENDED, ClipStatus, RequestStatus
-from flows.cli.find import held_up, run_for
+from flows.cli.find import held_up, not_found, run_for
 from flows.clients.ledger import ledger
 from flows.clients.prefect import PrefectApi, PrefectUnavailable, Run, prefect_api
 from flows.settings import Settings
@@ -83,12 +83,12 @@ def _opener(session: Session, api: _Patient | None, name: str) -> str:
     if run is None:
         if (row := request_by(session, name)) is not None and row.flow_run_id:  # opened just now
             return row.flow_run_id
-        raise RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
+        raise not_found(name)
     return run.id
 
 
 def _pool_of(run: Run | None, now: Progress | None) -> str | None:
-    """The work pool in which a flow run is waited for now; None where none is."""
+    """The work pool that has to start a flow run before anything goes on; None where nothing waits for one."""
     if run is not None and run.state in ("SCHEDULED", "PENDING"):
         return "control"
     waits = now is not None and now.total is not None and now.waiting and not now.counts[ClipStatus.RUNNING]
@@ -111,16 +111,14 @@ class _Patient:
         self._api = api
 
     def run(self, run_id: str) -> Run | None:
-        try:
+        with suppress(PrefectUnavailable):
             return self._api.run(run_id)
-        except PrefectUnavailable:
-            return None
+        return None
 
     def run_for(self, name: str) -> Run | None:
-        try:
+        with suppress(PrefectUnavailable):
             return run_for(self._api, name)
-        except PrefectUnavailable:
-            return None
+        return None
 
     def held_up(self, pool: str | None) -> str | None:
         return held_up(self._api, pool) if pool else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from infra.files import is_address
 from model.loading.card import ADAPTERS, SECOND, TRANSFORMER, Adapter, file_digest, read_adapters, read_json
 from model.loading.inspect import BadCheckpoint, check_adapter, check_folder, read_header
 from model.loading.lora import SAID
@@ -44,7 +44,7 @@ class Lora:
         """Read FILE, FILE:SCALE or transformer_2=FILE:SCALE. Raises BadVariant."""
         into = SECOND if text.startswith(f"{SECOND}=") else TRANSFORMER
         name = text.removeprefix(f"{SECOND}=")
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+        if is_address(name):
             raise BadVariant(f"--lora {text}: must be a safetensors file of this machine: fetch it first")
         file, colon, said = name.rpartition(":")
         if not colon or Path(name).is_file():

@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol
 from flows.request.fields import shown_value
 from flows.request.form import PromptsFormat
 from flows.request.unpack import CHUNK, BadFile
+from infra.files import NO_ADDRESS
 
 
 class BadUri(ValueError):
@@ -34,14 +35,6 @@ class _Opens(Protocol):
     """The part of a store that reading prompts needs."""
 
     def open(self, key: str) -> BinaryIO: ...
-
-
-NO_ADDRESS = "nothing is fetched from the network"
-
-
-def is_address(name: str) -> bool:
-    """An address of the network, such as https://…, where a file is to be named."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
 
 
 @dataclass(frozen=True, slots=True)

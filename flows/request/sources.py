@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.artifacts import NewArtifact
 from db.clips import clip_by
 from db.tables import ACTIVE
-from flows.request.files import NO_ADDRESS, BadUri, InStore, is_address, locate
+from flows.request.files import BadUri, InStore, locate
 from flows.request.modes import BadSource, MediaSource
 from flows.request.unpack import BadFile
+from infra.files import NO_ADDRESS, is_address
 from infra.store.contract import BLOBS, NoSuchKey, Store
 from model.media.decode import MAX_BYTES, Media, pixels_in, probe
 from model.media.errors import BadMedia

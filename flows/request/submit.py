@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from flows.request.advice import words_beyond
-from flows.request.files import NO_ADDRESS, is_address, media_type_of, open_file, prompts_key
+from flows.request.files import media_type_of, open_file, prompts_key
 from flows.request.form import MAX_FILES, GenerationRequest, PromptsFormat, format_of, request_id, request_key
 from flows.request.modes import Find, MediaSource, nowhere
 from flows.request.read import Checked, check_defaults, check_prompts
 from flows.request.unpack import CHUNK, BadFile
 from flows.settings import Settings
+from infra.files import NO_ADDRESS, is_address
 
 if TYPE_CHECKING:
     from flows.clients.prefect import PrefectApi, Run

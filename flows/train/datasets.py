@@ -18,9 +18,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from db import datasets
 from db.datasets import ClipOfDataset, DatasetRow, NewDataset
 from db.tables import CaptionOrigin
-from flows.request.files import NO_ADDRESS, is_address
 from flows.settings import PREFIX, Settings, WrongSetting
-from infra.files import atomic_path
+from infra.files import NO_ADDRESS, atomic_path, is_address
 from infra.store.contract import Store
 from infra.store.open import open_store
 from model.config import ClipShape

@@ -24,14 +24,14 @@ from urllib.parse import unquote, urlsplit
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
-from sqlalchemy import select, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from db.history import as_reader, clips_of, rows_of
+from db.history import as_reader, clips_of, find_by_id
 from db.session import connect, is_away
-from db.view import HistoryRow, history
+from db.view import HistoryRow
 from flows.settings import Settings, load_settings
 from flows.show import plain
 from flows.web.links import EXTENSION, Links
@@ -134,7 +134,7 @@ class Service:
             _nothing()
         clip_id, _, ending = named.groups()
         with self.asking() as session:
-            row = next(rows_of(session, select(history).where(history.c.clip_id == clip_id)), None)
+            row = find_by_id(session, clip_id)
         if row is None:
             _nothing()
         its_own = EXTENSION.get(row.media_type or "")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from infra.libpq import without_libpq
 from infra.stack.home import StackFailed
-from infra.stack.postgres import Database, Postgres, client_command, client_program, connect, without_libpq
+from infra.stack.postgres import Database, Postgres, client_command, client_program, connect
 
 PREFECT_POOL = 15  # connections of a Prefect server at most, the default of its settings
 

@@ -81,11 +81,7 @@ def doctor(
         return f"http://127.0.0.1:{port}"
 
     def in_deployments() -> str:
-        names = [deployment.full_name for deployment in read_deployments(deployments)]
-        found = {name: _running(api).get(f"/deployments/name/{name}") for name in names}
-        if wrong := [name for name, row in found.items() if row is None or row["paused"]]:
-            raise ValueError(f"missing or paused: {', '.join(wrong)}")
-        return ", ".join(names)
+        return describe_deployments(_running(api), deployments)
 
     start = "Run `rushes up`: it starts what does not run."
     mend = "Mend what the engine says; its flow run's log in Prefect has more. `rushes engine` tries one here, at once."
@@ -97,7 +93,11 @@ def doctor(
         check("prefect", in_prefect, f"{start} After an upgrade, `rushes down` first. Log: {home}/logs/prefect.log"),
         check("work pools", in_pools, f"{start} Resume a paused pool in the Prefect UI."),
         check("workers", in_workers, f"{start} Their logs: {home}/logs/control.log and gpu.log"),
-        check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
+        check(
+            "deployments",
+            in_deployments,
+            f"{start} Resume a paused deployment in the Prefect UI.",
+        ),
         check("clips over HTTP", in_web, f"{start} Its log: {home}/logs/web.log"),
         check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
         check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
@@ -173,6 +173,15 @@ def _see_memory() -> str:
 
 def _see_shared_memory() -> str:
     return _see_space(Path("/dev/shm"), 0.25) if Path("/dev/shm").exists() else "none on this system"
+
+
+def describe_deployments(api: Api, file: Path) -> str:
+    """The deployments of a prefect.yaml by name. Raises ValueError where one is missing or paused."""
+    names = [deployment.full_name for deployment in read_deployments(file)]
+    found = {name: api.get(f"/deployments/name/{name}") for name in names}
+    if wrong := [name for name, row in found.items() if row is None or row["paused"]]:
+        raise ValueError(f"missing or paused: {', '.join(wrong)}")
+    return ", ".join(names)
 
 
 def describe_pool(api: Api, pool: str) -> str:

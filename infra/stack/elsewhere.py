@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from infra.stack.deploy import read_deployments
-from infra.stack.doctor import Check, check, describe_pool, machine_checks
+from infra.stack.doctor import Check, check, describe_deployments, describe_pool, machine_checks
 from infra.stack.home import CONTROL, DEPLOYMENTS, GPU, POOLS
 from infra.stack.prefect import Api
 from infra.stack.up import PartStatus
@@ -45,13 +44,6 @@ def doctor_elsewhere(
             raise ValueError(f"version {runs} runs, {installed} is installed here")
         return f"{runs} at {api.url.removesuffix('/api')}"
 
-    def in_deployments() -> str:
-        names = [deployment.full_name for deployment in read_deployments(deployments)]
-        found = {name: api.get(f"/deployments/name/{name}") for name in names}
-        if wrong := [name for name, row in found.items() if row is None or row["paused"]]:
-            raise ValueError(f"missing or paused: {', '.join(wrong)}")
-        return ", ".join(names)
-
     deploy = "Run `rushes deploy`, which puts it there; resume what is paused in the Prefect UI."
     return [
         *machine_checks(home, mounted=True),
@@ -59,7 +51,7 @@ def doctor_elsewhere(
         check(PREFECT, in_prefect, "See RUSHES_PREFECT_API_URL and RUSHES_PREFECT_AUTH, and that its server runs."),
         check("work pools", lambda: ", ".join(describe_pool(api, pool) for pool in POOLS), deploy),
         check("workers", lambda: ", ".join(_workers(api, pool) for pool in POOLS), " ".join(START.values())),
-        check("deployments", in_deployments, deploy),
+        check("deployments", lambda: describe_deployments(api, deployments), deploy),
         check(STORE, servers.store, "See RUSHES_STORE_URL and the store's keys, and that its server runs."),
         check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
     ]

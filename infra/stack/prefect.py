@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
+from infra.libpq import without_libpq
 from infra.stack.home import CONTROL, SERVER, StackFailed
-from infra.stack.postgres import without_libpq
 from infra.stack.processes import MARK, PART
 
 ANSWER_SECONDS = 30.0  # what one answer may take, repetitions included

@@ -249,18 +249,43 @@ class _Start:
         settings = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database, **SERVER_SETTINGS}
         if self.prefect_database is None:
             supply_prefect(postgres, lambda: self.migrate_prefect(settings))
-        remembered = int(read_text(folder / "port") or PREFERRED_PORT)
+        port = self.serve(
+            SERVER,
+            "the Prefect server",
+            ["prefect.server.api.server:create_app", "--timeout-keep-alive", "5"],
+            folder,
+            settings=lambda port: prefect_settings(self.home, api_of(port)) | settings,
+            healthy=lambda port: Api(api_of(port)).healthy(),
+            preferred=PREFERRED_PORT,
+        )
+        self.tell(f"Prefect runs on port {port}")
+        return Api(api_of(port))
+
+    def serve(
+        self,
+        part: str,
+        name: str,
+        application: Sequence[str],
+        folder: Path,
+        *,
+        settings: Callable[[int], dict[str, str]],
+        healthy: Callable[[int], bool],
+        preferred: int | None = None,
+    ) -> int:
+        """Starts an ASGI application, and returns its port once it answers: the last one, else the preferred, if free.
+
+        application: its factory and options of uvicorn. folder: where it works. settings: by its port.
+        """
+        remembered = read_text(self.home / part / "port")
+        wanted = [port for port in (remembered and int(remembered), preferred) if port]
         for _ in range(5):
-            port = next((p for p in (remembered, PREFERRED_PORT) if is_free(p)), None) or free_port()
-            api = Api(api_of(port))
-            command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
-            command += ["--port", str(port), "--timeout-keep-alive", "5", "--no-access-log"]
-            process, log = self.spawn(SERVER, command, folder, prefect_settings(self.home, api.url) | settings)
-            if self.wait_for_server("the Prefect server", process, port, api.healthy, log):
-                (folder / "port").write_text(str(port))
-                self.tell(f"Prefect runs on port {port}")
-                return api
-        raise StackFailed("five free ports in a row were taken by others before the Prefect server could have them")
+            port = next(filter(is_free, wanted), None) or free_port()
+            command = ["uvicorn", "--factory", *application, "--host", "127.0.0.1", "--port", str(port)]
+            process, log = self.spawn(part, [*command, "--no-access-log"], folder, settings(port))
+            if self.wait_for_server(name, process, port, partial(healthy, port), log):
+                (self.home / part / "port").write_text(str(port))
+                return port
+        raise StackFailed(f"five free ports in a row were taken by others before {name} could have them")
 
     def wait_for_server(
         self, name: str, process: psutil.Process, port: int, healthy: Callable[[], bool], log: Log
@@ -290,17 +315,10 @@ class _Start:
             return False
         end_processes([old.process] if old else [], grace=3.0)
         folder.mkdir(mode=0o700, exist_ok=True)
-        remembered = read_text(folder / "port")
-        for _ in range(5):
-            port = int(remembered) if remembered and is_free(int(remembered)) else free_port()
-            command = ["uvicorn", "--factory", self.web, "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
-            process, log = self.spawn(WEB, command, self.repo, {})
-            if self.wait_for_server("the clips' service", process, port, partial(web_answers, port), log):
-                (folder / "port").write_text(str(port))
-                (folder / "code").write_text(code)
-                self.tell(f"Clips are shown on port {port}")
-                return True
-        raise StackFailed("five free ports in a row were taken by others before the clips' service could have them")
+        port = self.serve(WEB, "the clips' service", [self.web], self.repo, settings=lambda _: {}, healthy=web_answers)
+        (folder / "code").write_text(code)
+        self.tell(f"Clips are shown on port {port}")
+        return True
 
     def check_companions(self) -> None:
         """Fails at once when what goes on beside the server's start has failed."""
