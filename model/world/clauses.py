@@ -239,12 +239,10 @@ class _Cutter:
         elif acts and token in verbs.THING and before in verbs.ARTICLES:
             self._begin(self._subject())
         elif acts and token in ("it", "they", "this", "there") and not self._after_verb(k):
-            if token != "there":
-                self._begin(self._subject())
-            elif after in ("is", "are", "was") and self._subject():
+            if token == "there":
                 self._cut(None)
             else:
-                self._cut(None)
+                self._begin(self._subject())
         elif token in verbs.JOINS:
             self._go_on()
         elif self._is_brief(k):

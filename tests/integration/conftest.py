@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,15 @@ def platform(
     """Requests, ledger, store and engines in this process, with renderers that take a millisecond a clip."""
     with running_platform(database_url, ledger, tmp_path / "home", monkeypatch) as platform:
         yield platform
+
+
+@pytest.fixture
+def told_by_usr1() -> Iterator[None]:
+    """What SIGTERM does to an engine, by a signal that means nothing to others."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    yield
+    signal.signal(signal.SIGUSR1, before)

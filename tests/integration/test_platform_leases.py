@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,6 @@ from tests.platform import Platform, wait_for
 
 STEPS = 40
 LONG = "a red ball moves left"
-
-
-@pytest.fixture
-def told_by_usr1() -> Iterator[None]:
-    """What SIGTERM does to an engine, by a signal that means nothing to others."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGUSR1, leave)
-    yield
-    signal.signal(signal.SIGUSR1, before)
 
 
 def stopped_at(platform: Platform, step: int, **changes: object) -> None:

@@ -85,16 +85,6 @@ def test_the_seconds_of_publishing_are_charged_to_nobody(platform: Platform, slo
     assert 0 < spent["seconds"] < 2 * 1.5, "two GPUs, which were free meanwhile"
 
 
-@pytest.fixture
-def told_by_usr1() -> Iterator[None]:
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGUSR1, leave)
-    yield
-    signal.signal(signal.SIGUSR1, before)
-
-
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_stopped_engine_gives_both_leases_back(
     step: int, platform: Platform, slow_put: threading.Event, told_by_usr1: None, monkeypatch: pytest.MonkeyPatch

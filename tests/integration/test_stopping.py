@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,18 +18,6 @@ from flows.render.engine import run_engine
 from flows.settings import load_settings
 from model.loading.card import find_model
 from tests.factories import new_clip, opened, planned
-
-
-@pytest.fixture
-def told_by_usr1() -> Iterator[None]:
-    """What SIGTERM does to an engine, by a signal that means nothing to others."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGUSR1, leave)
-    yield
-    signal.signal(signal.SIGUSR1, before)
 
 
 def ranks() -> set[psutil.Process]:
