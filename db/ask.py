@@ -48,7 +48,8 @@ left join lateral (
            sum(clips) filter (where status = 'quarantined') as quarantined,
            sum(clips) filter (where status = 'cancelled') as cancelled,
            sum(clips) filter (where status = 'rejected') as rejected,
-           sum(reused) as reused, sum(seconds) as seconds, min(started_at) as started_at
+           sum(reused) as reused, sum(seconds) as seconds, sum(bytes) as bytes,
+           min(started_at) as started_at
     from tallies
     where tallies.request_id = request.id
 ) counted on true""",
@@ -91,9 +92,8 @@ left join lateral (
         "of all attempts at its clips, failed ones included",
     ),
     bytes=(
-        """coalesce((select sum(artifact.bytes) from artifacts artifact where artifact.sha256 in
-        (select clip.artifact from clips clip where clip.request_id = request.id)), 0)::bigint""",
-        "of its clips' files in the store; each file counts once",
+        "coalesce(counted.bytes, 0)::bigint",
+        "of the files in the store that its clips were rendered to; what it reused counts where it was rendered",
     ),
     created_at=("request.created_at", "when it was submitted"),
     started_at=("counted.started_at", "when its first clip began"),

@@ -31,10 +31,14 @@ RULES = {
         where r.total is not null group by r.id having count(c.id) <> r.total""",
     "the kept counts are not those of the clips": """
         select coalesce(kept.request_id, there.request_id)
-        from (select request_id, status, sum(clips) as clips from tallies group by 1, 2) kept
-        full join (select request_id, status, count(*) as clips from clips group by 1, 2) there
-        using (request_id, status)
-        where coalesce(kept.clips, 0) <> coalesce(there.clips, 0) group by 1""",
+        from (select request_id, status, sum(clips) as clips, sum(bytes) as bytes from tallies group by 1, 2) kept
+        full join (
+            select request_id, status, count(*) as clips,
+                   sum(file.bytes) filter (where status = 'done' and not reused) as bytes
+            from clips left join artifacts file on file.sha256 = artifact group by 1, 2
+        ) there using (request_id, status)
+        where (coalesce(kept.clips, 0), coalesce(kept.bytes, 0)) <> (coalesce(there.clips, 0), coalesce(there.bytes, 0))
+        group by 1""",
     "a request ended otherwise than its clips": """
         select r.id from requests r left join clips c on c.request_id = r.id
         where r.status not in ('open', 'paused', 'cancelled') group by r.id, r.status

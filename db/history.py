@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, Select, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from db.reproductions import Comparison
-from db.roles import RANDOM_PAGE_COST, READER, SEARCH_PATH
+from db.roles import PLANNING, READER, SEARCH_PATH
 from db.tables import Attempt, AttemptStatus, Clip, ClipStatus, Edge, EdgeKind, Reproduction
 from db.view import COLUMNS, HistoryRow, history, row_of
 
@@ -209,9 +209,9 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
     Raises SqlFailed for what the database refuses, a second statement included.
     """
     with engine.connect() as connection, connection.begin() as transaction:
-        connection.execute(text("select set_config('statement_timeout', :ms, true)"), {"ms": f"{timeout * 1000:.0f}"})
-        connection.execute(text("select set_config('search_path', :path, true)"), {"path": SEARCH_PATH})
-        connection.execute(text("select set_config('random_page_cost', :cost, true)"), {"cost": RANDOM_PAGE_COST})
+        settings = {"statement_timeout": f"{timeout * 1000:.0f}", "search_path": SEARCH_PATH, **PLANNING}
+        each = ", ".join(f"set_config('{name}', :{name}, true)" for name in settings)
+        connection.execute(text(f"select {each}"), settings)
         role = as_reader(connection)
         driver = cast("psycopg.Connection[tuple[Any, ...]]", connection.connection.driver_connection)
         cursor = driver.cursor()
@@ -219,9 +219,11 @@ def run_sql(engine: Engine, sql: str, *, timeout: float = 30.0, limit: int | Non
             # stream: one statement only, so no "commit; drop table" comes through, and no more rows than are wanted.
             with contextlib.closing(cast("Generator[tuple[Any, ...]]", cursor.stream(sql.encode()))) as stream:
                 rows = list(stream if limit is None else islice(stream, limit + 1))
-            if not rows:  # an empty stream does not say its columns
-                cursor.execute(sql.encode(), binary=True)  # one statement: not by the simple protocol
             columns = tuple(column.name for column in cursor.description or ())
+            if not rows:  # an empty stream does not say its columns, and to ask once more takes as long again
+                driver.pgconn.prepare(b"", sql.encode())
+                described = driver.pgconn.describe_prepared(b"")
+                columns = tuple((described.fname(place) or b"").decode() for place in range(described.nfields))
         except psycopg.Error as error:
             hint = ""
             if isinstance(error, psycopg.errors.InsufficientPrivilege) and role == READER:

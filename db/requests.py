@@ -306,7 +306,7 @@ def _counted(session: Session, request_id: str) -> dict[ClipStatus, int]:
 
 def compact(session: Session, request_id: str) -> None:
     """Sums up the kept counts of a request, so that few rows answer for many changes. Safe beside writers."""
-    names = ("clips", "reused", "rendered", "seconds")
+    names = ("clips", "reused", "rendered", "seconds", "bytes")
     gone = delete(Tally).where(Tally.request_id == request_id).returning(Tally.__table__).cte("gone")
     summed = select(
         gone.c.request_id, gone.c.status, *(func.sum(gone.c[name]) for name in names), func.min(gone.c.started_at)

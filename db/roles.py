@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 APP, READER = "rushes_app", "rushes_reader"
 SEARCH_PATH = "ask, public"  # of those who ask: the views of ask by their short names
-RANDOM_PAGE_COST = "1.1"  # as on every disk of today: else a day among millions is found by reading all of them
+# How questions are planned.
+PLANNING: dict[LiteralString, LiteralString] = {
+    "random_page_cost": "1.1",  # as on every disk of today: else a day among millions is found by reading all of them
+    "work_mem": "32MB",  # a day's stages are sorted in memory
+    "jit": "off",  # to compile a question takes longer than to answer it
+}
 # Of a reader's login, since a login has no settings of the groups that it is in. A query that is forgotten ends, and a
 # transaction that is left open does not hold back the server's clean-up; who needs longer may say so.
 READER_SETTINGS: tuple[LiteralString, ...] = (
     "statement_timeout = '60s'",
     "idle_in_transaction_session_timeout = '10min'",
     "search_path = ask, public",
-    f"random_page_cost = {RANDOM_PAGE_COST}",
+    *(f"{name} = '{value}'" for name, value in PLANNING.items()),
 )
 
 # Statements, one a row, that give the roles what they lack. Views and the schema's version are nobody's to write.

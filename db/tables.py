@@ -517,6 +517,7 @@ class Tally(Base):
     reused: Mapped[int]
     rendered: Mapped[int]  # done and not reused
     seconds: Mapped[float]  # of the rendered ones
+    bytes: Mapped[int] = mapped_column(BigInteger)  # of their files
     started_at: Mapped[datetime | None]  # the first of them
 
     __table_args__ = (Index("ix_tallies_request_id", "request_id"),)

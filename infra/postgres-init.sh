@@ -15,6 +15,9 @@ CREATE ROLE reader LOGIN PASSWORD :'reader' IN ROLE rushes_reader;
 ALTER ROLE reader SET statement_timeout = '60s';
 ALTER ROLE reader SET idle_in_transaction_session_timeout = '10min';
 ALTER ROLE reader SET search_path = ask, public;
+ALTER ROLE reader SET random_page_cost = '1.1';
+ALTER ROLE reader SET work_mem = '32MB';
+ALTER ROLE reader SET jit = 'off';
 CREATE DATABASE rushes OWNER rushes;
 CREATE DATABASE prefect OWNER prefect;
 -- Each role keeps to its own database.

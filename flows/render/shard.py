@@ -519,7 +519,8 @@ class Shard:
                 continue
             said, error = doubt
             with self.about(clip_id):
-                log.warning("attempt %s at clip %s failed: %s", self.started.get(clip_id, ""), clip_id, said)
+                why = said.removeprefix(f"clip {clip_id}: ")
+                log.warning("attempt %s at clip %s failed: %s", self.started.get(clip_id, ""), clip_id, why)
             kind, permanent, of_machine = class_of(error), isinstance(error, BadMedia), isinstance(error, DeviceFailed)
             self.write(
                 lambda session, clip_id=clip_id, said=said, kind=kind, permanent=permanent, of_machine=of_machine: (

@@ -21,7 +21,7 @@ from infra.stack.postgres import start_postgres, stop_postgres
 from tests.documents import QUESTIONS
 
 SERVER = {"shared_buffers": "512MB", "max_wal_size": "8GB", "synchronous_commit": "off"}
-REQUESTS, DAYS, ROUNDS = 40, 30.0, 20
+REQUESTS, DAYS, ROUNDS = 40, 30.0, 40
 LEFT = 0.5  # of the newest request's clips wait
 
 _REQUEST = "'req_' || lpad(to_hex({}), 12, '0')"
@@ -85,10 +85,11 @@ MAKE = (
               at - (2 - t) * interval '1 minute', .1, 27 + n % 17, 2, .7, .2
        {_MADE}, generate_series(1, case when fails or twice then 2 else 1 end) t
        where not waits and (fails or not found) order by n desc""",
-    """insert into tallies (request_id, status, clips, reused, rendered, seconds, started_at)
+    """insert into tallies (request_id, status, clips, reused, rendered, seconds, bytes, started_at)
        select request_id, status, count(*), count(*) filter (where reused),
-              count(*) filter (where status = 'done' and not reused), coalesce(sum(seconds), 0), min(started_at)
-       from clips group by 1, 2""",
+              count(*) filter (where status = 'done' and not reused), coalesce(sum(seconds), 0),
+              coalesce(sum(bytes) filter (where not reused), 0), min(started_at)
+       from clips left join artifacts on sha256 = artifact group by 1, 2""",
     # one that is extended, and what came of it extended again
     f"""insert into edges (child, parent, kind)
        select one.id, other.id, 'extend' from (select id, n {_MADE} where n % 100 in (2, 4) and not waits) one
@@ -134,12 +135,12 @@ def make(engine: Engine, clips: int) -> None:
 
 
 def timed(engine: Engine, sql: str) -> tuple[int, float, float]:
-    """Rows of the answer; median and 95th percentile in milliseconds."""
+    """Rows of the answer; median and 95th percentile in milliseconds, after a first time that finds its pages."""
     taken: list[float] = []
-    rows = 0
+    rows = len(run_sql(engine, sql).rows)
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        rows = len(run_sql(engine, sql).rows)
+        run_sql(engine, sql)
         taken.append(1000 * (time.perf_counter() - began))
     return rows, quantiles(taken, n=2)[0], quantiles(taken, n=20)[-1]
 

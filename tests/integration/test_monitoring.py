@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,9 +23,11 @@ import infra.metrics
 from db.history import run_sql
 from db.session import connect
 from flows.web.app import create_app
+from tests.fake_renderer import Fault, Trouble
 from tests.platform import Platform, wait_for
 
 GRAFANA = Path(__file__).parents[2] / "infra" / "grafana"
+UNIT = Path(__file__).parents[1] / "unit"
 DASHBOARDS = sorted(GRAFANA.glob("*.json"))
 RULES = yaml.safe_load((GRAFANA / "alerts.yaml").read_text())["groups"]
 
@@ -53,7 +57,12 @@ def test_metrics_tell_how_the_platform_stands(platform: Platform, web: TestClien
     assert "rushes_attempts_total" not in before
     with platform.engines():
         platform.make([{"prompt": "a red ball"}, {"prompt": "a cone", "frames": 50}], skip_invalid=True)
+        living = samples(web)
+    assert [dict(key)["state"] for key in living["rushes_engines"]] == ["idle"]
+    (busy,) = living["rushes_engines_busy"].values()
+    assert 0 < busy <= 1
     after = samples(web)
+    assert "rushes_engines" not in after, "it has left"
     assert after["rushes_clips"][("status", "done"),] == after["rushes_clips"][("status", "rejected"),] == 1
     (ended,) = after["rushes_attempts_total"].items()
     labels = dict(ended[0])
@@ -64,17 +73,27 @@ def test_metrics_tell_how_the_platform_stands(platform: Platform, web: TestClien
     assert {dict(key)["of"] for key in after["rushes_answer_duration_seconds"]} == {"ledger", "store"}
     assert samples(web)["rushes_attempts_total"] == after["rushes_attempts_total"], "counted once"
 
+    platform.script.trouble["a bad cube"] = Trouble(Fault.FAILS, times=9)
+    with platform.engines():
+        platform.make(["a bad cube"])
+    told = {
+        (dict(key)["status"], dict(key)["error_class"]): n for key, n in samples(web)["rushes_attempts_total"].items()
+    }
+    assert told == {("done", ""): 1, ("failed", "render_failed"): 3}
+
     run = platform.submit(["a blue cube"], tenant="studio")  # with no engine
-    waiting = samples_until(web, "rushes_queue_oldest_seconds")
+
+    def waiting_clip() -> dict[str, dict[tuple[tuple[str, str], ...], float]] | None:
+        found = samples(web)
+        return found if sum(found.get("rushes_queue_depth", {}).values()) == 1 else None
+
+    waiting = wait_for(waiting_clip, "a clip that waits")
     (key,) = waiting["rushes_queue_depth"]
-    assert dict(key)["tenant"] == "studio" and waiting["rushes_queue_depth"][key] == 1
+    assert dict(key)["tenant"] == "studio"
     assert set(dict(key)) == {"tenant", "model"}
+    assert 0 < waiting["rushes_queue_oldest_seconds"][key] < 600
     with platform.engines():
         run.outcome()
-
-
-def samples_until(web: TestClient, name: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    return wait_for(lambda: found if name in (found := samples(web)) else None, name)
 
 
 def queries(kind: str) -> Iterator[tuple[str, str]]:
@@ -106,6 +125,23 @@ def test_every_metric_that_is_asked_for_is_exported(exported: set[str], query: s
     bare = re.sub(r'\{[^}]*\}|"[^"]*"|\[[^\]]*\]|\b(by|on|without) ?\([^)]*\)', "", query)
     names = set(re.findall(r"\b(?:rushes|hw)_\w+|\bup\b", bare))
     assert names and names <= exported | {"up"}
+
+
+def test_every_alert_fires_when_it_should_and_not_before() -> None:
+    """By Prometheus' own promtool, part of Debian's package prometheus: every rule has a case in alerts.yaml."""
+    cases = UNIT / "alerts.yaml"
+    fired = {
+        each["alertname"]
+        for case in yaml.safe_load(cases.read_text())["tests"]
+        for each in case["alert_rule_test"]
+        if each.get("exp_alerts")
+    }
+    assert fired == {rule["alert"] for group in RULES for rule in group["rules"]}
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed")
+    for command in (["check", "rules", str(GRAFANA / "alerts.yaml")], ["test", "rules", str(cases)]):
+        done = subprocess.run([promtool, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_alerts_say_what_to_do() -> None:

@@ -21,6 +21,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
 from db.history import SqlFailed, run_sql
+from db.roles import READER_SETTINGS
 from db.session import connect, sessions, upgrade
 from flows.settings import PREFIX, Settings
 from infra.stack import postgres
@@ -73,6 +74,11 @@ def configured(engine: list[str], *arguments: str, env_file: Path) -> "subproces
     command = [*engine, "-f", str(INFRA / "compose.yaml"), "--env-file", str(env_file), *arguments, "config"]
     bare = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=bare)
+
+
+def test_the_reader_has_the_settings_that_the_local_one_has() -> None:
+    there = re.findall(r"ALTER ROLE reader SET (.*);", (INFRA / "postgres-init.sh").read_text())
+    assert there == list(READER_SETTINGS)
 
 
 def test_it_follows_the_compose_specification(compose: dict[str, Any]) -> None:
