@@ -31,7 +31,11 @@ CHUNK = 1000  # rows that go to or come from the server at a time
 def add_artifacts(session: Session, stored: Iterable[NewArtifact]) -> None:
     """Note objects that lie in the store already and that clips are made from."""
     if rows := [asdict(artifact) for artifact in stored]:
-        change(session, upsert(Artifact).values(rows).on_conflict_do_nothing(index_elements=[Artifact.sha256]))
+        known = upsert(Artifact).values(rows)
+        found_again = known.on_conflict_do_update(
+            index_elements=[Artifact.sha256], set_={"lost_at": None}, where=Artifact.lost_at.is_not(None)
+        )
+        change(session, found_again)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

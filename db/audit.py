@@ -47,13 +47,15 @@ RULES = {
             when count(*) filter (where c.status = 'done') > 0 then 'completed_with_gaps'
             else 'failed' end::request_status""",
     "a recipe was rendered twice": """
-        select recipe from clips where status = 'done' and not reused and not fresh
+        select recipe from clips c join artifacts a on a.sha256 = c.artifact
+        where c.status = 'done' and not c.reused and not c.fresh and a.lost_at is null
         group by recipe having count(*) > 1""",
     "a clip was finished twice": """
         select clip_id from attempts where status = 'done' group by clip_id having count(*) > 1""",
     "a done clip has other bytes than its recipe's render": """
-        select c.id from clips c left join renders r using (recipe) left join clips maker on maker.id = r.clip_id
-        where c.status = 'done' and c.artifact is distinct from r.sha256
+        select c.id from clips c join artifacts a on a.sha256 = c.artifact
+        left join renders r using (recipe) left join clips maker on maker.id = r.clip_id
+        where c.status = 'done' and c.artifact is distinct from r.sha256 and a.lost_at is null
         and (c.id = r.clip_id or maker.fresh is not true)  -- a fresh one leaves the others what they had""",
     "an attempt runs and its clip does not, or the other way": """
         select c.id from clips c where (c.status = 'running')

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from db.artifacts import NewArtifact
 from db.engines import beats
 from db.fence import HELD, Lease, held_params, hold, lock_clip, lost, now
+from db.lost import found_again
 from db.renders import NO_RESUME_STATE
 from db.session import UNSYNCED, change
 from db.tables import (
@@ -160,7 +161,8 @@ def record_clip(
         "bytes": artifact.bytes,
         "media_type": artifact.media_type,
     }
-    change(session, upsert(Artifact).values(stored).on_conflict_do_nothing(index_elements=[Artifact.sha256]))
+    if not change(session, upsert(Artifact).values(stored).on_conflict_do_nothing(index_elements=[Artifact.sha256])):
+        found_again(session, artifact.sha256, clip_id)
     render = upsert(Render).values(recipe=clip.recipe, sha256=artifact.sha256, clip_id=clip_id, created_at=now())
     if clip.fresh:  # asked for in place of the render there is
         anew = {name: render.excluded[name] for name in ("sha256", "clip_id", "created_at")}

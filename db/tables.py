@@ -82,6 +82,7 @@ class AttemptStatus(StrEnum):
     LOST = "lost"  # its engine vanished, or a device failed; counts against the clip, but for less than a failure
     RELEASED = "released"  # its engine gave it back in order; does not count
     CANCELLED = "cancelled"
+    GONE = "gone"  # was done, and the bytes that it made are lost since
 
 
 class ClipMode(StrEnum):
@@ -335,6 +336,7 @@ class Artifact(Base):
     bytes: Mapped[int] = mapped_column(BigInteger)
     media_type: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    lost_at: Mapped[datetime | None]  # when it was found that the store has these bytes no longer
 
     __table_args__ = (
         # prevents a name that is no digest: the audit hashes the bytes and compares

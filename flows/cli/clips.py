@@ -52,6 +52,8 @@ def open_(
     if (address := address_of(settings, row)) is None:
         said = f": {row.error}" if row.error else ""
         fail(f"{row.clip_id} is {row.status}{said}: there is nothing to play")
+    if row.object_key and not settings.open_store().exists(row.object_key):
+        fail(f"{row.clip_id}: the store has lost its bytes: `rushes retry {row.request_id} --missing` renders it again")
     typer.echo(address)
     if not show_only and sys.stdout.isatty():
         typer.launch(address)

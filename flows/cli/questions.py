@@ -8,13 +8,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flows.cli.app import QUESTIONS, ClipName, Format, app, counted, current_settings
 from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.operation import need
+
+if TYPE_CHECKING:
+    from flows.operate.audit import Breach
+    from flows.settings import Settings
 
 MOST_PROBLEMS = 20  # lines about clips of which none can be rendered again
 BRIEF = ["clip_id", "custom_id", "status", "prompt", "width", "height", "frames", "seconds", "attempts", "error"]
@@ -211,12 +215,16 @@ def audit(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Hash so many objects, drawn at random (default: all).")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Have rendered again what the store lost; exit code 1 if that is not all.")
+    ] = False,
     format: Format = "table",
 ) -> None:
     """Look for lost, doubled and contradictory things, in the ledger and between ledger and store.
 
     Rows that contradict each other, rows without bytes, bytes without rows,
-    wrong digests. Exit code 1 on any.
+    wrong digests. Exit code 1 on any. With --repair each of those that the
+    store has lost or spoilt is looked at again, forgotten, and rendered again.
     """
     from flows.clients.ledger import reading
     from flows.operate.audit import AuditReport
@@ -225,8 +233,8 @@ def audit(
 
     settings, report = current_settings(), AuditReport()
     with reading(settings) as session:
-        found = compare(session, settings.open_store(), report, hash_bytes=not quick, sample=sample)
-        breaches = [asdict(each) for each in found]
+        found = list(compare(session, settings.open_store(), report, hash_bytes=not quick, sample=sample))
+    breaches = [asdict(each) for each in found]
     if breaches or format != "table":
         show_rows(breaches, ["problem", "key", "detail"], format)
     hashed = "not hashed" if quick else f"{report.hashed:,} bytes hashed"
@@ -234,7 +242,41 @@ def audit(
     counts = f"{report.rows} rows and {report.blobs} blobs{young} compared, {hashed}"
     counts += f": {len(breaches) or 'no'} breaches"
     typer.echo(counts, err=format != "table")
-    raise typer.Exit(FAILED if breaches else DONE)
+    mendable = [each for each in found if each.repairable]
+    if repair and mendable:
+        repaired(settings, mendable)
+    elif mendable:
+        typer.echo("`rushes audit --repair` has rendered again what the store lost", err=True)
+    raise typer.Exit(FAILED if len(found) > (len(mendable) if repair else 0) else DONE)
+
+
+def repaired(settings: Settings, breaches: Sequence[Breach]) -> None:
+    """Mends what can be, and says so; ends the command with 1 where something cannot."""
+    from db.requests import request_by
+    from flows.cli.requests import go_on
+    from flows.clients.ledger import ledger
+    from flows.clients.ownership import check_owner
+    from flows.generate.publish import publish_manifest, publish_sheet
+    from flows.operate.repair import repair
+
+    with ledger(settings) as sessions:
+        store = settings.open_store()
+        check_owner(sessions, store)
+        done = repair(sessions, store, breaches, (publish_manifest, publish_sheet))
+        for request, count in done.queued.items():
+            typer.echo(f"{request}: {counted(count, 'clip')} queued again", err=True)
+            with sessions() as session:
+                row = request_by(session, request)
+            if row is not None:
+                go_on(settings, row)
+    if done.anew:
+        typer.echo(f"{counted(done.anew, 'clip')} begin anew, without their checkpoint", err=True)
+    if done.published:
+        typer.echo(f"{counted(done.published, 'manifest or sheet')} made again", err=True)
+    for sentence in done.beyond:
+        typer.echo(f"rushes: {sentence}", err=True)
+    if done.beyond:
+        raise typer.Exit(FAILED)
 
 
 @app.command(rich_help_panel=QUESTIONS)

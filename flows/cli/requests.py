@@ -14,6 +14,7 @@ from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.options import FormCommand, PlanCommand, given_fields
 
 if TYPE_CHECKING:
+    from db.requests import RequestRow
     from flows.request.submit import CheckedFile
     from flows.settings import Settings
     from model.loading.card import ModelCard
@@ -243,14 +244,22 @@ def retry(
     request: RequestName,
     failed: Annotated[bool, typer.Option("--failed", help="Only those that failed.")] = False,
     quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those set aside as poison.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Only finished ones whose bytes the store has no longer.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show progress until all clips are there.")] = False,
 ) -> None:
-    """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew."""
+    """Queue the failed, quarantined and cancelled clips of a request again, with all attempts anew.
+
+    With --missing those that were made, too, where their bytes are gone.
+    """
     from db.requests import AGAIN, retry_request
     from db.tables import ClipStatus
     from flows.cli.find import find_request
     from flows.clients.ledger import ledger
+    from flows.clients.ownership import check_owner
     from flows.clients.prefect import prefect_api
+    from flows.operate.repair import queue_missing
     from flows.request.submit import run_url, start_run
 
     settings = current_settings()
@@ -265,7 +274,12 @@ def retry(
             fail(f"Prefect no longer has the run of {row.id}: submit its prompts again, which takes up what is missing")
         with sessions.begin() as session:
             asked = {ClipStatus.FAILED: failed, ClipStatus.QUARANTINED: quarantined}
-            count = retry_request(session, row.id, [status for status in asked if asked[status]] or AGAIN)
+            chosen = [status for status in asked if asked[status]]
+            count = 0 if missing and not chosen else retry_request(session, row.id, chosen or AGAIN)
+        if missing:
+            store = settings.open_store()
+            check_owner(sessions, store)
+            count += queue_missing(sessions, store, row.id)
         if not count:
             typer.echo(f"{row.id}: nothing to retry")
             return
@@ -274,6 +288,25 @@ def retry(
     typer.echo(run_url(settings.ui_url, run.id))
     if watch:
         raise typer.Exit(watch_request(settings, row.id, run.id))
+
+
+def go_on(settings: Settings, row: RequestRow) -> None:
+    """Sees to it that a request which was opened again has a run that makes it, and says which."""
+    from flows.clients.prefect import PrefectUnavailable, prefect_api
+    from flows.request.submit import run_url, start_run
+    from flows.settings import NotRunning
+
+    try:
+        with prefect_api(settings) as api:
+            run = api.run(row.flow_run_id) if row.flow_run_id else None
+            if run is None:
+                typer.echo(f"{row.id}: Prefect no longer has its run: submit its prompts again", err=True)
+                return
+            if run.final:
+                run = start_run(api, row.id, run.parameters, name=row.name, tenant=row.tenant)
+            typer.echo(run_url(settings.ui_url, run.id), err=True)
+    except (NotRunning, PrefectUnavailable):
+        typer.echo(f"{row.id}: Prefect is not there: the next round of maintenance takes it up", err=True)
 
 
 @app.command(rich_help_panel=REQUESTS)

@@ -182,7 +182,7 @@ def finish(
     engines: EnginePool,
 ) -> Outcome:
     """Watches an open request to its end and publishes it; one that is paused it leaves as it is."""
-    before = reuse_cached(ledgers, request_id)
+    before = reuse_cached(ledgers, store, request_id, page.warn)
     left = Ledger(ledgers).read(lambda session: seconds_left(session, request_id))
     watched = Watched(run_id=run_id, model=model, card=card, deadline=left)
     progress = watch(settings, ledgers, store, request_id, watched, page=page, engines=engines)

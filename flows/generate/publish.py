@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -19,7 +19,7 @@ from flows.clients.ledger import Ledger
 from flows.clients.retry import best_effort, with_retry
 from flows.generate.outcome import Outcome
 from flows.generate.page import Page, Report, show_clips, summarise
-from infra.store.contract import Store
+from infra.store.contract import Store, StoreUnavailable
 
 SHEET_CLIPS = 24  # clips on a contact sheet
 
@@ -80,16 +80,21 @@ def spooled() -> Generator[BinaryIO]:
 
 def publish_sheet(session: Session, store: Store, request_id: str) -> str | None:
     """requests/<id>/contact_sheet.png: some frames of each of the first clips, with their prompts."""
-    from model.media.encode import SheetRow, contact_sheet, decode_frames
+    from model.media.encode import Frame, SheetRow, contact_sheet, decode_frames
 
     rows: list[SheetRow] = []
     for row in islice(history.clips_of(session, request_id), SHEET_CLIPS):
-        frames = decode_frames(store.get(row.object_key), 5) if row.object_key else ()
-        note = (
-            f"{made.width}x{made.height}, {made.frames} frame{'s' * (made.frames != 1)}"
-            if row.object_key and (made := row.settings)
-            else f"{row.status}: {row.error or ''}"
-        )
+        frames: Sequence[Frame] = ()
+        if row.object_key and (made := row.settings):
+            note = f"{made.width}x{made.height}, {made.frames} frame{'s' * (made.frames != 1)}"
+            try:
+                frames = decode_frames(store.get(row.object_key), 5)
+            except StoreUnavailable:
+                raise
+            except Exception as error:  # lost or spoilt since, in any way: a sheet is no reason to fail a request
+                note = f"{note}: cannot be shown ({type(error).__name__})"
+        else:
+            note = f"{row.status}: {row.error or ''}"
         rows.append(SheetRow(clip_id=row.custom_id or row.clip_id, prompt=row.prompt, frames=frames, note=note))
     if not rows:
         return None

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from db import requests
+from db import lost, requests
 from db.artifacts import add_artifacts
 from db.clips import NewClip, add_clips
 from db.models import register_model
@@ -23,6 +23,8 @@ from db.rewrites import Answer
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, EdgeKind
 from flows.clients.ledger import Ledger
+from flows.clients.lost import discard, missing
+from flows.clients.retry import with_retry
 from flows.generate.estimates import Estimate, estimate
 from flows.library.models import card_of, gpus_of, network_of
 from flows.plan.layout import CannotFit, Rates, Work, best_layout
@@ -313,8 +315,16 @@ def parents_of(made: Conditions, take_of: str | None) -> tuple[tuple[str, EdgeKi
     return (*((parent, KIND[made.mode]) for parent in named), *takes)
 
 
-def reuse_cached(ledgers: sessionmaker[Session], request_id: str) -> Progress:
-    """Where the request stands before this run renders anything: what it made earlier is done, and what others made."""
+def reuse_cached(ledgers: sessionmaker[Session], store: Store, request_id: str, say: Callable[[str], None]) -> Progress:
+    """Where the request stands before this run renders anything: what it made earlier is done, and what others made.
+
+    A cached render whose bytes the store has no longer is none.
+    """
+    cached = Ledger(ledgers).read(lambda session: lost.cached_for(session, request_id))
+    if gone := with_retry(lambda: missing(store, cached)):
+        with_retry(lambda: discard(store, gone))
+        Ledger(ledgers).write(lambda session: lost.forget(session, [each.sha256 for each in gone]))
+        say(f"{len(gone)} cached renders are not in the store any more: what they were is rendered again")
 
     def reuse(session: Session) -> Progress:
         reuse_renders(session, request_id)

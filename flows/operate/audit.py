@@ -8,24 +8,26 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from db.artifacts import known_keys
+from db.artifacts import ArtifactRow, known_keys
 from db.audit import contradictions, resume_keys
-from db.tables import Artifact
+from db.lost import Users, needed, users
+from db.tables import UNENDED, Artifact, Request
 from infra.store.contract import Listed, NoSuchKey, Store
 
 CHUNK = 1 << 20
 BATCH = 500  # rows of one statement
 # Bytes are stored before their row is written, so young bytes may have none yet; a cancel or a kill leaves such behind.
 # Maintenance deletes objects of this age that no row knows. Checkpoints are many, and of no use to another clip.
-ORPHAN_AGE = {"blobs/": timedelta(days=1), "checkpoints/": timedelta(hours=1)}
-REFERENCES = {"blobs/": known_keys, "checkpoints/": resume_keys}  # which of some keys rows refer to
+CHECKPOINTS, PUBLISHED = "checkpoints/", "requests/"  # what begins their keys
+ORPHAN_AGE = {"blobs/": timedelta(days=1), CHECKPOINTS: timedelta(hours=1)}
+REFERENCES = {"blobs/": known_keys, CHECKPOINTS: resume_keys}  # which of some keys rows refer to
 OVERDUE = timedelta(hours=1)  # for which maintenance, which comes every ten minutes, may be late
 
 
@@ -36,6 +38,7 @@ class Breach:
     problem: str
     key: str
     detail: str
+    repairable: bool = False  # by `rushes audit --repair`
 
 
 @dataclass(slots=True)
@@ -64,8 +67,10 @@ def audit(
     for row in _rows(session):
         report.rows += 1
         if breach := _look_at(row, store, report, hash_bytes and (drawn is None or row.key in drawn)):
-            yield breach
+            yield replace(breach, detail=f"{breach.detail}; {_whose(users(session, row.sha256))}")
+            session.rollback()
     yield from _checkpoints(session, store, report)
+    yield from _published(session, store, report)
     for prefix, known in REFERENCES.items():
         listed, overdue = store.list(prefix), datetime.now(UTC) - ORPHAN_AGE[prefix] - OVERDUE
         while batch := list(islice(listed, BATCH)):
@@ -79,6 +84,11 @@ def audit(
                     yield _orphan(item)
                 else:
                     report.unclaimed += 1
+
+
+def _whose(found: Users) -> str:
+    count = found.rendered + found.waiting + found.made_from
+    return f"of clip {found.example}" if count == 1 else f"{count} clips have it, such as {found.example}"
 
 
 def _draw(session: Session, count: int) -> set[str]:
@@ -102,14 +112,35 @@ def _checkpoints(session: Session, store: Store, report: AuditReport) -> Iterato
         gone = resume_keys(session, sorted(gone))
         session.rollback()
     for key in sorted(gone):
-        yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object")
+        yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object", True)
+
+
+def _published(session: Session, store: Store, report: AuditReport) -> Iterator[Breach]:
+    """Breaches of ended requests whose manifest or contact sheet is not there."""
+    last = ""
+    while True:
+        wanted = select(Request.id, Request.manifest_key, Request.sheet_key).where(Request.id > last)
+        ended = wanted.where(Request.status.not_in(UNENDED)).order_by(Request.id).limit(BATCH)
+        page = session.execute(ended).all()
+        session.rollback()
+        for request_id, *keys in page:
+            for key in filter(None, keys):
+                report.rows += 1
+                if not store.exists(key):
+                    yield Breach(
+                        "missing", key, f"{request_id} was published with it, the store has no such object", True
+                    )
+        if len(page) < BATCH:
+            return
+        last = page[-1].id
 
 
 def _rows(session: Session) -> Iterator[Artifact]:
-    """Read all artifacts by key, a page at a time: no transaction stays open while bytes are hashed."""
+    """Read the artifacts that should be there by key, a page at a time: no transaction stays open meanwhile."""
     last = ""
     while True:
-        page = session.scalars(select(Artifact).where(Artifact.key > last).order_by(Artifact.key).limit(BATCH)).all()
+        wanted = select(Artifact).where(Artifact.key > last, needed()).order_by(Artifact.key).limit(BATCH)
+        page = session.scalars(wanted).all()
         session.expunge_all()
         session.rollback()
         yield from page
@@ -118,12 +149,17 @@ def _rows(session: Session) -> Iterator[Artifact]:
         last = page[-1].key
 
 
-def _look_at(row: Artifact, store: Store, report: AuditReport, hash_bytes: bool) -> Breach | None:
+def is_sound(store: Store, row: ArtifactRow) -> bool:
+    """The store has these very bytes. Raises StoreUnavailable."""
+    return _look_at(row, store, AuditReport(), True) is None
+
+
+def _look_at(row: Artifact | ArtifactRow, store: Store, report: AuditReport, hash_bytes: bool) -> Breach | None:
     there = store.stat(row.key)
     if there is None:
-        return Breach("missing", row.key, "the ledger has the row, the store has no such object")
+        return Breach("missing", row.key, "the ledger has the row, the store has no such object", True)
     if there.bytes != row.bytes:
-        return Breach("wrong size", row.key, f"{there.bytes} bytes in the store, {row.bytes} in the ledger")
+        return Breach("wrong size", row.key, f"{there.bytes} bytes in the store, {row.bytes} in the ledger", True)
     if not hash_bytes:
         return None
     digest = hashlib.sha256()
@@ -133,9 +169,9 @@ def _look_at(row: Artifact, store: Store, report: AuditReport, hash_bytes: bool)
                 report.hashed += len(chunk)
                 digest.update(chunk)
     except NoSuchKey:
-        return Breach("missing", row.key, "it went away while it was being read")
+        return Breach("missing", row.key, "it went away while it was being read", True)
     if digest.hexdigest() != row.sha256:
-        return Breach("wrong digest", row.key, f"its bytes have the sha256 {digest.hexdigest()}")
+        return Breach("wrong digest", row.key, f"its bytes have the sha256 {digest.hexdigest()}", True)
     return None
 
 

@@ -30,6 +30,7 @@ PAGE = 500  # rows of the ledger at a time
 ENDING = {"video/mp4": ".mp4", "image/png": ".png"}
 MANIFEST = "manifest.jsonl"
 SHEET = "contact_sheet.png"
+REPAIR = "`rushes audit --repair` has it rendered again"
 DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$)", re.IGNORECASE)  # of Windows, in every folder
 
 
@@ -139,11 +140,15 @@ def _copy(store: Store, row: HistoryRow, path: Path, done: ExportReport) -> str 
             if digest.hexdigest() != row.sha256:
                 raise _WrongBytes
     except NoSuchKey:
-        return f"{row.clip_id}: its bytes are not in the store ({row.object_key})"
+        return f"{row.clip_id}: its bytes are not in the store ({row.object_key}): {_again(row)}"
     except _WrongBytes:
-        return f"{row.clip_id}: the store's bytes have another digest than the ledger ({row.object_key})"
+        return f"{row.clip_id}: the store's bytes have another digest than the ledger ({row.object_key}): {REPAIR}"
     done.copied += 1
     return None
+
+
+def _again(row: HistoryRow) -> str:
+    return f"`rushes retry {row.request_id} --missing` has it rendered again"
 
 
 class _WrongBytes(Exception):

@@ -203,7 +203,7 @@ def reproduce_clip(
     try:
         stored = store.get(key)
     except NoSuchKey:
-        return failed(f"its bytes are not in the store ({key}): `rushes audit` lists all that are missing")
+        return failed(f"its bytes are not in the store ({key}): `rushes audit --repair` has it rendered again")
     try:
         rendered = render(job, engine, store, progress)
     except (BadMedia, NoSuchKey, WrongDigest) as error:

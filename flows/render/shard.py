@@ -229,7 +229,8 @@ class Shard:
                     specs.append(self.with_resume_state(clip, spec_of(clip, self.fetch)))
                 except (BadMedia, NoSuchKey, WrongDigest) as error:
                     self.on_step(clip.clip_id, 0, clip.settings.steps)
-                    self.settle_failed(clip.clip_id, f"its source {error}", error)
+                    mend = "" if isinstance(error, BadMedia) else ": `rushes audit --repair`, then `rushes retry`"
+                    self.settle_failed(clip.clip_id, f"its source {error}{mend}", error)
         return specs
 
     def find_left_behind(self, clip: LeasedClip) -> None:

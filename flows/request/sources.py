@@ -32,9 +32,14 @@ MAX_PIXELS = 2**34  # that the files of one request may decode to: some minutes 
 class Sources:
     """The sources that a request's lines name, each looked up once."""
 
-    def __init__(self, ledgers: Sessions | None, read: Callable[[str, str], tuple[bytes, str]]) -> None:
-        """`read(key, name)` gives the bytes of an image or a video and their key in the store, '' if not there yet."""
-        self.ledgers, self.read = ledgers, read
+    def __init__(
+        self, ledgers: Sessions | None, read: Callable[[str, str], tuple[bytes, str]], has: Callable[[str], bool]
+    ) -> None:
+        """`read(key, name)` gives the bytes of an image or a video and their key in the store, '' if not there yet.
+
+        `has(key)`: the store has an object under this key.
+        """
+        self.ledgers, self.read, self.has = ledgers, read, has
         self.found: dict[tuple[bool, str], MediaSource | BadSource | None] = {}
         self.probed: dict[str, Media] = {}  # by sha256
         self.pixels = 0  # that decoding all files gives, each once
@@ -75,6 +80,8 @@ class Sources:
         if clip.artifact is None:
             rest = "its request must finish first" if clip.status in ACTIVE else "it has no frames"
             raise BadSource(f"is {clip.status}, not done: {rest} (clips of one request cannot be made from each other)")
+        if not self.has(clip.artifact.key):
+            raise BadSource("is done, but the store has lost its bytes: `rushes audit --repair` has it rendered again")
         made = clip.settings
         return MediaSource(
             sha256=clip.artifact.sha256,
@@ -137,7 +144,7 @@ def for_run(ledgers: Sessions, store: Store, folder: Path, files: Mapping[str, s
             return data, where.key
         return data, store.put(data, mimetypes.guess_type(name)[0] or "application/octet-stream").key
 
-    return Sources(ledgers, read)
+    return Sources(ledgers, read, store.exists)
 
 
 def for_submitter(
@@ -154,7 +161,7 @@ def for_submitter(
         files[name] = folder / name
         return from_file(files[name]), ""
 
-    return Sources(ledgers, read)
+    return Sources(ledgers, read, lambda key: store().exists(key))
 
 
 def from_store(store: Store, key: str) -> bytes:

@@ -43,6 +43,7 @@ REQUEST = r"req_[0-9a-f]{12}"
 CLIP = re.compile(rf"(({REQUEST})-[0-9]{{6,10}}-[0-9]{{1,5}})(?:\.(mp4|png|json))?")
 LOOPBACK = ("127.0.0.1", "localhost")
 RANGE = re.compile(r"bytes=\s*(?:[0-9]+-[0-9]*|-[0-9]+)(?:\s*,\s*(?:[0-9]+-[0-9]*|-[0-9]+))*\s*")
+LOST = "the store has no such object: `rushes audit --repair` has it made again"
 LINES = "application/x-ndjson"
 # Prompts and errors are other people's words: never markup, never a script.
 GUARD = {
@@ -192,7 +193,7 @@ class Service:
             return self.led_to(request, key, address, media_type, headers)
         path = Path(unquote(urlsplit(address).path))
         if not path.is_file():
-            _nothing("the store has no such object")
+            _nothing(LOST)
         if RANGE.fullmatch(request.headers.get("range", "bytes=0-")) is None:  # no range that HTTP knows: all of it
             kept = [(name, value) for name, value in request.scope["headers"] if name != b"range"]
             request.scope["headers"] = kept
@@ -203,7 +204,7 @@ class Service:
         if request.method == "GET":
             return RedirectResponse(address, 307, headers={"cache-control": "no-store"})
         if (stored := self.store.stat(key)) is None:
-            _nothing("the store has no such object")
+            _nothing(LOST)
         told = {"content-length": str(stored.bytes), "accept-ranges": "bytes"}
         return Response(media_type=media_type, headers=headers | told)
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from db.claim import claim_shard
 from db.fence import Lease
 from db.leases import complete_shard, expire_leases, expire_owner, fail_clip, release_shard, start_clip
+from db.lost import forget, queue_lost
 from db.planning import reuse_renders
 from db.requests import cancel_request, finish_request, pause_request, resume_request, retry_request
 from db.tables import MAX_FAILURES, MAX_LOST_ATTEMPTS, AttemptStatus, ClipStatus, RequestStatus, ShardStatus
@@ -155,6 +156,19 @@ def ends_while_it_is_paused(session: Session) -> None:
             assert retry_request(session, request) == failed
 
 
+def loses_its_bytes(session: Session) -> None:
+    request = opened(session, [new_clip(0, recipe="bytes")], "bytes")
+    planned(session, request)
+    lease, (clip,) = claim(session)
+    render(session, lease, clip.clip_id)
+    complete_shard(session, lease)
+    assert finish_request(session, request) == RequestStatus.COMPLETED
+    had = text("select artifact from clips where id = :id")
+    digests = [str(digest) for digest in session.scalars(had, {"id": clip.clip_id})]
+    forget(session, digests)
+    assert queue_lost(session, digests) == {request: 1}
+
+
 STORIES: tuple[Callable[[Session], None], ...] = (
     ends_well,
     fails,
@@ -163,6 +177,7 @@ STORIES: tuple[Callable[[Session], None], ...] = (
     is_cancelled,
     is_paused,
     ends_while_it_is_paused,
+    loses_its_bytes,
 )
 
 

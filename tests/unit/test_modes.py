@@ -306,7 +306,7 @@ def test_the_sources_of_a_request_are_bounded_together_before_any_is_decoded(mon
     pictures = np.random.default_rng(0).integers(0, 255, (3, 100, 100, 3), np.uint8)
     files = {name: encode_png(picture, {}) for name, picture in zip("abc", pictures, strict=True)}
     files |= {"again": files["a"], "c": files["c"][:2000], "small": encode_png(pictures[2, :64, :64], {})}
-    request = sources.Sources(None, lambda _, name: (files[name], ""))
+    request = sources.Sources(None, lambda _, name: (files[name], ""), lambda _: True)
     for name in ("a", "b", "again"):  # the same bytes count once
         assert request.find("image", name) is not None
     said = r"brings the request's sources to 30,000 pixels of all their frames, the most is 25,000: use shorter or"

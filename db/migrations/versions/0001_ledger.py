@@ -45,7 +45,7 @@ ENUMS = (
     """create type clip_status as enum
        ('queued', 'running', 'done', 'failed', 'quarantined', 'cancelled', 'rejected')""",
     "create type shard_status as enum ('queued', 'leased', 'done', 'cancelled')",
-    "create type attempt_status as enum ('running', 'done', 'failed', 'lost', 'released', 'cancelled')",
+    "create type attempt_status as enum ('running', 'done', 'failed', 'lost', 'released', 'cancelled', 'gone')",
     "create type edge_kind as enum ('image', 'extend', 'connect', 'loop', 'edit', 'take')",
     """create type clip_mode as enum
        ('text-to-video', 'image', 'image-to-video', 'extend', 'connect', 'loop', 'edit')""",
@@ -100,6 +100,7 @@ create table artifacts (
     bytes bigint not null,
     media_type text not null,
     created_at timestamptz default now() not null,
+    lost_at timestamptz,
     constraint pk_artifacts primary key (sha256),
     constraint uq_artifacts_key unique (key),
     constraint ck_artifacts_sha256 check (sha256 ~ '^[0-9a-f]{64}$'),
