@@ -42,7 +42,7 @@ SIGN = 5.0  # seconds between two signs of life of a request's run
 
 
 class RequestNotFound(LookupError):
-    """No request has this id; `rushes history` lists the ids there are."""
+    """No request has this id; `rushes requests` lists the ids there are."""
 
     exit_code = 2
 
@@ -466,4 +466,4 @@ def lock_request(session: Session, request_id: str) -> Row[Any]:
 
 
 def _not_found(request_id: str) -> RequestNotFound:
-    return RequestNotFound(f"no request {request_id!r} in the ledger: `rushes history` lists those there are")
+    return RequestNotFound(f"no request {request_id!r} in the ledger: `rushes requests` lists those there are")

@@ -15,7 +15,6 @@ from types import MappingProxyType, NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     Boolean,
     Column,
@@ -28,7 +27,7 @@ from sqlalchemy import (
     Text,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from db.settings import SETTINGS, ClipSettings
 from db.tables import ClipDirection, ClipMode, ClipStatus

@@ -228,7 +228,7 @@ def setup_logs(kind: Kind, service: str) -> None:
 def console(service: str = "") -> logging.Handler:
     """The handler of JSON lines, to standard error. With it all that this process prints, raises or warns is one."""
     handler = logging.StreamHandler(sys.__stderr__)
-    service = service or "prefect"
+    service = service or ("rushes-run" if FLOW_RUN in os.environ else "prefect")
     handler.setFormatter(JsonLines(service))
     # A worker passes on what its flow runs write; of a flow run itself every line that it prints is mere text, whatever
     # it looks like.

@@ -82,7 +82,7 @@ def held_up(api: PrefectApi, pool: str) -> str | None:
 def not_found(name: str, run: Run | None = None) -> RequestNotFound:
     """The error about a request that is not in the ledger; run: that was to open it, and has ended."""
     if run is None:
-        return RequestNotFound(f"no request {name!r} in the ledger: `rushes history` lists those there are")
+        return RequestNotFound(f"no request {name!r} in the ledger: `rushes requests` lists those there are")
     said = f"{run.state_name or run.state}: {run.message}".rstrip(": ")
     return RequestNotFound(f"no request {name!r} in the ledger: its flow run {run.name} ended as {said}")
 
@@ -105,6 +105,9 @@ def find_clip(session: Session, named: str) -> HistoryRow:
     if path.is_file():
         return _of_file(session, path)
     rows = find_by_custom_id(session, named) or (find_by_digest(session, named) if DIGEST.fullmatch(named) else [])
+    if not rows and (request := request_by(session, named)) is not None:
+        listing = f"`rushes history --request {request.id}` lists its clips, `rushes watch {request.id}` follows it"
+        fail(f"{named!r} is no clip, but a request: {listing}", BAD_INPUT)
     if not rows:
         fail(f"no clip {named!r} in the ledger: `rushes history` lists those there are", BAD_INPUT)
     if len(rows) > 1:

@@ -306,7 +306,11 @@ def test_a_model_that_cannot_be_loaded_says_why(model: Path, tmp_path: Path) -> 
     broken = tiny_model(tmp_path / "broken")
     file = next((broken / "transformer").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    engine = Engine(broken, Partition(), log=tmp_path / "ranks.log")
+    said: list[tuple[int, str]] = []
+    engine = Engine(broken, Partition(), log=lambda rank, line: said.append((rank, line.rstrip("\n"))))
     with pytest.raises(StartFailed, match="SafetensorError"):
         engine.start()
     assert not engine.running
+    assert {rank for rank, _ in said} == {0}
+    lines = [line for _, line in said]
+    assert "Traceback (most recent call last):" in lines and any("SafetensorError" in line for line in lines)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 from typer.testing import CliRunner
 
@@ -158,6 +159,8 @@ def test_a_clip_is_found_by_what_is_at_hand(made: Made, tmp_path: Path) -> None:
     (tmp_path / "strange.mp4").write_bytes(b"nothing of ours")
     for strange in (str(tmp_path / "strange.mp4"), "0" * 64, "nobody", "' or true --", ""):
         assert "no clip" in rushes("show", strange, code=2)
+    for named in (made.request, "dailies"):
+        assert f"a request: `rushes history --request {made.request}`" in rushes("show", named, code=2)
     assert "failed: the model cannot: there is nothing to play" in rushes("open", made.clip(FAILED), code=1)
 
 
@@ -170,6 +173,11 @@ def test_history_is_narrowed_and_explains_its_columns(made: Made) -> None:
     row = listed("history", "--limit", "1")[0]
     assert len(listed("history", "--tenant", row["tenant"], "--model", row["model"])) == len(CLIPS)
     assert len(listed("history", "--model", MODEL[:10])) == len(CLIPS)
+    with made.ledger.begin() as session:
+        session.execute(text("update clips set tags = '{hero,\"a shot\"}' where index = 0"))
+    tagged = listed("history", "--tag", "hero", "--tag", "a shot")
+    assert tagged and all(row["index"] == 0 and "hero" in row["tags"] for row in tagged)
+    assert listed("history", "--tag", "hero", "--tag", "villain") == []
     assert listed("history", "--tenant", "nobody") == listed("history", "--model", "nothing") == []
     meanings = {row["column"]: row["means"] for row in listed("history", "--columns", "help")}
     assert list(meanings) == list(COLUMNS) and all(meanings.values())
@@ -361,7 +369,7 @@ def test_an_unknown_request_is_bad_input(made: Made, command: list[str], tmp_pat
     arguments = [*command, "nobody", *([str(tmp_path / "x")] if command == ["export"] else [])]
     assert (
         rushes(*arguments, code=2).strip()
-        == "rushes: no request 'nobody' in the ledger: `rushes history` lists those there are"
+        == "rushes: no request 'nobody' in the ledger: `rushes requests` lists those there are"
     )
 
 

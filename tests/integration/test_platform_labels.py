@@ -42,6 +42,7 @@ def test_labels_reach_everything_that_people_ask(platform: Platform) -> None:
     assert json.loads(manifest[1])["tags"] == ["spring"]
     with av.open(io.BytesIO(platform.store.get(clips[1]["object_key"]))) as file:
         assert file.metadata["tags"] == "spring"
+        assert file.metadata["request"] == made.request_id and file.metadata["seed"].isdecimal()
         assert json.loads(file.metadata["metadata"]) == {"shot": 1, "by": "Ada"}
 
     assert platform.sql(BY_INDEX) == [{"clip_id": clips[0]["clip_id"]}]
