@@ -30,7 +30,7 @@ from opentelemetry import trace
 
 Kind = Literal["text", "json"]
 ABOUT = ("request_id", "shard_id", "clip_id", "trace_id", "rank", "flow_run_id", "task_run_id")  # as in `history`
-LEVELS = {"flows": "INFO", "infra": "INFO", "db": "INFO", "rushes": "INFO", "alembic": "INFO"}
+LEVELS = {"flows": "INFO", "infra": "INFO", "db": "INFO", "rushes": "INFO", "alembic.runtime.migration": "INFO"}
 # Of a line, in bytes: Docker and Kubernetes cut longer ones in two, and so may a pipe that several write into.
 LONGEST = 16_000
 SHORTEST_SECRET = 6  # characters: hiding shorter ones would spoil every line and protect nothing

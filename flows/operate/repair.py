@@ -35,8 +35,8 @@ def repair(
 ) -> Repairs:
     """Mend what an audit found missing or spoilt in the store; each is looked at again first.
 
-    publish: the writers of a request's manifest, and its contact sheet. Safe beside engines and requests at work, and to
-    repeat. Contradictions and orphans are left as they are.
+    publish: the writers of a request's manifest, and its contact sheet. Safe beside engines and requests at work, and
+    to repeat. Contradictions and orphans are left as they are.
     """
     done, wrong = Repairs(), [breach for breach in breaches if breach.repairable]
     keys = [breach.key for breach in wrong]

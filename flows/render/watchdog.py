@@ -106,7 +106,9 @@ def look_once(dog: Watchdog[psutil.Process], ledgers: sessionmaker[Session], wor
         asked = False
     for run in dog.look({run: signs_of(run, rows.get(of)) for run, of in runs.items() if of} if asked else None, now):
         row = rows.get(runs[run])
-        log.error("engine run %s (process %s) hangs, and is ended", runs[run], run.pid)
+        log.error(
+            "engine run %s (process %s) hangs, and is ended", runs[run], run.pid, extra={"flow_run_id": runs[run]}
+        )
         try:
             run.kill()  # its ranks follow it
         except psutil.Error as error:

@@ -16,7 +16,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 import infra.tracing
-from infra.logs import PREFECT_SETTINGS, JsonLines
+from infra.logs import PREFECT_SETTINGS, JsonLines, PlainLines, about
+from infra.stack.worker import run_worker
 from tests.fake_renderer import Fault, Trouble
 from tests.platform import Platform
 
@@ -99,6 +100,31 @@ def test_processes_of_prefect_log_so_too(tmp_path: Path) -> None:
     told = {each["message"]: each for each in said}
     assert {"Worker begins\nwith two lines", "Worker 'x' started!"} <= told.keys()
     assert told["of a run"]["flow_run_id"] == "f1" and told["of a run"]["logger"] == "prefect.flow_runs"
+
+
+def test_a_worker_passes_on_what_its_runs_say_and_makes_records_of_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also of bytes that no Python wrote, of a process that was killed."""
+    record = JsonLines("rushes-run").format(logging.makeLogRecord({"msg": "from a run", "shard_id": 7}))
+    script = (
+        f"import os; print({record!r}, flush=True); os.write(2, b'fatal \\xff\\nlast words'); os.kill(os.getpid(), 9)"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "__stderr__", sys.stderr)
+        assert run_worker([sys.executable, "-c", script], OWN, tmp_path, relays=True) == -9
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert said[0] == json.loads(record)
+    assert [(each["logger"], each["message"]) for each in said[1:]] == [
+        ("output", "fatal \ufffd"),
+        ("output", "last words"),
+    ]
+
+
+def test_people_read_lines() -> None:
+    record = logging.makeLogRecord({"msg": "clip %s waits", "args": ("c1",), "levelno": 30, "levelname": "WARNING"})
+    with about(request_id="r1", clip_id="c1"):
+        assert PlainLines().format(record)[8:] == " warning: clip c1 waits  [request r1]"
 
 
 @pytest.fixture

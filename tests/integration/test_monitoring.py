@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine
 
@@ -94,6 +95,26 @@ def test_metrics_tell_how_the_platform_stands(platform: Platform, web: TestClien
     assert 0 < waiting["rushes_queue_oldest_seconds"][key] < 600
     with platform.engines():
         run.outcome()
+
+
+def test_gpus_are_measured_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [infra.metrics.GpuReading(number, "NVIDIA H200", 10 + number, 140, 0.5 * number) for number in range(2)]
+    monkeypatch.setattr(infra.metrics, "read_gpus", lambda: gpus)
+    reader = InMemoryMetricReader()
+    provider = infra.metrics.setup_metrics("tried", reader)
+    data = reader.get_metrics_data()
+    assert data is not None
+    told = {
+        metric.name: {point.attributes["hw.id"]: point.value for point in metric.data.data_points}  # type: ignore[union-attr,index]
+        for scope in data.resource_metrics[0].scope_metrics
+        for metric in scope.metrics
+    }
+    provider.shutdown()
+    assert told == {
+        "hw.gpu.utilization": {"0": 0.0, "1": 0.5},
+        "hw.gpu.memory.usage": {"0": 10, "1": 11},
+        "hw.gpu.memory.limit": {"0": 140, "1": 140},
+    }
 
 
 def queries(kind: str) -> Iterator[tuple[str, str]]:
