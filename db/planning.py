@@ -204,23 +204,37 @@ def create_shards(
     return made
 
 
-def free_recipes(session: Session, request_id: str) -> int:
-    """Queued clips of paused requests leave their shards where this request is to render the same. How many did.
+def free_recipes(session: Session, request_id: str, *, outrank: bool = True) -> int:
+    """Queued clips of other requests leave their shards where this request is to render the same. How many did.
 
-    So nothing waits for a request that is held: when it goes on, it reuses what was rendered meanwhile.
+    Those of paused requests, so that nothing waits for what is held. With `outrank` also those for which this request
+    would wait too long: of a lower priority, or of the same one and another tenant's that has other work, where this
+    request has none. They reuse what it renders. What an engine has leased stays where it is.
     """
-    mine, theirs = aliased(Clip), aliased(Clip)
+    paused = select(Request.id).where(Request.status == RequestStatus.PAUSED)
+    if not outrank and not session.scalar(select(paused.exists())):
+        return 0
+    mine, theirs, of_mine, of_theirs = aliased(Clip), aliased(Clip), aliased(Shard), aliased(Shard)
+    this = lock_request(session, request_id)
+    at_work = (ShardStatus.QUEUED, ShardStatus.LEASED)
+    idle = ~exists().where(of_mine.request_id == request_id, of_mine.status.in_(at_work))
+    busy = exists().where(of_theirs.request_id == Request.id, of_theirs.status.in_(at_work), of_theirs.id != Shard.id)
+    leave = Request.status == RequestStatus.PAUSED
+    if outrank:
+        # Of these two alone one may take from the other, or both would by turns.
+        theirs_first = (Shard.priority > this.priority) | (Request.tenant == this.tenant)
+        leave |= (Shard.priority < this.priority) | (~theirs_first & idle & busy)
     held = (
         select(theirs.id)
         .join_from(mine, theirs, (theirs.recipe == mine.recipe) & theirs.shard_id.is_not(None))
-        .join(Request, (Request.id == theirs.request_id) & (Request.status == RequestStatus.PAUSED))
+        .join(Request, Request.id == theirs.request_id)
         .join(Shard, (Shard.id == theirs.shard_id) & (Shard.status == ShardStatus.QUEUED))
-        .where(mine.request_id == request_id, _unplanned(mine), theirs.status == ClipStatus.QUEUED)
+        .where(mine.request_id == request_id, _unplanned(mine), theirs.status == ClipStatus.QUEUED, leave)
+        .where(theirs.request_id != request_id)
         .order_by(Shard.id)
         .with_for_update(of=Shard, key_share=True, skip_locked=True)
     )
-    paused = select(Request.id).where(Request.status == RequestStatus.PAUSED)
-    if not session.scalar(select(paused.exists())) or not (clip_ids := list(session.scalars(held))):
+    if this.status != RequestStatus.OPEN or not (clip_ids := list(session.scalars(held))):
         return 0
     return change(session, update(Clip).where(Clip.id == any_(literal(clip_ids, ARRAY(Text)))).values(shard_id=None))
 

@@ -457,6 +457,7 @@ def lock_request(session: Session, request_id: str) -> Row[Any]:
     """The request's row, ours until the transaction ends: what concerns all clips of a request happens in turn."""
     row = session.execute(
         select(Request.id, Request.status, Request.total, Request.priority, Request.flow_run_id, Request.model_digest)
+        .add_columns(Request.tenant)
         .where(Request.id == request_id)
         .with_for_update(key_share=True)
     ).one_or_none()

@@ -33,6 +33,7 @@ POLL = 1.0  # seconds between two looks at the ledger
 SHORT = 30.0  # seconds that shards wait for engines of their own partition when others have the GPUs
 UNSEEN = 120.0  # seconds for which what a transaction has written may stay unseen: none of ours lasts so long
 HOLD = 30.0  # seconds in which engines give back what is paused, so that the last report tells it
+EVERY_OUTRANK = 5.0  # seconds between two looks at what waits for others that would go later
 EVERY_TAKE = 300.0  # seconds between two looks at all takes and not at new ones alone, which should find nothing
 
 
@@ -93,11 +94,12 @@ def watch(
     next_round = 0.0
     looked: float | None = None  # when it looked for cached renders
     every_take = time.monotonic() + EVERY_TAKE
+    next_outrank = 0.0
     told, held_at = False, None  # that it was suspended; when it was first seen to be paused
 
     def look(session: Session) -> Progress:
         reuse_renders(session, request_id, within=looked and time.monotonic() - looked + UNSEEN)
-        free_recipes(session, request_id)
+        free_recipes(session, request_id, outrank=began >= next_outrank)
         planner.plan(session)
         compact(session, request_id)
         requests.note_watched(session, request_id, source.run_id)
@@ -110,7 +112,7 @@ def watch(
         if not told and page.suspended():
             told = Ledger(ledgers).write(lambda session: requests.pause_request(session, request_id))
         progress = Ledger(ledgers).write(look)
-        looked = began
+        looked, next_outrank = began, began + EVERY_OUTRANK if began >= next_outrank else next_outrank
         paused = progress.status is RequestStatus.PAUSED
         held_at = (held_at or began) if paused else None
         kept = held_at is not None and (not progress.counts[ClipStatus.RUNNING] or began - held_at >= HOLD)

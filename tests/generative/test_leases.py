@@ -104,13 +104,16 @@ class Studio(RuleBasedStateMachine):
         return request
 
     @rule(
-        target=requests, recipes=st.lists(st.integers(0, 5), min_size=1, max_size=4), priority=st.sampled_from([5, 9])
+        target=requests,
+        recipes=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+        priority=st.sampled_from([5, 9]),
+        tenant=st.sampled_from(["studio", "lab"]),
     )
-    def submit(self, recipes: list[int], priority: int) -> str:
+    def submit(self, recipes: list[int], priority: int, tenant: str = "studio") -> str:
         self.submitted += 1
         clips = [new_clip(index, recipe=recipe) for index, recipe in enumerate(recipes)]
         with self.ledger.begin() as session:
-            return opened(session, clips, key=f"batch-{self.submitted}", priority=priority)
+            return opened(session, clips, key=f"batch-{self.submitted}", priority=priority, tenant=tenant)
 
     @rule(request=requests, flow=st.integers(1, 3))
     def submit_again(self, request: str, flow: int) -> None:

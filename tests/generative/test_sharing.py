@@ -26,7 +26,7 @@ from db.leases import (
     save_resume_state,
     start_clip,
 )
-from db.planning import reuse_renders, unplanned
+from db.planning import free_recipes, reuse_renders, unplanned
 from db.requests import QuotaExceeded, cancel_request, open_request, seal_request
 from db.tenants import set_tenant, tenants
 from tests.documents import QUESTIONS
@@ -293,3 +293,65 @@ def test_twenty_who_submit_the_same_at_once_make_one_request(ledger: Ledger) -> 
     assert sum(created for _, created in answers) == 1
     with ledger.begin() as session:
         assert session.scalar(text("select count(*) from clips")) == 30
+
+
+def shared(session: Session, key: str, count: int, first: int = 0, **changes: object) -> str:
+    """A request of so many clips, a shard each where nobody else renders them; its recipes are numbers."""
+    clips = [new_clip(index, recipe=first + index) for index in range(count)]
+    request = opened(session, clips, key=key, name=key, **changes)
+    planned(session, request, size=1)
+    return request
+
+
+def turn(session: Session, request: str) -> int:
+    """A planner's round."""
+    reuse_renders(session, request)
+    freed = free_recipes(session, request)
+    planned(session, request, size=1)
+    return freed
+
+
+@given(
+    low=st.integers(0, 2), high=st.integers(0, 2), same=st.booleans(), mine=st.integers(1, 3), theirs=st.integers(1, 4)
+)
+@settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
+def test_nobody_waits_for_a_render_that_others_would_make_later(
+    ledger: Ledger, low: int, high: int, same: bool, mine: int, theirs: int
+) -> None:
+    """The first clips of a long request are asked for by a second one: what goes first takes them, and no more.
+
+    Then nothing is taken back, however often both look; each recipe is rendered once, and both end.
+    """
+    with ledger.begin() as session:
+        clear(session)
+        first = shared(session, "first", theirs, priority=low, tenant="studio")
+        second = shared(session, "second", mine, priority=high, tenant="studio" if same else "lab")
+        common = min(mine, theirs)
+        alone = mine > theirs  # the second has work of its own
+        takes = high > low or (high == low and not same and not alone and theirs > 1)
+        freed = turn(session, second)
+        assert freed == (common if takes else 0)
+        assert all(turn(session, request) == 0 for request in (first, second) * 3)
+        made: list[str] = []
+        while (leased := claim_shard(session, "a", seconds=600, model_digest=MODEL)) is not None:
+            lease, clips = leased
+            made += [str(clip.clip_id) for clip in clips]
+            for clip in clips:
+                render(session, lease, clip.clip_id)
+            complete_shard(session, lease)
+            for request in (first, second):
+                turn(session, request)
+        assert len(made) == max(mine, theirs)
+        if high > low and same:
+            assert made[0].startswith(second)
+        for request in (first, second):
+            assert set(statuses(session, request)) == {"done"}
+        assert list(contradictions(session)) == []
+
+
+def test_what_an_engine_has_leased_is_waited_for(ledger: Ledger) -> None:
+    with ledger.begin() as session:
+        shared(session, "first", 1, priority=0)
+        claim(session)
+        second = shared(session, "second", 1, priority=9, tenant="lab")
+        assert turn(session, second) == 0
