@@ -59,16 +59,19 @@ class ResumeState:
     fingerprint: str  # of the engine and clip: equal where going on from there comes to the same bits
 
 
-def renew(session: Session, lease: Lease, seconds: float) -> set[str]:
+def renew(session: Session, lease: Lease, seconds: float, claimed: Sequence[str] = ()) -> set[str]:
     """Keep the lease for `seconds` from now. Returns the clips of the shard that were cancelled meanwhile.
 
-    Raises LeaseLost when the shard is no longer ours.
+    claimed: all that came with the lease. Of a shard that was cancelled all of them are, also where they have been
+    queued again since and are no longer in it. Raises LeaseLost when the shard is no longer ours.
     """
     renewed = session.execute(
         _RENEW, {**held_params(lease), "by": timedelta(seconds=seconds)}, execution_options=UNSYNCED
-    )
-    if renewed.one_or_none() is None:
+    ).one_or_none()
+    if renewed is None:
         raise lost(lease)
+    if renewed.status == ShardStatus.CANCELLED and claimed:
+        return set(claimed)
     return set(session.scalars(_CANCELLED, {"shard_id": lease.shard_id}))
 
 
@@ -280,7 +283,7 @@ _RENEW = (
     .values(
         leased_until=case((Shard.status == ShardStatus.LEASED, now() + bindparam("by", type_=Interval)), else_=None)
     )
-    .returning(Shard.id)
+    .returning(Shard.id, Shard.status)
 )
 _CANCELLED = select(Clip.id).where(Clip.shard_id == bindparam("shard_id"), Clip.status == ClipStatus.CANCELLED)
 _LEAVE = update(Clip).where(Clip.shard_id == bindparam("left"), Clip.status == ClipStatus.QUEUED).values(shard_id=None)

@@ -56,6 +56,7 @@ LOOK = 2  # beats between two looks whether work of a higher priority waits
 KEEPING = 8.0  # seconds that an engine that is told to stop has to keep what it is at
 AT_ONCE = 0.25  # seconds in which small clips are published: not worth a second lease, and in the order of their turns
 IN_A_ROW = 3  # clips that fail with none made between, after which an engine looks whether it can render at all
+HEARD = 1.0  # seconds of a wait: a signal that comes as one begins interrupts no lock, and is heard when it ends
 ENDING = 3.0  # seconds in which work comes to an end whose ranks are gone
 
 
@@ -83,6 +84,8 @@ class Shard:
     working: Future[int] | None = None
     told: int = 0  # clips that were finished when `run` returned
     rendered: threading.Event = field(default_factory=threading.Event)  # the ranks are free for another shard
+    over: threading.Event = field(default_factory=threading.Event)  # the lease is not renewed any more
+    keeper: threading.Thread | None = None  # renews it
     free_since: float | None = None  # the time from which on they were
 
     def run(self) -> int:
@@ -97,7 +100,8 @@ class Shard:
         self.working = working = hand.submit(copy_context().run, self.work)
         working.add_done_callback(lambda _: self.rendered.set())
         try:
-            self.rendered.wait()
+            while not self.rendered.wait(HEARD):
+                pass
             wait((working,), AT_ONCE)
         except BaseException:
             try:
@@ -118,6 +122,8 @@ class Shard:
 
     def finish(self) -> int:
         """Waits until the last clip is published and the lease is over; returns how many were finished since `run`."""
+        while not self.published(HEARD):
+            pass
         return (self.working.result() if self.working else self.finished) - self.told
 
     def hurry(self) -> None:
@@ -125,6 +131,7 @@ class Shard:
         if not self.published(ENDING):
             self.lost = LeaseLost(f"shard {self.lease.shard_id}: the engine had no time to publish its last clips")
             self.published(ENDING)
+        self.let_lease_go()  # nobody asks the ledger once the engine is gone, also where the store holds the work up
         self.give_back()
 
     def abandon(self, working: Future[int]) -> None:
@@ -132,6 +139,7 @@ class Shard:
         self.lost = LeaseLost(f"shard {self.lease.shard_id}: the engine had no time to keep what it was at")
         self.worker.renderer.kill()
         wait((working,), ENDING)
+        self.let_lease_go()
 
     def work(self) -> int:
         """Renders and records, as `run` says, on the thread that calls it."""
@@ -139,10 +147,9 @@ class Shard:
             return self._work()
 
     def _work(self) -> int:
-        stop = threading.Event()
-        keeping = partial(copy_context().run, self.keep_lease, stop)
-        keeper = threading.Thread(target=keeping, name="lease", daemon=True)
-        keeper.start()
+        keeping = partial(copy_context().run, self.keep_lease)
+        self.keeper = threading.Thread(target=keeping, name="lease", daemon=True)
+        self.keeper.start()
         try:
             with (
                 continued(self.lease.carrier, "shard", shard_id=self.lease.shard_id, request_id=self.lease.request_id),
@@ -162,8 +169,7 @@ class Shard:
             self.lost = error
             self.worker.say(f"shard {self.lease.shard_id}: {error}")
         finally:
-            stop.set()
-            keeper.join(timeout=10)
+            self.let_lease_go()
             for opened in self.traces.values():  # of clips that were cancelled, kept or lost
                 opened.end(time.time())
             self.sweep()
@@ -185,15 +191,22 @@ class Shard:
         over = self.settled | self.cancelled | self.doubtful.keys()
         return [clip for clip in clips if clip.clip_id not in over]
 
-    def keep_lease(self, stop: threading.Event) -> None:
+    def let_lease_go(self) -> None:
+        """Ends the renewing of the lease."""
+        self.over.set()
+        if self.keeper is not None:
+            self.keeper.join(timeout=10)
+
+    def keep_lease(self) -> None:
         """Renews the lease, learns what is cancelled or paused and who goes first; the render loop looks at that."""
         until = time.monotonic() + self.worker.settings.lease_seconds
         for beat in count(1):
-            if stop.wait(BEAT):
+            if self.over.wait(BEAT):
                 return
             try:
                 with self.worker.ledgers.begin() as session:
-                    self.cancelled |= renew(session, self.lease, self.worker.settings.lease_seconds)
+                    seconds, claimed = self.worker.settings.lease_seconds, [clip.clip_id for clip in self.clips]
+                    self.cancelled |= renew(session, self.lease, seconds, claimed)
                 until = time.monotonic() + self.worker.settings.lease_seconds
                 if beat % LOOK == 0 and not self.leaves:
                     self.paused = self.worker.paused(self.lease)
@@ -339,6 +352,8 @@ class Shard:
             )
         )
         opened.note(**{"rushes.attempt": self.started[clip_id]})
+        if not self.started[clip_id]:  # cancelled, or queued anew, before the lease could tell
+            self.cancelled.add(clip_id)
 
     def open_trace(self, clip_id: str) -> OpenTrace:
         """The trace of an attempt, from when the clip began to wait; linked to the shard's span, in its request's."""
@@ -486,7 +501,9 @@ class Shard:
 
     @contextmanager
     def lost_first(self) -> Generator[None]:
-        """Raises LeaseLost in place of a server's absence, once the lease is lost."""
+        """Raises LeaseLost in place of a server's absence, and before one is asked, once the lease is lost."""
+        if self.lost is not None:
+            raise self.lost
         try:
             yield
         except Exception as error:

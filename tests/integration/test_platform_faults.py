@@ -154,6 +154,26 @@ def test_a_device_error_is_a_lost_attempt_and_the_engine_goes_on(platform: Platf
     assert platform.script.starts == 3 and platform.breaches() == []
 
 
+def test_what_is_cancelled_and_retried_within_a_beat_is_not_rendered_twice(platform: Platform) -> None:
+    """The engine lets go of the old shard, whose clips are in none by then; they are rendered once, in the new one."""
+    lines = [f"a blue ball {k}" for k in range(3)]
+    platform.script.held[lines[0]] = 3
+    run = platform.submit(lines, steps=20)
+    with platform.engines(micro_batch=1):
+        request = platform.request_of(run)
+        wait_for(lambda: platform.script.steps[lines[0]] == 3, "the first clip to be under way")
+        with platform.sessions.begin() as session:
+            assert cancel_request(session, request) == 3
+            assert retry_request(session, request) == 3
+        wait_for(lambda: platform.script.attempts[lines[0]] == 2, "it to be begun anew, and the old attempt left")
+        platform.script.held.clear()
+        assert run.outcome().ending is Ending.COMPLETED
+    computed = [platform.script.steps[line] for line in lines]
+    assert computed[0] in (23, 24) and computed[1:] == [20, 20], "at most the step that was under way"
+    assert sorted(each["ended"] for each in platform.attempts(request)) == ["cancelled", "done", "done", "done"]
+    assert platform.breaches() == []
+
+
 def test_cancelled_clips_stop_at_their_next_step(platform: Platform) -> None:
     """What is done stays; the engine takes what comes next; submitted again, only the rest is made."""
     lines = [f"a blue ball {k}" for k in range(6)]

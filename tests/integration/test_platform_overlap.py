@@ -25,6 +25,7 @@ CUBE, BALL = "a blue cube", "a green ball"
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "AT_ONCE", 0.01)
+    monkeypatch.setattr(shard, "HEARD", 0.1)
 
 
 @pytest.fixture
