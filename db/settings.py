@@ -29,3 +29,5 @@ class ClipSettings:
 
 
 SETTINGS = tuple(field.name for field in fields(ClipSettings))
+OF_SIZE = ("width", "height")
+OF_SOURCES = ("strength", "window", "overlap")  # of clips that are made from others, or in windows

@@ -6,15 +6,18 @@ asking never load torch."""
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from db.settings import OF_SOURCES, SETTINGS
 from flows.cli.errors import OneLineErrors
 
 if TYPE_CHECKING:
     from flows.settings import Settings
 
+INDENT = " " * 10  # of the second column of the epilog
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANUAL = """
 Makes a video for every prompt of a file, and accounts for every one of them.
@@ -24,6 +27,7 @@ any of them in SQL. Prefect schedules the work and shows it on a web page;
 engines, each a model divided over several processes or GPUs, do it; Postgres
 records it: nothing is rendered twice, nothing is lost.
 """
+_FIELDS = ("custom_id", "negative_prompt", "size", *(name for name in SETTINGS if name not in OF_SOURCES))
 EPILOG = """
 [bold]Examples[/bold]
   Start the local stack (Postgres, Prefect, workers):
@@ -42,8 +46,7 @@ EPILOG = """
 
 [bold]Prompt files[/bold]
   .jsonl  an object a line: {"prompt": "a red ball spins"}, and if wanted
-          custom_id negative_prompt width height size frames fps steps
-          guidance guidance_2 solver shift step_cache samples seed; and what
+{FIELDS}; and what
           to make it from:
           mode image video clip end_image end_video end_clip direction
           strength overlap
@@ -75,7 +78,9 @@ Format = Annotated[
 app = typer.Typer(
     cls=OneLineErrors,
     help=MANUAL,
-    epilog=EPILOG,
+    epilog=EPILOG.replace(
+        "{FIELDS}", fill(" ".join((*_FIELDS, "samples", "seed")), 76, initial_indent=INDENT, subsequent_indent=INDENT)
+    ),
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from db.settings import SETTINGS
 from flows.cli.app import QUESTIONS, REQUESTS, ClipName, Format, app, counted, current_settings
 from flows.cli.errors import BAD_INPUT, DONE, FAILED, fail
 from flows.cli.options import AgainCommand, given_fields
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 BAR = 60  # characters of a waterfall
 # Columns of history that say of two clips in what they differ.
 COMPARED = (
-    *("prompt", "rewritten_prompt", "negative_prompt", "model", "model_digest", "seed", "mode", "width", "height"),
-    *("frames", "fps", "steps", "guidance", "guidance_2", "solver", "shift", "step_cache", "strength", "overlap"),
+    *("prompt", "rewritten_prompt", "negative_prompt", "model", "model_digest", "seed", "mode"),
+    *("window_frames" if name == "window" else name for name in SETTINGS),
     *("source_sha256", "end_source_sha256", "direction", "status", "error", "sha256"),
 )
 
@@ -106,13 +107,13 @@ def again(
 
 def line_of(settings: Settings, story: ClipStory) -> dict[str, Any]:
     """The line of a prompt file that asks for a clip once more."""
-    from flows.request.form import SETTINGS
+    from flows.request.form import SETTINGS as OF_A_LINE
 
     clip = story.clip
     if clip.settings is None:
         fail(f"{clip.clip_id} was rejected: {clip.error}", BAD_INPUT)
     own = {**asdict(clip.settings), "negative_prompt": clip.negative_prompt, "seed": clip.seed}
-    line = {name: own[name] for name in SETTINGS if own.get(name) is not None}
+    line = {name: own[name] for name in OF_A_LINE if own.get(name) is not None}
     line |= {"prompt": clip.prompt, "take_of": clip.clip_id, "samples": 1}
     line |= {"tags": list(clip.tags)} if clip.tags else {}
     line |= {"metadata": dict(clip.metadata)} if clip.metadata else {}

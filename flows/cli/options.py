@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
+from db.settings import OF_SIZE, OF_SOURCES, SETTINGS
 from flows.cli.errors import BAD_INPUT, fail
 
 if TYPE_CHECKING:
@@ -73,20 +74,8 @@ class AgainCommand(FormCommand):
     """Takes what another take of a clip may change."""
 
     FIELDS = (
-        *(
-            "model",
-            SIZE,
-            "frames",
-            "fps",
-            "steps",
-            "guidance",
-            "guidance_2",
-            "solver",
-            "shift",
-            "step_cache",
-            "negative_prompt",
-        ),
-        *("seed", "samples", "name", "priority"),
+        *("model", SIZE, *(name for name in SETTINGS if name not in OF_SIZE + OF_SOURCES)),
+        *("negative_prompt", "seed", "samples", "name", "priority"),
     )
 
 
