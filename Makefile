@@ -37,7 +37,7 @@ check: lint types       ## lint, contracts, types, unit and generative tests, in
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup tests/unit tests/generative
 
 # Four test processes on two cores, since stacks and servers often wait; more threads inside each would only fight.
-test: $(VENV)/.set-up-dev   ## every test but those of `make chaos`, in a quarter of an hour (JOBS=4, ARGS='-k store')
+test: $(VENV)/.set-up-dev   ## every test but those of `make chaos`, in ten minutes (JOBS=4, ARGS='-k store')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.set-up-dev   ## ruff, and who may import whom
