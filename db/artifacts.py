@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -31,11 +31,9 @@ CHUNK = 1000  # rows that go to or come from the server at a time
 def add_artifacts(session: Session, stored: Iterable[NewArtifact]) -> None:
     """Note objects that lie in the store already and that clips are made from."""
     if rows := [asdict(artifact) for artifact in stored]:
-        known = upsert(Artifact).values(rows)
-        found_again = known.on_conflict_do_update(
-            index_elements=[Artifact.sha256], set_={"lost_at": None}, where=Artifact.lost_at.is_not(None)
-        )
-        change(session, found_again)
+        change(session, upsert(Artifact).values(rows).on_conflict_do_nothing(index_elements=[Artifact.sha256]))
+        again = Artifact.sha256.in_([row["sha256"] for row in rows]) & Artifact.lost_at.is_not(None)
+        change(session, update(Artifact).where(again).values(lost_at=None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

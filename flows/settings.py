@@ -128,7 +128,23 @@ class Settings(BaseSettings):
         description="Seconds in which the ranks of an engine that loads its model read nothing, after which they count"
         " as hung",
     )
-    engines: int = Field(default=1, ge=1, le=1000, description="Most engines that one request may start")
+    engines: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="Most engines that requests start, on all hosts together; 0: none, they are started by `rushes "
+        "engine`. Default: 1, with partition auto one for each of RUSHES_GPUS",
+    )
+    request_engines: int | None = Field(
+        default=None, ge=1, le=1000, description="Most of them that one request may start; default: all"
+    )
+    host_engines: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Most engines of this host's worker, never more than its devices hold; default: as many as they "
+        "hold, on a CPU 1",
+    )
     linger: float = Field(
         default=60, ge=0, le=7 * 86400, description="Seconds that an engine waits for work before it leaves"
     )
@@ -269,12 +285,19 @@ class Settings(BaseSettings):
 
     @property
     def most_engines(self) -> int:
-        """That may run at once: with partition auto, one for each of the GPUs."""
-        if self.partition != AUTO or self.gpus is None:
+        """That requests may start, of all of them and on all hosts."""
+        if self.engines is not None:
             return self.engines
+        if self.partition != AUTO or self.gpus is None:
+            return 1
         from flows.plan.layout import parse_gpus
 
         return parse_gpus(self.gpus)[0]
+
+    @property
+    def engines_each(self) -> int:
+        """That one request may start, or is expected to find where nothing starts any: at least 1."""
+        return max(1, min(self.most_engines, self.request_engines or self.most_engines))
 
     @property
     def prompts(self) -> Path:

@@ -23,7 +23,8 @@ CONTROL_RUNS = 100  # requests that the control pool watches at once
 def worker(
     pool: Annotated[Literal["control", "gpu"], typer.Argument(help="control runs requests, gpu runs engines.")],
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Flow runs at once (gpu: RUSHES_ENGINES, control: no limit).")
+        int | None,
+        typer.Option(min=1, help="Flow runs at once (gpu: RUSHES_HOST_ENGINES, or what fits; control: no limit)."),
     ] = None,
 ) -> None:
     """Run a Prefect worker for one of the two pools, until it is stopped. Its engines keep what they are at then."""
@@ -33,11 +34,11 @@ def worker(
     need(settings.prefect_api)
     need_login(settings)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    if limit or pool == "gpu":
-        command += ["--limit", str(limit or settings.most_engines)]
     if pool == "gpu":
+        from flows.render.devices import engines_here
         from flows.render.watchdog import watch_beside
 
+        limit = engines_here(settings, limit)
         need(settings.database)
         watch_beside(settings)
     if pool == "control":
@@ -45,6 +46,8 @@ def worker(
 
         need(settings.database)
         take_up_beside(settings)
+    if limit:
+        command += ["--limit", str(limit)]
     environment, folder = settings.child_environment(), working_folder(settings)
     raise typer.Exit(run_worker(command, environment, folder, relays=settings.log == "json"))
 
@@ -164,7 +167,7 @@ def deploy(
     settings = current_settings()
     need_login(settings)
     command = [sys.executable, "-m", "infra.stack.deploy", str(REPOSITORY / "infra" / "prefect.yaml")]
-    command += ["--pool", f"control={CONTROL_RUNS}", "--pool", f"gpu={engines or settings.most_engines}"]
+    command += ["--pool", f"control={CONTROL_RUNS}", "--pool", f"gpu={engines or max(1, settings.most_engines)}"]
     relays = settings.log == "json"
     out, error = (subprocess.PIPE, subprocess.STDOUT) if relays else (None, None)
     environment = settings.child_environment()

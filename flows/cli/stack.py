@@ -38,7 +38,7 @@ def start_stack(settings: Settings) -> Stack:
         settings.home,
         repo=working_folder(settings),
         migrate=prepare_ledger,
-        engines=settings.most_engines,
+        engines=max(1, settings.most_engines),
         prefect_database=settings.prefect_database_url,
         web="flows.web.app:create_app",
         environment=settings.log_environment,

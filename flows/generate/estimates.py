@@ -86,6 +86,6 @@ def estimate(
         ahead = sum(seconds * Partition.parse(of).world for of, seconds in waiting.items() if of) / gpus
         ahead += sum(seconds for of, seconds in waiting.items() if not of)
     else:
-        own = gpu_seconds / fixed.world / settings.engines
-        ahead = sum(waiting.values()) / settings.engines
+        own = gpu_seconds / fixed.world / settings.engines_each
+        ahead = sum(waiting.values()) / max(1, settings.most_engines)
     return Estimate(gpu_seconds=gpu_seconds, ahead=ahead, seconds=start + ahead + own, measured=bool(cost.measured))

@@ -208,7 +208,7 @@ class Planner:
         settings = self.settings
         if settings.partition != AUTO:
             partition = Partition.parse(settings.partition)
-            return [(shards.ReplicaGroup(partition=partition, replicas=settings.engines, waiting=waiting), False)]
+            return [(shards.ReplicaGroup(partition=partition, replicas=settings.engines_each, waiting=waiting), False)]
         left = self.source.deadline and self.source.deadline - (time.monotonic() - self.began)
         found = shards.arrange(waiting, cost, *gpus_of(settings), left)
         self.gpus = max(self.gpus or 0, found.gpus)

@@ -15,6 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flows.plan.layout import parse_gpus
+from flows.settings import AUTO, Settings
+from model.config import Partition
+
 FOLDER = "devices"  # in the home folder
 POLL = 1.0  # seconds between two looks for free ones
 
@@ -37,6 +41,26 @@ def visible_gpus(folder: Path = Path("/dev")) -> list[str]:
     if shown is not None:  # CUDA itself stops at the first that it does not know
         return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, shown.split(","))))
     return [str(k) for k in range(sum(re.fullmatch(r"nvidia\d+", each.name) is not None for each in folder.iterdir()))]
+
+
+def engines_here(settings: Settings, limit: int | None = None) -> int:
+    """Engines that this host's worker takes at once: `limit`, else the setting, and never more than devices hold.
+
+    One on a CPU where nothing else is said. Raises TooFewDevices where not even one fits.
+    """
+    asked = limit or settings.host_engines
+    total = parse_gpus(settings.gpus)[0] if settings.gpus else None
+    if settings.device == "cuda":
+        total = min(total or len(visible_gpus()), len(visible_gpus()))
+    if total is None:
+        return asked or 1
+    each = 1 if settings.partition == AUTO else Partition.parse(settings.partition).world
+    if total < each:
+        raise TooFewDevices(
+            f"an engine of partition {settings.partition} needs {each} GPUs, and this host has {total}: set "
+            "RUSHES_PARTITION to fewer ranks, or show it more GPUs (RUSHES_GPUS, CUDA_VISIBLE_DEVICES)"
+        )
+    return min(asked or total, total // each)
 
 
 @contextmanager

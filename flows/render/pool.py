@@ -166,9 +166,11 @@ def ensure(
     ours = [run for run in active if (run.parameters.get("model") or settings.model) == model]
     ready = {str(engine.flow_run_id) for engine in there if engine.ready_at is not None}
     starter = Starter(model, model_digest, str(newest[0].id) if newest else "none", room, ready)
+    if settings.most_engines == 0:
+        return None
     if settings.partition != AUTO:
         seconds = work.waiting * work.mean_seconds if work.mean_seconds else sum(each.seconds for each in shards)
-        wanted = plan.engines_wanted(seconds, sum(each.count for each in shards), settings.engines)
+        wanted = plan.engines_wanted(seconds, sum(each.count for each in shards), settings.engines_each)
         starter.start(wanted - len(ours) - len(ours_by_hand), settings.partition, ours, told=False)
         return None
     _, count = gpus_of(settings)

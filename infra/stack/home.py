@@ -68,10 +68,10 @@ class Log:
     def said(self) -> str:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            return file.read()[-2000:].decode(errors="replace")
+            return file.read().decode(errors="replace")
 
     def __str__(self) -> str:
-        return f"{self.path} ends with\n{self.said().strip() or '(nothing)'}"
+        return f"{self.path} ends with\n{self.said()[-2000:].strip() or '(nothing)'}"
 
 
 def make_private(home: Path) -> None:

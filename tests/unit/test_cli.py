@@ -261,7 +261,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_line_and_leaves_nothing(ho
     ("name", "value", "message"),
     [
         ("RUSHES_LEASE_SECONDS", "soon", "RUSHES_LEASE_SECONDS=soon: input should be a valid number"),
-        ("RUSHES_ENGINES", "0", "RUSHES_ENGINES=0: input should be greater than or equal to 1"),
+        ("RUSHES_ENGINES", "-1", "RUSHES_ENGINES=-1: input should be greater than or equal to 0"),
         ("RUSHES_DEVICE", "tpu", "RUSHES_DEVICE=tpu: input should be 'cpu' or 'cuda'"),
         ("RUSHES_COMPILE", "fast", "RUSHES_COMPILE=fast: must be true, false or reduce-overhead"),
         ("RUSHES_PARTITION", "tp=x", "RUSHES_PARTITION=tp=x: partition 'tp=x' must look like tp=2"),
@@ -306,7 +306,7 @@ def test_settings_come_from_the_environment_then_the_stack_then_the_default(home
     home.mkdir(mode=0o700)
     stack = {"prefect_api_url": "http://127.0.0.1:4/api", "store_url": "file:///there", "ports": {"x": 4}, "pids": {}}
     (home / "stack.json").write_text(json.dumps(stack))
-    code = "from flows.settings import load_settings as l; s = l(); print(s.prefect_api, s.store, s.engines, s.prompts)"
+    code = "from flows.settings import load_settings as l; s = l(); print(s.prefect_api, s.store, s.threads, s.prompts)"
     env = {**os.environ, "RUSHES_HOME": str(home), "PYTHONPATH": str(ROOT), "RUSHES_STORE_URL": "file:///here"}
     said = subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
     assert said == ["http://127.0.0.1:4/api", "file:///here", "1", str(home / "prompts")]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flows.render import engine
-from flows.render.devices import NoDevices, TooFewDevices, hold_devices, visible_gpus
+from flows.render.devices import NoDevices, TooFewDevices, engines_here, hold_devices, visible_gpus
 from flows.render.engine import devices_of
 from flows.settings import Settings
 from model.config import Partition
@@ -120,3 +120,57 @@ def test_gpus_are_found_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for shown, names in (("", []), ("-1", []), ("3", ["3"]), ("GPU-8f, 1", ["GPU-8f", "1"]), ("0,-1,2", ["0"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
         assert visible_gpus(tmp_path) == names
+
+
+@pytest.mark.parametrize(
+    ("said", "shown", "limit", "engines"),
+    [
+        ({}, "", None, 1),  # a CPU
+        ({"host_engines": 3}, "", None, 3),
+        ({"gpus": "4xcpu", "partition": "tp=2"}, "", None, 2),
+        ({"gpus": "4xcpu", "partition": "tp=2", "host_engines": 3}, "", None, 2),
+        ({"device": "cuda"}, "0,1,2,3", None, 4),
+        ({"device": "cuda", "host_engines": 3}, "0,1,2,3", None, 3),
+        ({"device": "cuda", "partition": "cfg=2,tp=2"}, "0,1,2,3,4,5", None, 1),
+        ({"device": "cuda", "gpus": "2xh200"}, "0,1,2,3", None, 2),
+        ({"device": "cuda", "gpus": "8xh200"}, "0,1,2,3", None, 4),  # which is the fleet's
+        ({"device": "cuda", "partition": "auto", "gpus": "8xh200"}, "0,1", None, 2),
+        ({"device": "cuda", "engines": 50}, "0,1", None, 2),  # the fleet's bound is not this host's
+        ({"device": "cuda"}, "0,1", 7, 2),
+        ({"device": "cuda"}, "0,1", 1, 1),
+        ({"engines": 5}, "", 2, 2),
+    ],
+)
+def test_a_host_takes_no_more_engines_than_its_devices_hold(
+    said: dict[str, object],
+    shown: str,
+    limit: int | None,
+    engines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert engines_here(Settings(home=tmp_path, **said), limit) == engines  # pyright: ignore[reportArgumentType]
+
+
+def test_a_host_on_which_no_engine_fits_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(TooFewDevices, match="tp=2 needs 2 GPUs, and this host has 1"):
+        engines_here(Settings(home=tmp_path, device="cuda", partition="tp=2"))
+
+
+@pytest.mark.parametrize(
+    ("said", "fleet", "each"),
+    [
+        ({}, 1, 1),
+        ({"engines": 6}, 6, 6),
+        ({"engines": 6, "request_engines": 2}, 6, 2),
+        ({"engines": 2, "request_engines": 6}, 2, 2),
+        ({"engines": 0}, 0, 1),  # those that are started by hand are planned for
+        ({"partition": "auto", "gpus": "8xcpu"}, 8, 8),
+        ({"partition": "auto", "gpus": "8xcpu", "engines": 20}, 20, 20),
+    ],
+)
+def test_what_requests_may_start(said: dict[str, object], fleet: int, each: int, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, **said)  # pyright: ignore[reportArgumentType]
+    assert (settings.most_engines, settings.engines_each) == (fleet, each)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.files import atomic_path
+from infra.stack.home import Log
 from model.train.files import atomic_path as atomic_path_of_training
 
 Atomic = Callable[[Path], AbstractContextManager[Path]]
@@ -33,3 +34,12 @@ def test_a_private_file_is_never_others_to_read(tmp_path: Path) -> None:
         assert stat.S_IMODE(part.stat().st_mode) == 0o600
         part.write_text("secret")
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+
+
+def test_a_log_knows_what_was_said_first_and_shows_its_end(tmp_path: Path) -> None:
+    """A server that finds its port taken says so before all the rest of its end."""
+    log = Log(tmp_path / "logs" / "server.log")
+    with log.open() as file:
+        file.write(b"address already in use\n" + b"Traceback\n" * 5000 + b"the end\n")
+    assert "address already in use" in log.said()
+    assert len(str(log)) < 3000 and str(log).endswith("the end")
