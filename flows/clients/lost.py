@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 from db.artifacts import ArtifactRow
 from infra.store.contract import Store
@@ -20,7 +21,10 @@ def missing(store: Store, artifacts: Sequence[ArtifactRow]) -> list[ArtifactRow]
     return [row for row, found in zip(artifacts, there, strict=True) if found is None or found.bytes != row.bytes]
 
 
-def discard(store: Store, artifacts: Sequence[ArtifactRow]) -> None:
-    """Remove objects that have other bytes than their name says: else they would stand in the way of the right ones."""
+def discard(store: Store, artifacts: Sequence[ArtifactRow], seen: datetime) -> None:
+    """Remove objects that have other bytes than their name says: else they would stand in the way of the right ones.
+
+    seen: when they were found wrong. What was put since then stays: an engine may have stored the right bytes.
+    """
     for each in artifacts:
-        store.delete(each.key)
+        store.delete_stale(each.key, seen)

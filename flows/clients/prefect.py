@@ -6,7 +6,6 @@ Importing Prefect's own client takes two seconds, which is fine for a flow and n
 from __future__ import annotations
 
 import logging
-import random
 import time
 import uuid
 from collections.abc import Mapping
@@ -18,12 +17,19 @@ from typing import Any, cast
 import httpx
 
 from flows.settings import Settings
-from infra.stack.prefect import DENIED, NOT_NOW, credentials, is_loopback, refused_login
+from infra.stack.prefect import (
+    DENIED,
+    LOST,
+    NOT_NOW,
+    ask_patiently,
+    credentials,
+    is_loopback,
+    refused_login,
+    silence,
+)
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 FAULTS = 5  # times that a 500 is asked again, in some 3 s: its Postgres may be restarting, or it is a fault that stays
-# The question arrived, or may have, and the answer is lost; every request here may be made twice.
-LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadTimeout, httpx.WriteTimeout)
 TAKEN = timedelta(minutes=2)  # that a run may be with a worker before it runs; after that the worker has died
 PATIENCE = 30.0  # seconds that it is asked again: as long as a person would wait
 TIMEOUT = httpx.Timeout(30.0, connect=15.0)  # seconds
@@ -204,27 +210,30 @@ class PrefectApi:
         return answer
 
     def _patiently(self, method: str, path: str, body: Any) -> httpx.Response:
-        """The server's answer, once it is none of NOT_NOW; who cannot be reached at all is not asked again."""
-        began, pause, told, faults = time.monotonic(), 0.1, False, 0
-        while True:
-            try:
-                answer = self._http.request(method, path, json=body)
-                faults += answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
-                if answer.status_code not in NOT_NOW or faults > FAULTS:
-                    return answer
-                said = f"is too busy ({answer.status_code})"
-            except httpx.TransportError as error:
-                said = f"does not answer ({str(error) or type(error).__name__})"
-                if not isinstance(error, LOST):
-                    raise self._unavailable(f"{said}: {self._hint()}") from None
-            waited = time.monotonic() - began
-            if waited >= self._patience:
-                raise self._unavailable(f"{said}, for {waited:.0f} s by now: try again later, or see `rushes doctor`")
-            if waited >= QUIET and not told:
-                log.warning("the Prefect server %s: asking again, for %.0f s at most", said, self._patience)
+        """The server's answer, once it is not busy; who cannot be reached at all is not asked again."""
+        began, told = time.monotonic(), False
+
+        def waiting(why: str, seconds: float) -> None:
+            nonlocal told
+            if seconds >= QUIET and not told:
+                log.warning("the Prefect server %s: asking again, for %.0f s at most", why, self._patience)
                 told = True
-            time.sleep(random.uniform(pause / 2, pause))  # who met here would meet again
-            pause = min(2 * pause, 4.0)
+
+        try:
+            answer = ask_patiently(
+                lambda: self._http.request(method, path, json=body), self._patience, faults=FAULTS, waiting=waiting
+            )
+        except LOST as error:
+            raise self._worn_out(silence(error), began) from None
+        except httpx.TransportError as error:
+            raise self._unavailable(f"{silence(error)}: {self._hint()}") from None
+        if answer.status_code in NOT_NOW and answer.status_code != httpx.codes.INTERNAL_SERVER_ERROR:
+            raise self._worn_out(f"is too busy ({answer.status_code})", began)
+        return answer
+
+    def _worn_out(self, said: str, began: float) -> PrefectUnavailable:
+        waited = time.monotonic() - began
+        return self._unavailable(f"{said}, for {waited:.0f} s by now: try again later, or see `rushes doctor`")
 
     def _hint(self) -> str:
         return "is the stack up? `rushes up` starts it" if self._local else "is RUSHES_PREFECT_API_URL right?"

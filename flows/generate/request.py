@@ -320,9 +320,10 @@ def reuse_cached(ledgers: sessionmaker[Session], store: Store, request_id: str, 
 
     A cached render whose bytes the store has no longer is none.
     """
+    seen = datetime.now(UTC)
     cached = Ledger(ledgers).read(lambda session: lost.cached_for(session, request_id))
     if gone := with_retry(lambda: missing(store, cached)):
-        with_retry(lambda: discard(store, gone))
+        with_retry(lambda: discard(store, gone, seen))
         Ledger(ledgers).write(lambda session: lost.forget(session, [each.sha256 for each in gone]))
         say(f"{len(gone)} cached renders are not in the store any more: what they were is rendered again")
 

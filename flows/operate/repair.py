@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TypeAlias
 
 from sqlalchemy import select
@@ -38,12 +39,13 @@ def repair(
     publish: the writers of a request's manifest, and its contact sheet. Safe beside engines and requests at work, and
     to repeat. Contradictions and orphans are left as they are.
     """
+    seen = datetime.now(UTC)
     done, wrong = Repairs(), [breach for breach in breaches if breach.repairable]
     keys = [breach.key for breach in wrong]
     with ledgers() as session:
         rows = lost.artifacts_at(session, [key for key in keys if not key.startswith((CHECKPOINTS, PUBLISHED))])
     if gone := [row for row in rows if not is_sound(store, row)]:
-        _forget(ledgers, store, gone, done)
+        _forget(ledgers, store, gone, done, seen)
     checkpoints = [key for key in keys if key.startswith(CHECKPOINTS) and not store.exists(key)]
     if checkpoints:
         done.anew = Ledger(ledgers).write(lambda session: lost.forget_checkpoints(session, checkpoints))
@@ -55,9 +57,10 @@ def repair(
 
 def queue_missing(ledgers: sessionmaker[Session], store: Store, request_id: str) -> int:
     """Queue those done clips of a request again whose bytes the store has no longer. Returns how many."""
+    seen = datetime.now(UTC)
     made = Ledger(ledgers).read(lambda session: lost.rendered_by(session, request_id))
     gone = missing(store, made)
-    discard(store, gone)
+    discard(store, gone, seen)
     digests = [row.sha256 for row in gone]
 
     def queue(session: Session) -> int:
@@ -67,13 +70,15 @@ def queue_missing(ledgers: sessionmaker[Session], store: Store, request_id: str)
     return Ledger(ledgers).write(queue) if digests else 0
 
 
-def _forget(ledgers: sessionmaker[Session], store: Store, gone: Sequence[ArtifactRow], done: Repairs) -> None:
+def _forget(
+    ledgers: sessionmaker[Session], store: Store, gone: Sequence[ArtifactRow], done: Repairs, seen: datetime
+) -> None:
     with ledgers() as session:
         for row in gone:
             users = lost.users(session, row.sha256)
             if not users.rendered:
                 done.beyond.append(_beyond(row, users))
-    discard(store, gone)  # before any engine may store them again
+    discard(store, gone, seen)  # before any engine may store them again
     digests = [row.sha256 for row in gone]
 
     def queue(session: Session) -> dict[str, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ ANSWER_SECONDS = 30.0  # what one answer may take, repetitions included
 # Says nothing about what was asked, which is asked again. Prefect says 500 while its Postgres restarts.
 NOT_NOW = (408, 429, 500, 502, 503, 504)
 DENIED = (401, 403)
+# The question arrived, or may have, and the answer is lost.
+LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadTimeout, httpx.WriteTimeout)
 # Between two signs of life of a flow run; maintenance's automation calls it crashed after 90 of silence.
 BEAT_SECONDS = 30
 
@@ -141,6 +144,42 @@ def refused_login(url: str, auth: str | None) -> str:
     return f"the Prefect server at {url} {said}: set RUSHES_PREFECT_AUTH to the user:password that it was started with"
 
 
+def ask_patiently(
+    send: Callable[[], httpx.Response],
+    patience: float,
+    *,
+    faults: int | None = None,
+    waiting: Callable[[str, float], None] = lambda why, seconds: None,
+) -> httpx.Response:
+    """The server's answer, asked for `patience` seconds while it is busy or drops connections; at last the busy one.
+
+    send: may be called twice for one question. faults: times that a 500 is asked again; None: any number.
+    waiting(why, seconds): told before each new try. Raises httpx.TransportError, at once where there is no server.
+    """
+    began, pause, broken = time.monotonic(), 0.1, 0
+    while True:
+        try:
+            answer = send()
+            waited = time.monotonic() - began
+            broken += answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+            enough = waited >= patience or (faults is not None and broken > faults)
+            if answer.status_code not in NOT_NOW or enough:
+                return answer
+            why = f"is too busy ({answer.status_code})"
+        except LOST as error:
+            waited, why = time.monotonic() - began, silence(error)
+            if waited >= patience:
+                raise
+        waiting(why, waited)
+        time.sleep(random.uniform(pause / 2, pause))  # who met here would meet again
+        pause = min(2 * pause, 4.0)
+
+
+def silence(error: httpx.TransportError) -> str:
+    """How a server that gave no answer is told of."""
+    return f"does not answer ({str(error) or type(error).__name__})"
+
+
 class Api:
     """The Prefect server's REST interface, as far as the stack needs it."""
 
@@ -190,19 +229,9 @@ class Api:
         )
 
     def _call(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """Asks until there is an answer; every request here may be made twice. Raises httpx.HTTPError if none comes."""
-        until, pause = time.monotonic() + self.patience, 0.1
-        while True:
-            left = until - time.monotonic()
-            try:
-                answer = self._send(method, path, body, max(left, 5.0))
-                if answer.status_code not in NOT_NOW or left <= 0:
-                    return answer
-            except (httpx.ReadError, httpx.RemoteProtocolError):  # it closed a connection that was made just then
-                if left <= 0:
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, 4.0)
+        """Asks until there is an answer. Raises httpx.HTTPError if none comes."""
+        until = time.monotonic() + self.patience
+        return ask_patiently(lambda: self._send(method, path, body, max(until - time.monotonic(), 5.0)), self.patience)
 
     def _send(self, method: str, path: str, body: Any, timeout: float) -> httpx.Response:
         # No proxy from the environment for loopback: it would swallow the calls.

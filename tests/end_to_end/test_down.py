@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import psutil
 import pytest
 
@@ -32,9 +30,9 @@ def test_down_leaves_nothing_and_up_goes_on(stack: Stack) -> None:
     assert stack.processes() == []
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in running)
     assert not (stack.home / "stack.json").exists()
-    for port in ports:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} still listens"
+    listening = [each for each in psutil.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
+    ours = {process.pid for process in running}  # another test's server may have got such a port by now
+    assert not [each for each in listening if each.laddr.port in ports and each.pid in {None, *ours}]
 
     stack.rushes("up")
     stack.ended(run)

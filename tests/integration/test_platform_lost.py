@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.generate.outcome import Ending, Outcome
 from flows.generate.publish import publish_manifest, publish_sheet
+from flows.operate import repair as operate_repair
 from flows.operate.audit import AuditReport, Breach, audit
 from flows.operate.export import export
 from flows.operate.repair import Repairs, queue_missing, repair
@@ -193,3 +195,21 @@ def small_png() -> bytes:
     from model.media.encode import encode_png
 
     return encode_png(np.full((32, 48, 3), 90, np.uint8), {})
+
+
+def test_bytes_that_come_back_while_it_is_repaired_stay(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine stores them between the look and the mend."""
+    with platform.engines():
+        made, _ = platform.make([BALL])
+    file = of_clip(platform, made.request_id)
+    data = file.read_bytes()
+    lose(file)
+    breaches, discard = found(platform), operate_repair.discard
+
+    def late(*asked: Any) -> None:
+        platform.store.put(data, "video/mp4")
+        discard(*asked)
+
+    monkeypatch.setattr(operate_repair, "discard", late)
+    repair(platform.sessions, platform.store, breaches, ())
+    assert file.read_bytes() == data
