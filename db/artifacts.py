@@ -45,10 +45,12 @@ class ArtifactRow:
     created_at: datetime
 
 
+COLUMNS = tuple(getattr(Artifact, field.name) for field in fields(ArtifactRow))
+
+
 def artifacts(session: Session) -> Iterator[ArtifactRow]:
     """Every stored object the ledger knows, by key, through a server-side cursor: for the audit."""
-    names = [f.name for f in fields(ArtifactRow)]
-    stored = select(*(getattr(Artifact, name) for name in names)).order_by(Artifact.key)
+    stored = select(*COLUMNS).order_by(Artifact.key)
     with closing(session.execute(stored, execution_options={"yield_per": CHUNK})) as rows:
         for row in rows.mappings():
             yield ArtifactRow(**row)

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from db.artifacts import ArtifactRow
+from db.artifacts import COLUMNS, ArtifactRow
 from db.fence import now
 from db.renders import NO_RESUME_STATE, reusable
 from db.requests import lock_request
@@ -55,8 +55,7 @@ def rendered_by(session: Session, request_id: str) -> list[ArtifactRow]:
 
 
 def _rows(session: Session, digests: Any) -> list[ArtifactRow]:
-    columns = (Artifact.sha256, Artifact.key, Artifact.bytes, Artifact.media_type, Artifact.created_at)
-    found = session.execute(select(*columns).where(Artifact.sha256.in_(digests)).order_by(Artifact.key))
+    found = session.execute(select(*COLUMNS).where(Artifact.sha256.in_(digests)).order_by(Artifact.key))
     return [ArtifactRow(**row) for row in found.mappings()]
 
 

@@ -66,7 +66,8 @@ def make_clips(
     if begun is not None and pressed is not None:
         press(ledgers, page, begun.id, pressed)
     if begun is not None and begun.total is not None:
-        return resume(settings, ledgers, store, begun, run_id=run_id, page=page, engines=engines)
+        with about(request_id=begun.id):
+            return resume(settings, ledgers, store, begun, run_id=run_id, page=page, engines=engines)
     if request.fresh and request.idempotency_key is None:
         request = request.model_copy(update={"idempotency_key": f"fresh-{run_id}"})
     try:
@@ -132,19 +133,6 @@ def resume(
     engines: EnginePool,
 ) -> Outcome:
     """Goes on with a request whose clips are all in: with the model, settings and deadline it was opened with."""
-    with about(request_id=row.id):
-        return _resume(settings, ledgers, store, row, run_id, page, engines)
-
-
-def _resume(
-    settings: Settings,
-    ledgers: sessionmaker[Session],
-    store: Store,
-    row: RequestRow,
-    run_id: str | None,
-    page: Page,
-    engines: EnginePool,
-) -> Outcome:
     page.info(f"request {row.id} goes on")
     path = Ledger(ledgers).read(lambda session: model_path(session, row.model_digest))
     try:

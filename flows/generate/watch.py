@@ -112,7 +112,9 @@ def watch(
         if not told and page.suspended():
             told = Ledger(ledgers).write(lambda session: requests.pause_request(session, request_id))
         progress = Ledger(ledgers).write(look)
-        looked, next_outrank = began, began + EVERY_OUTRANK if began >= next_outrank else next_outrank
+        looked = began
+        if began >= next_outrank:
+            next_outrank = began + EVERY_OUTRANK
         paused = progress.status is RequestStatus.PAUSED
         held_at = (held_at or began) if paused else None
         kept = held_at is not None and (not progress.counts[ClipStatus.RUNNING] or began - held_at >= HOLD)

@@ -28,6 +28,7 @@ BATCH = 500  # rows of one statement
 CHECKPOINTS, PUBLISHED = "checkpoints/", "requests/"  # what begins their keys
 ORPHAN_AGE = {"blobs/": timedelta(days=1), CHECKPOINTS: timedelta(hours=1)}
 REFERENCES = {"blobs/": known_keys, CHECKPOINTS: resume_keys}  # which of some keys rows refer to
+MISSING, WRONG_SIZE, WRONG_DIGEST = "missing", "wrong size", "wrong digest"
 OVERDUE = timedelta(hours=1)  # for which maintenance, which comes every ten minutes, may be late
 
 
@@ -38,7 +39,11 @@ class Breach:
     problem: str
     key: str
     detail: str
-    repairable: bool = False  # by `rushes audit --repair`
+
+    @property
+    def repairable(self) -> bool:
+        """`rushes audit --repair` mends it: the store lacks or spoilt what the ledger knows."""
+        return self.problem in (MISSING, WRONG_SIZE, WRONG_DIGEST)
 
 
 @dataclass(slots=True)
@@ -112,7 +117,7 @@ def _checkpoints(session: Session, store: Store, report: AuditReport) -> Iterato
         gone = resume_keys(session, sorted(gone))
         session.rollback()
     for key in sorted(gone):
-        yield Breach("missing", key, "a clip is to go on from this checkpoint, the store has no such object", True)
+        yield Breach(MISSING, key, "a clip is to go on from this checkpoint, the store has no such object")
 
 
 def _published(session: Session, store: Store, report: AuditReport) -> Iterator[Breach]:
@@ -127,9 +132,7 @@ def _published(session: Session, store: Store, report: AuditReport) -> Iterator[
             for key in filter(None, keys):
                 report.rows += 1
                 if not store.exists(key):
-                    yield Breach(
-                        "missing", key, f"{request_id} was published with it, the store has no such object", True
-                    )
+                    yield Breach(MISSING, key, f"{request_id} was published with it, the store has no such object")
         if len(page) < BATCH:
             return
         last = page[-1].id
@@ -157,9 +160,9 @@ def is_sound(store: Store, row: ArtifactRow) -> bool:
 def _look_at(row: Artifact | ArtifactRow, store: Store, report: AuditReport, hash_bytes: bool) -> Breach | None:
     there = store.stat(row.key)
     if there is None:
-        return Breach("missing", row.key, "the ledger has the row, the store has no such object", True)
+        return Breach(MISSING, row.key, "the ledger has the row, the store has no such object")
     if there.bytes != row.bytes:
-        return Breach("wrong size", row.key, f"{there.bytes} bytes in the store, {row.bytes} in the ledger", True)
+        return Breach(WRONG_SIZE, row.key, f"{there.bytes} bytes in the store, {row.bytes} in the ledger")
     if not hash_bytes:
         return None
     digest = hashlib.sha256()
@@ -169,9 +172,9 @@ def _look_at(row: Artifact | ArtifactRow, store: Store, report: AuditReport, has
                 report.hashed += len(chunk)
                 digest.update(chunk)
     except NoSuchKey:
-        return Breach("missing", row.key, "it went away while it was being read", True)
+        return Breach(MISSING, row.key, "it went away while it was being read")
     if digest.hexdigest() != row.sha256:
-        return Breach("wrong digest", row.key, f"its bytes have the sha256 {digest.hexdigest()}", True)
+        return Breach(WRONG_DIGEST, row.key, f"its bytes have the sha256 {digest.hexdigest()}")
     return None
 
 

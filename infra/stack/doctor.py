@@ -93,11 +93,7 @@ def doctor(
         check("prefect", in_prefect, f"{start} After an upgrade, `rushes down` first. Log: {home}/logs/prefect.log"),
         check("work pools", in_pools, f"{start} Resume a paused pool in the Prefect UI."),
         check("workers", in_workers, f"{start} Their logs: {home}/logs/control.log and gpu.log"),
-        check(
-            "deployments",
-            in_deployments,
-            f"{start} Resume a paused deployment in the Prefect UI.",
-        ),
+        check("deployments", in_deployments, f"{start} Resume a paused deployment in the Prefect UI."),
         check("clips over HTTP", in_web, f"{start} Its log: {home}/logs/web.log"),
         check("store", store, f"See that {home / 'store'} (or RUSHES_STORE_URL) exists and may be written to."),
         check("weights", weights, "Name a model that is there in RUSHES_MODEL, or restore model/weights."),
