@@ -43,15 +43,19 @@ def visible_gpus(folder: Path = Path("/dev")) -> list[str]:
     return [str(k) for k in range(sum(re.fullmatch(r"nvidia\d+", each.name) is not None for each in folder.iterdir()))]
 
 
+def known_gpus(settings: Settings) -> int | None:
+    """How many GPUs this host's engines have, by the settings and by what is seen; None where neither tells."""
+    said = parse_gpus(settings.gpus)[0] if settings.gpus else 0
+    seen = len(visible_gpus()) if settings.device == "cuda" else 0
+    return min(filter(None, (said, seen)), default=None)
+
+
 def engines_here(settings: Settings, limit: int | None = None) -> int:
     """Engines that this host's worker takes at once: `limit`, else the setting, and never more than devices hold.
 
-    One on a CPU where nothing else is said. Raises TooFewDevices where not even one fits.
+    One where nothing is known of devices, as on a CPU. Raises TooFewDevices where not even one fits.
     """
-    asked = limit or settings.host_engines
-    total = parse_gpus(settings.gpus)[0] if settings.gpus else None
-    if settings.device == "cuda":
-        total = min(total or len(visible_gpus()), len(visible_gpus()))
+    asked, total = limit or settings.host_engines, known_gpus(settings)
     if total is None:
         return asked or 1
     each = 1 if settings.partition == AUTO else Partition.parse(settings.partition).world

@@ -22,8 +22,8 @@ from flows.clients.ledger import Ledger
 from flows.clients.ledger import ledger as ledger_of
 from flows.clients.ownership import check_owner
 from flows.clients.retry import never, with_retry
-from flows.library.models import card_of, gpus_of, partition_for, resolve
-from flows.render.devices import TooFewDevices, hold_devices, visible_gpus
+from flows.library.models import card_of, partition_for, resolve
+from flows.render.devices import TooFewDevices, hold_devices, known_gpus, visible_gpus
 from flows.render.renderer import Renderer
 from flows.render.shard import Shard
 from flows.render.worker import Worker, code_version, log, machine, owner_name
@@ -243,8 +243,7 @@ def devices_of(settings: Settings, partition: Partition) -> AbstractContextManag
     if settings.device == "cpu" and settings.partition != AUTO:
         return nullcontext()
     names = visible_gpus() if settings.device == "cuda" else []
-    counts = [count for count in (settings.gpus and gpus_of(settings)[1], len(names)) if count]
-    total = min(counts, default=partition.world)  # where nothing is known, torch will say
+    total = known_gpus(settings) or partition.world  # where nothing is known, torch will say
     if partition.world > total:
         raise TooFewDevices(
             f"partition {partition} needs {partition.world} GPUs, and this host's engines have {total}: set "

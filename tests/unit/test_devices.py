@@ -129,6 +129,8 @@ def test_gpus_are_found_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"host_engines": 3}, "", None, 3),
         ({"gpus": "4xcpu", "partition": "tp=2"}, "", None, 2),
         ({"gpus": "4xcpu", "partition": "tp=2", "host_engines": 3}, "", None, 2),
+        ({"device": "cuda"}, "", None, 1),  # none is seen, as where drivers have no files for them: torch will say
+        ({"device": "cuda", "gpus": "2xh200"}, "", None, 2),
         ({"device": "cuda"}, "0,1,2,3", None, 4),
         ({"device": "cuda", "host_engines": 3}, "0,1,2,3", None, 3),
         ({"device": "cuda", "partition": "cfg=2,tp=2"}, "0,1,2,3,4,5", None, 1),
